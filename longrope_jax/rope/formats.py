@@ -1,0 +1,139 @@
+"""Factors in files: our JSON, which carries everything, and the CSV of the released search, which carries lam and
+n_hat.
+"""
+
+import contextlib
+import csv
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from longrope_jax.rope.factors import RopeFactors
+
+_FORMAT = "longrope_jax.factors"
+
+
+def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) -> None:
+    """Writes unbatched factors to a .json or .csv file; reading them back gives the same float32 numbers.
+
+    Args:
+        path: local, or on any file system that etils knows (`gs://`).
+        metadata: anything JSON can hold; by custom `method`, `model`, `original_length`, `target_length`, `scores`,
+            `provenance`.
+
+    Raises:
+        ValueError: batched or nonsensical factors, an unknown ending, or something that a CSV can't carry.
+    """
+    path = epath.Path(path)
+    factors.check()
+    if np.ndim(factors.lam) != 1:
+        raise ValueError(f"{path}: one file holds one set of factors, these have shape {np.shape(factors.lam)}")
+    lam = [float(value) for value in np.asarray(factors.lam, np.float32)]
+    n_hat, mscale = int(factors.n_hat), float(factors.mscale)
+    if path.suffix == ".json":
+        content = {"format": _FORMAT, "lam": lam, "n_hat": n_hat, "mscale": mscale, "metadata": metadata}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    elif path.suffix == ".csv":
+        if len(lam) % 2:
+            raise ValueError(
+                f"{path}: a CSV of {len(lam)} factors, an odd number, could not be told from one with n_hat"
+            )
+        if metadata or mscale != 1:
+            raise ValueError(f"{path}: a CSV has no place for metadata or an mscale of {mscale}; write a .json file")
+        path.write_text("".join(f"{value!r}\n" for value in ([n_hat] if n_hat else []) + lam))
+    else:
+        raise ValueError(f"{path}: factors are kept in .json or .csv files")
+
+
+def load_factors(path: epath.PathLike, head_dim: int | None = None) -> RopeFactors:
+    """Reads factors from our .json or from a .csv of the released search.
+
+    A CSV has one factor a line, or one row of factors a layer as older tools wrote them (all rows must then be the
+    same), and n_hat first where there is one number more than rotary pairs. Without `head_dim` an odd count is taken
+    to mean that, as no common model has an odd number of pairs. Factors that fall somewhere only cause a warning.
+
+    Raises:
+        ValueError: names the file and what is wrong with it.
+    """
+    path = epath.Path(path)
+    with _naming(path):
+        if path.suffix == ".json":
+            factors = _from_content(_read_json(path))
+        elif path.suffix == ".csv":
+            factors = _from_numbers(_read_csv(path), head_dim)
+        else:
+            raise ValueError("factors are kept in .json or .csv files")
+        return factors.check(head_dim, monotone="warn")
+
+
+def load_metadata(path: epath.PathLike) -> dict[str, Any]:
+    """What `save_factors` was told beside the factors in a .json file."""
+    path = epath.Path(path)
+    with _naming(path):
+        return _read_json(path).get("metadata", {})
+
+
+@contextlib.contextmanager
+def _naming(path: epath.Path):
+    """Whatever is wrong with a file's content becomes a ValueError that names the file."""
+    try:
+        yield
+    # ValueError includes JSON and Unicode errors; nesting too deep for the JSON reader is a RecursionError.
+    except (ValueError, OverflowError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f'not a factors file: it must be a JSON object with "format": "{_FORMAT}"')
+    return content
+
+
+def _from_content(content: dict[str, Any]) -> RopeFactors:
+    missing = {"lam", "n_hat", "mscale"} - content.keys()
+    if missing:
+        raise ValueError(f"{sorted(missing)} missing")
+    lam, n_hat, mscale = content["lam"], content["n_hat"], content["mscale"]
+    if not isinstance(lam, list) or not all(_is_number(value) for value in lam):
+        raise ValueError("lam must be a list of numbers below 2^31")
+    if not _is_number(n_hat):
+        raise ValueError(f"n_hat = {n_hat!r} must be a number below 2^31")
+    if not _is_number(mscale):
+        raise ValueError(f"mscale = {mscale!r} must be a number")
+    return _factors(lam, n_hat, mscale)
+
+
+def _read_csv(path: epath.Path) -> list[float]:
+    rows = [row for row in csv.reader(path.read_text().splitlines()) if any(cell.strip() for cell in row)]
+    try:
+        numbers = [[float(cell) for cell in row if cell.strip()] for row in rows]
+    except ValueError as error:
+        raise ValueError(f"{error}; a CSV of factors holds numbers only") from None
+    if not numbers:
+        raise ValueError("the file is empty")
+    if all(len(row) == 1 for row in numbers):
+        return [row[0] for row in numbers]
+    different = [line for line, row in enumerate(numbers) if row != numbers[0]]
+    if different:
+        raise ValueError(f"row {different[0]} differs from row 0; factors that differ by layer are not supported")
+    return numbers[0]
+
+
+def _from_numbers(numbers: list[float], head_dim: int | None) -> RopeFactors:
+    has_n_hat = len(numbers) == head_dim // 2 + 1 if head_dim is not None else len(numbers) % 2 == 1
+    if not has_n_hat:
+        return _factors(numbers, 0, 1.0)
+    return _factors(numbers[1:], numbers[0], 1.0)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def _factors(lam: list[float], n_hat: float, mscale: float) -> RopeFactors:
+    if not (abs(n_hat) < 2**31 and n_hat == int(n_hat)):
+        raise ValueError(f"n_hat = {n_hat!r} is not a number of tokens")
+    return RopeFactors(np.asarray(lam, np.float32), np.int32(n_hat), np.float32(mscale))

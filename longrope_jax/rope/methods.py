@@ -1,0 +1,183 @@
+"""The published ways to extend a context, each as the rescale factors it amounts to, computed in float64.
+
+All of them are the same rotation with other factors, so a method is a function of the head dimension, the scale `s =
+L'/L` and sometimes the model's base and original length, and returns unbatched `RopeFactors` (lam f32[D/2]).
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from longrope_jax.rope.factors import RopeFactors
+
+
+def frequencies(head_dim: int, base: float = 10000.0) -> np.ndarray:
+    """theta_i = base^(-2i/D), the angle per token of every rotary pair (RoFormer, arXiv 2104.09864): f64[D/2],
+    rad/token.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim = {head_dim}; rotary embedding needs a positive even head dimension")
+    if not base > 1:
+        raise ValueError(f"base = {base}; the RoPE base must be above 1")
+    return base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+
+def unscaled(head_dim: int) -> RopeFactors:
+    """The pretrained rotation: lam = 1. Beyond the original length this is plain extrapolation."""
+    return _factors(np.ones(_pairs(head_dim)))
+
+
+def linear(head_dim: int, scale: float) -> RopeFactors:
+    """Positional interpolation (PI, arXiv 2306.15595): every wavelength is stretched by `scale`."""
+    return _factors(np.full(_pairs(head_dim), _checked(scale)))
+
+
+def ntk(head_dim: int, scale: float) -> RopeFactors:
+    """NTK-aware interpolation (bloc97): base * s^(D/(D-2)), so lam_i = s^(2i/(D-2)): 1 for the first pair, s for the
+    last.
+    """
+    exponent = 2 * np.arange(_pairs(head_dim)) / max(head_dim - 2, 1)
+    return _factors(_checked(scale) ** exponent)
+
+
+def dynamic_ntk(head_dim: int, length: int, original_length: int, factor: float = 1.0) -> RopeFactors:
+    """Dynamic NTK: `ntk` with a scale that follows the current sequence, `factor * length / L - (factor - 1)`.
+
+    `factor = 1` is the plain length / L; other values are Hugging Face's `factor`. Lengths up to L leave the rotation
+    alone.
+    """
+    if length < 1 or original_length < 1:
+        raise ValueError(f"length = {length}, original_length = {original_length}; both must be positive")
+    # The excess over L, so that no rounding takes the scale below 1.
+    return ntk(head_dim, 1 + factor * max(length - original_length, 0) / original_length)
+
+
+def critical_dimension(head_dim: int, base: float, original_length: int, periods: float = 1.0) -> int:
+    """First pair that makes less than `periods` turns in the original length (LongRoPE2, arXiv 2502.20082, sec. 3.1).
+
+    With one period it is the theoretical critical dimension d_tcd = ceil((D/2) log_base(L / 2 pi)).
+    """
+    pair = _pairs(head_dim) * np.log(original_length / (2 * np.pi * periods)) / np.log(base)
+    return int(np.ceil(pair))
+
+
+def ntk_critical(head_dim: int, scale: float, base: float = 10000.0, original_length: int = 4096) -> RopeFactors:
+    """NTK with its base chosen so that lam >= s from the critical dimension on (LongRoPE2): lam_i = s^(i / d_tcd)."""
+    critical = critical_dimension(head_dim, base, original_length)
+    if critical < 1:
+        raise ValueError(f"original_length = {original_length} is shorter than every wavelength of base {base}")
+    return _factors(_checked(scale) ** (np.arange(_pairs(head_dim)) / critical))
+
+
+def yarn(
+    head_dim: int,
+    scale: float,
+    base: float = 10000.0,
+    original_length: int = 4096,
+    beta_fast: float = 32,
+    beta_slow: float = 1,
+    temperature: bool = True,
+    wavelengths: np.ndarray | None = None,
+) -> RopeFactors:
+    """YaRN, "NTK by parts" (arXiv 2309.00071, sec. 3.2): fast pairs keep their wavelength, slow ones are interpolated.
+
+    A ramp over the pair index falls from 1 at the pair that makes `beta_fast` turns in the original length to 0 at
+    the one that makes `beta_slow`; 1/lam blends 1 and 1/s along it. Boundaries are floored, ceiled and clamped as in
+    the released code.
+
+    Args:
+        temperature: multiply cos and sin by 0.1 ln s + 1 (sec. 3.4), else by 1.
+        wavelengths: f64[D/2] in tokens, where they are not those of `base`: an already extended model's (see
+            `compose`).
+    """
+    scale = _checked(scale)
+    if beta_fast <= beta_slow:
+        raise ValueError(f"beta_fast = {beta_fast} must be above beta_slow = {beta_slow}")
+    if wavelengths is None:
+        wavelengths = 2 * np.pi / frequencies(head_dim, base)
+    low = max(np.floor(_pair_with_turns(beta_fast, wavelengths, original_length)), 0)
+    high = min(np.ceil(_pair_with_turns(beta_slow, wavelengths, original_length)), head_dim - 1)
+    width = high - low if high != low else 0.001
+    kept = 1 - np.clip((np.arange(_pairs(head_dim)) - low) / width, 0, 1)
+    return _factors(1 / ((1 - kept) / scale + kept), 0.1 * np.log(scale) + 1 if temperature else 1.0)
+
+
+def llama3(
+    head_dim: int,
+    scale: float,
+    base: float = 500000.0,
+    original_length: int = 8192,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+) -> RopeFactors:
+    """LLaMA-3.1's ramp: like YaRN's, but linear in the number of turns between `low_freq_factor` and
+    `high_freq_factor`.
+    """
+    scale = _checked(scale)
+    if high_freq_factor <= low_freq_factor:
+        raise ValueError(f"high_freq_factor = {high_freq_factor} must be above low_freq_factor = {low_freq_factor}")
+    turns = original_length * frequencies(head_dim, base) / (2 * np.pi)
+    kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+    return _factors(1 / ((1 - kept) / scale + kept))
+
+
+def longrope_mscale(scale: float, original_length: int) -> float:
+    """The attention temperature of LongRoPE's released code and of Hugging Face: sqrt(1 + ln s / ln L), 1 up to s =
+    1.
+    """
+    return float(np.sqrt(1 + np.log(scale) / np.log(original_length))) if scale > 1 else 1.0
+
+
+def compose(
+    first: RopeFactors, method: Callable[[np.ndarray], RopeFactors], head_dim: int, base: float = 10000.0
+) -> RopeFactors:
+    """Extends an already extended model once more (LongRoPE sec. 3.3), the second method seeing *effective*
+    wavelengths.
+
+    The model knows the rotation with theta_i / lam_i now, so a method that looks at wavelengths must look at those.
+
+    Args:
+        first: the factors that the model was tuned with, unbatched.
+        method: effective wavelengths f64[D/2] (tokens) -> factors of the second extension by itself, for example
+            `lambda w: yarn(head_dim, 8, original_length=8 * L, wavelengths=w)` or `lambda w: linear(head_dim, 8)`.
+
+    Returns:
+        Factors relative to the pretrained model: lam = lam_1 * lam_2, mscale likewise. Start tokens are the first
+        extension's, unless the second names more.
+    """
+    lam = np.asarray(first.lam, np.float64)
+    second = method(2 * np.pi / frequencies(head_dim, base) * lam)
+    return RopeFactors(
+        lam=jnp.asarray(lam * np.asarray(second.lam, np.float64), jnp.float32),
+        n_hat=jnp.maximum(jnp.asarray(first.n_hat), second.n_hat),
+        mscale=jnp.asarray(first.mscale) * second.mscale,
+    )
+
+
+def _pair_with_turns(turns: float, wavelengths: np.ndarray, length: int) -> float:
+    """The (fractional) pair index whose wavelength goes `turns` times into `length`, linear in log wavelength.
+
+    Plain RoPE's wavelengths are geometric in the index, so there this is the closed form of YaRN's released code; the
+    end intervals are prolonged for what lies outside.
+    """
+    if len(wavelengths) < 2:
+        return 0.0  # one pair has no ramp
+    log_wavelengths, wanted = np.log(wavelengths), np.log(length / turns)
+    left = int(np.clip(np.searchsorted(log_wavelengths, wanted) - 1, 0, len(wavelengths) - 2))
+    step = log_wavelengths[left + 1] - log_wavelengths[left]
+    return float(left + (wanted - log_wavelengths[left]) / step)
+
+
+def _factors(lam: np.ndarray, mscale: float = 1.0) -> RopeFactors:
+    return RopeFactors(jnp.asarray(lam, jnp.float32), jnp.int32(0), jnp.float32(mscale))
+
+
+def _pairs(head_dim: int) -> int:
+    return len(frequencies(head_dim))
+
+
+def _checked(scale: float) -> float:
+    if not (np.isfinite(scale) and scale >= 1):
+        raise ValueError(f"scale = {scale}; an extension ratio L'/L must be at least 1")
+    return float(scale)
