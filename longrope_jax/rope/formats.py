@@ -34,7 +34,7 @@ def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) ->
     n_hat, mscale = int(factors.n_hat), float(factors.mscale)
     if path.suffix == ".json":
         content = {"format": _FORMAT, "lam": lam, "n_hat": n_hat, "mscale": mscale, "metadata": metadata}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     elif path.suffix == ".csv":
         if len(lam) % 2:
             raise ValueError(

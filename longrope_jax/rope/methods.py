@@ -53,18 +53,31 @@ def dynamic_ntk(head_dim: int, length: int, original_length: int, factor: float 
     return ntk(head_dim, 1 + factor * max(length - original_length, 0) / original_length)
 
 
-def critical_dimension(head_dim: int, base: float, original_length: int, periods: float = 1.0) -> int:
-    """First pair that makes less than `periods` turns in the original length (LongRoPE2, arXiv 2502.20082, sec. 3.1).
+def critical_dimension(
+    head_dim: int,
+    base: float = 10000.0,
+    original_length: int = 4096,
+    periods: float = 1.0,
+    wavelengths: np.ndarray | None = None,
+) -> int:
+    """First pair that makes at most `periods` turns in the original length (LongRoPE2, arXiv 2502.20082, sec. 3.1).
 
-    With one period it is the theoretical critical dimension d_tcd = ceil((D/2) log_base(L / 2 pi)).
+    With one period it is the theoretical critical dimension d_tcd = ceil((D/2) log_base(L / 2 pi)); it can lie outside
+    [0, D/2) for extreme lengths. `wavelengths` as in `yarn`.
     """
-    pair = _pairs(head_dim) * np.log(original_length / (2 * np.pi * periods)) / np.log(base)
-    return int(np.ceil(pair))
+    wavelengths = _wavelengths(head_dim, base) if wavelengths is None else wavelengths
+    return int(np.ceil(_pair_with_turns(periods, wavelengths, original_length)))
 
 
-def ntk_critical(head_dim: int, scale: float, base: float = 10000.0, original_length: int = 4096) -> RopeFactors:
+def ntk_critical(
+    head_dim: int,
+    scale: float,
+    base: float = 10000.0,
+    original_length: int = 4096,
+    wavelengths: np.ndarray | None = None,
+) -> RopeFactors:
     """NTK with its base chosen so that lam >= s from the critical dimension on (LongRoPE2): lam_i = s^(i / d_tcd)."""
-    critical = critical_dimension(head_dim, base, original_length)
+    critical = critical_dimension(head_dim, base, original_length, wavelengths=wavelengths)
     if critical < 1:
         raise ValueError(f"original_length = {original_length} is shorter than every wavelength of base {base}")
     return _factors(_checked(scale) ** (np.arange(_pairs(head_dim)) / critical))
@@ -94,8 +107,7 @@ def yarn(
     scale = _checked(scale)
     if beta_fast <= beta_slow:
         raise ValueError(f"beta_fast = {beta_fast} must be above beta_slow = {beta_slow}")
-    if wavelengths is None:
-        wavelengths = 2 * np.pi / frequencies(head_dim, base)
+    wavelengths = _wavelengths(head_dim, base) if wavelengths is None else wavelengths
     low = max(np.floor(_pair_with_turns(beta_fast, wavelengths, original_length)), 0)
     high = min(np.ceil(_pair_with_turns(beta_slow, wavelengths, original_length)), head_dim - 1)
     width = high - low if high != low else 0.001
@@ -110,6 +122,7 @@ def llama3(
     original_length: int = 8192,
     low_freq_factor: float = 1.0,
     high_freq_factor: float = 4.0,
+    wavelengths: np.ndarray | None = None,
 ) -> RopeFactors:
     """LLaMA-3.1's ramp: like YaRN's, but linear in the number of turns between `low_freq_factor` and
     `high_freq_factor`.
@@ -117,7 +130,7 @@ def llama3(
     scale = _checked(scale)
     if high_freq_factor <= low_freq_factor:
         raise ValueError(f"high_freq_factor = {high_freq_factor} must be above low_freq_factor = {low_freq_factor}")
-    turns = original_length * frequencies(head_dim, base) / (2 * np.pi)
+    turns = original_length / (_wavelengths(head_dim, base) if wavelengths is None else wavelengths)
     kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
     return _factors(1 / ((1 - kept) / scale + kept))
 
@@ -147,12 +160,19 @@ def compose(
         extension's, unless the second names more.
     """
     lam = np.asarray(first.lam, np.float64)
-    second = method(2 * np.pi / frequencies(head_dim, base) * lam)
+    if lam.shape != (_pairs(head_dim),):
+        raise ValueError(f"the first extension's lam has shape {lam.shape}, not ({_pairs(head_dim)},)")
+    second = method(_wavelengths(head_dim, base) * lam)
     return RopeFactors(
         lam=jnp.asarray(lam * np.asarray(second.lam, np.float64), jnp.float32),
         n_hat=jnp.maximum(jnp.asarray(first.n_hat), second.n_hat),
         mscale=jnp.asarray(first.mscale) * second.mscale,
     )
+
+
+def _wavelengths(head_dim: int, base: float) -> np.ndarray:
+    """2 pi / theta_i: tokens in which a pair turns once."""
+    return 2 * np.pi / frequencies(head_dim, base)
 
 
 def _pair_with_turns(turns: float, wavelengths: np.ndarray, length: int) -> float:

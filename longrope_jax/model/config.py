@@ -1,0 +1,134 @@
+"""The architecture of a LLaMA, and the ones people use by name."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from longrope_jax.model.attention import BACKENDS
+
+FLOAT_TYPES = ("float32", "bfloat16", "float16")
+REMAT_POLICIES = (
+    "none",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "everything_saveable",
+)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and numerics of a LLaMA; hashable, so it can be static under `jit`. Named presets: `LlamaConfig.preset`.
+
+    Attributes:
+        vocab_size: V.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the SwiGLU layer.
+        num_layers: how many blocks (compile time does not depend on it).
+        num_heads: H, query heads.
+        num_kv_heads: K, key and value heads; H must be a multiple (grouped-query attention).
+        head_dim: D, even.
+        original_length: L, the context that the model was pretrained for (tokens).
+        rope_theta: RoPE base.
+        norm_eps: epsilon of RMSNorm.
+        tie_embeddings: the output head is the embedding, transposed.
+        dtype: of activations and matrix products; norms, softmax, logits and losses are float32 regardless.
+        param_dtype: of parameters.
+        attention: backend, see `model/attention.py`.
+        remat: which policy of `jax.checkpoint_policies` decides what of a block is kept for the backward pass; "none"
+            keeps all, "nothing_saveable" recomputes all.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    original_length: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    attention: str = "blockwise"
+    remat: str = "none"
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, "int") and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{field.name} = {value!r} must be a positive whole number")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
+        if not self.rope_theta > 1:
+            raise ValueError(f"rope_theta = {self.rope_theta} must be above 1")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps = {self.norm_eps} must be above 0")
+        for name, known in (
+            ("attention", tuple(BACKENDS)),
+            ("remat", REMAT_POLICIES),
+            ("dtype", FLOAT_TYPES),
+            ("param_dtype", FLOAT_TYPES),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "LlamaConfig":
+        """A model by name, with some fields changed: `LlamaConfig.preset("llama2_7b", dtype="bfloat16")`."""
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}; known are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+
+_SEVEN_B = dict(hidden_size=4096, num_layers=32, num_heads=32, head_dim=128)
+
+PRESETS: dict[str, dict] = {
+    # A byte-level model that learns real text on a laptop in minutes: 0.57M parameters.
+    "tiny": dict(
+        vocab_size=258,
+        hidden_size=128,
+        intermediate_size=352,
+        num_layers=3,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=32,
+        original_length=128,
+    ),
+    "llama2_7b": dict(_SEVEN_B, vocab_size=32000, intermediate_size=11008, num_kv_heads=32, original_length=4096),
+    "llama3_8b": dict(
+        _SEVEN_B,
+        vocab_size=128256,
+        intermediate_size=14336,
+        num_kv_heads=8,
+        original_length=8192,
+        rope_theta=500000.0,
+    ),
+    # v0.1 without its 4k sliding window: LongRoPE extends full attention.
+    "mistral_7b": dict(_SEVEN_B, vocab_size=32000, intermediate_size=14336, num_kv_heads=8, original_length=8192),
+    "phi3_mini": dict(
+        vocab_size=32064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=96,
+        original_length=4096,
+    ),
+    "smollm2_135m": dict(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        original_length=8192,
+        rope_theta=100000.0,
+        tie_embeddings=True,
+    ),
+}

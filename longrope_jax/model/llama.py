@@ -1,0 +1,144 @@
+"""A functional LLaMA in Flax Linen: parameters and rope factors are arguments of `apply`, nothing is hidden.
+
+Architecture (arXiv 2302.13971): pre-norm blocks of grouped-query attention with rotary embedding and of SwiGLU. The
+layers are one `nn.scan`, their parameters stacked on a leading axis, so compile time does not grow with their number.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from longrope_jax.model.attention import attention
+from longrope_jax.model.config import LlamaConfig
+from longrope_jax.model.loss import project, token_nll
+from longrope_jax.rope import RopeFactors, apply_rotary, rotary_embedding
+
+
+class Llama(nn.Module):
+    """`logits = Llama(config).apply({"params": params}, tokens, factors)`.
+
+    Compiled once per shape: lam, n_hat, mscale, positions and segment ids are all traced. Factors may have a leading
+    batch axis, then each sequence has its own. Memory O(B T E) a layer with the blockwise attention; with
+    `config.remat` the backward pass keeps only what the policy says.
+    """
+
+    config: LlamaConfig
+
+    def setup(self):
+        """Declares embed, layers, final_norm and, unless tied, lm_head."""
+        config = self.config
+        self.embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=config.dtype, param_dtype=config.param_dtype)
+        block = Block
+        if config.remat != "none":
+            policy = getattr(jax.checkpoint_policies, config.remat)
+            block = nn.remat(Block, policy=policy, prevent_cse=False)  # scan already keeps the passes apart
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=config.num_layers,
+        )(config)
+        self.final_norm = _norm(config, "final_norm")
+        if not config.tie_embeddings:
+            shape = (config.hidden_size, config.vocab_size)
+            self.lm_head = self.param("lm_head", nn.initializers.lecun_normal(), shape, config.param_dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        factors: RopeFactors,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits in float32. Positions default to 0..T-1; tokens of different segments don't see each other."""
+        return project(self.hidden(tokens, factors, positions, segment_ids), self._head())
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        factors: RopeFactors,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T E"]:
+        """The normalised residual stream that the output head reads."""
+        if factors.lam.shape[-1] != self.config.head_dim // 2:
+            raise ValueError(
+                f"lam has {factors.lam.shape[-1]} factors; a head dimension of {self.config.head_dim} needs "
+                f"{self.config.head_dim // 2}"
+            )
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        rotation = rotary_embedding(positions, factors, self.config.rope_theta)
+        x, _ = self.layers(self.embed(tokens), rotation, positions, segment_ids)
+        return self.final_norm(x)
+
+    def token_nll(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        factors: RopeFactors,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T"]:
+        """-log p(targets) in nats, never holding [B, T, V] for long T. Use: `apply(..., method="token_nll")`."""
+        return token_nll(self.hidden(tokens, factors, positions, segment_ids), self._head(), targets)
+
+    def _head(self) -> Float[Array, "E V"]:
+        head = self.embed.embedding.T if self.config.tie_embeddings else self.lm_head
+        return head.astype(self.config.dtype)
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"], rotation, positions, segment_ids) -> tuple[Array, None]:
+        """Returns (x, nothing), the form that `nn.scan` wants."""
+        normed = _norm(self.config, "attention_norm")(x)
+        x = x + Attention(self.config, name="attention")(normed, rotation, positions, segment_ids)
+        return x + Mlp(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x)), None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embedding on queries and keys."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"], rotation, positions, segment_ids) -> Float[Array, "B T E"]:
+        """x -> what the block adds to the residual stream."""
+        config = self.config
+
+        def heads(name: str, number: int) -> Float[Array, "B T heads D"]:
+            return _projection(number * config.head_dim, config, name)(x).reshape(*x.shape[:2], number, -1)
+
+        query = apply_rotary(heads("query", config.num_heads), *rotation)
+        key = apply_rotary(heads("key", config.num_kv_heads), *rotation)
+        value = heads("value", config.num_kv_heads)
+        mixed = attention(query, key, value, positions, segment_ids, config.attention)
+        return _projection(config.hidden_size, config, "output")(mixed.reshape(*x.shape[:2], -1))
+
+
+class Mlp(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """x -> what the block adds to the residual stream."""
+        gate = _projection(self.config.intermediate_size, self.config, "gate")(x)
+        up = _projection(self.config.intermediate_size, self.config, "up")(x)
+        return _projection(self.config.hidden_size, self.config, "down")(nn.silu(gate) * up)
+
+
+def _projection(features: int, config: LlamaConfig, name: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+
+
+def _norm(config: LlamaConfig, name: str) -> nn.RMSNorm:
+    return nn.RMSNorm(config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
