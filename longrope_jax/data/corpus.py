@@ -1,0 +1,175 @@
+"""Documents: a TFDS builder for a folder of text files, and reading its splits without TensorFlow.
+
+The embedded corpus is one configuration of it: the source files of Python's own standard library, real text with long
+documents that is on every machine.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import sysconfig
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from etils import epath
+from jaxtyping import UInt16
+from tqdm import tqdm
+
+from longrope_jax.data.tokenizer import ByteTokenizer
+
+SPLITS = {"train": 0.7, "search": 0.1, "evaluation": 0.2}
+"""Share of the files in every split. Factors are searched on files that training never saw, and judged on others
+again.
+"""
+
+
+class Document(NamedTuple):
+    """A tokenized document: its path within the folder, its tokens (BOS first, EOS last) and its size in bytes."""
+
+    name: str
+    tokens: UInt16[np.ndarray, "tokens"]
+    size: int
+
+
+@dataclasses.dataclass(eq=False)
+class TextFolderConfig(tfds.core.BuilderConfig):
+    """Which files of which folder are documents.
+
+    Attributes:
+        folder: where they lie (any file system that etils knows).
+        suffix: ending that a file's name must have; "" takes every file.
+        excluded: names of directories that are passed over; hidden ones always are.
+    """
+
+    folder: str = ""
+    suffix: str = ""
+    excluded: tuple[str, ...] = ("__pycache__",)
+
+
+def stdlib_config() -> TextFolderConfig:
+    """The embedded corpus, about 600 files and 11 MB: the standard library of the running Python, without its tests."""
+    return TextFolderConfig(
+        name="stdlib",
+        description="source files of the Python standard library",
+        folder=sysconfig.get_path("stdlib"),
+        suffix=".py",
+        # `encodings` holds a hundred near copies of one table: they would stand in training and evaluation alike.
+        excluded=("__pycache__", "site-packages", "test", "tests", "idle_test", "encodings"),
+    )
+
+
+def folder_config(folder: str, suffix: str = "") -> TextFolderConfig:
+    """A user's folder. Its name in the data directory carries a digest of where the text came from."""
+    digest = hashlib.sha256(f"{folder}\n{suffix}".encode()).hexdigest()[:12]
+    return TextFolderConfig(
+        name=f"folder-{digest}", description=f"text files of {folder}", folder=folder, suffix=suffix
+    )
+
+
+class TextFolder(tfds.core.GeneratorBasedBuilder):
+    """Text files as documents, split by file. Build it with `file_format="array_record"` to stay free of TensorFlow.
+
+    Files are put in the order of a hash of their path and cut at `SPLITS`, so a split does not depend on file dates
+    or on what a file says, hardly on which other files there are, and is never empty. Who went where is kept in the
+    metadata.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({"path": tfds.features.Text(), "text": tfds.features.Text()})
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.builder_config.description,
+            features=features,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager):
+        texts = find_texts(self.builder_config)
+        splits = split_by_file(sorted(texts))
+        self.info.metadata["folder"] = self.builder_config.folder
+        self.info.metadata["files"] = splits
+        return {split: self._generate_examples(paths, texts) for split, paths in splits.items()}
+
+    def _generate_examples(self, paths, texts) -> Iterator[tuple[str, dict]]:
+        for path in tqdm(paths, desc="building data", unit="file", dynamic_ncols=True):
+            yield path, {"path": path, "text": texts[path].read_bytes()}
+
+
+def find_texts(config: TextFolderConfig) -> dict[str, epath.Path]:
+    """Path within the folder -> file, for every text file that the config means.
+
+    A file with a NUL byte in its first 8 KiB is binary and passed over.
+
+    Raises:
+        ValueError: the folder is missing, or holds less than one text file a split.
+    """
+    folder = epath.Path(config.folder)
+    if not folder.is_dir():
+        raise ValueError(f"data folder {config.folder!r} is not a directory")
+    texts, binary = {}, 0
+    for directory, subdirectories, names in folder.walk():
+        subdirectories[:] = [d for d in subdirectories if d not in config.excluded and not d.startswith(".")]
+        for name in names:
+            file = directory / name
+            if name.startswith(".") or not name.endswith(config.suffix):
+                continue
+            if not file.is_file() or file.stat().length == 0:  # a link to nowhere is no file
+                continue
+            with file.open("rb") as opened:
+                if b"\0" in opened.read(8192):
+                    binary += 1
+                else:
+                    # A name that is no UTF-8 could not be stored; its odd bytes are spelled out.
+                    texts[str(file.relative_to(folder)).encode(errors="backslashreplace").decode()] = file
+    if len(texts) < len(SPLITS):
+        also = f" and {binary} binary ones" if binary else ""
+        raise ValueError(
+            f"data folder {config.folder!r} holds {len(texts)} text files ending in {config.suffix!r}{also}; "
+            f"the splits {', '.join(SPLITS)} need one each at least"
+        )
+    if binary:
+        logging.warning("%s: %d binary files passed over", config.folder, binary)
+    return texts
+
+
+def split_by_file(paths: Sequence[str]) -> dict[str, list[str]]:
+    """Every path goes to one split; deterministic, and each split gets a file if there are enough."""
+    order = sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest())
+    held_out = {name: max(1, round(share * len(order))) for name, share in SPLITS.items() if name != "train"}
+    splits, start = {}, 0
+    for name, count in held_out.items():
+        splits[name] = order[start : start + count]
+        start += count
+    return {"train": order[start:], **splits}
+
+
+def build(config: TextFolderConfig, data_dir: epath.PathLike) -> TextFolder:
+    """Builds the dataset in `data_dir`, or finds it there already built (then the folder is not looked at again)."""
+    tfds.disable_progress_bar()  # ours tells more
+    with _quiet():
+        builder = TextFolder(config=config, data_dir=str(data_dir), file_format="array_record")
+    with contextlib.redirect_stdout(None):
+        builder.download_and_prepare()
+    return builder
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the warning that a config is not one of those listed in the builder: any folder may be one."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def documents(builder: tfds.core.DatasetBuilder, split: str, tokenizer: ByteTokenizer) -> list[Document]:
+    """The tokenized documents of a split, in memory (2 bytes a token)."""
+    source = builder.as_data_source(split)
+    return [Document(d["path"].decode(), tokenizer.encode(d["text"]), len(d["text"])) for d in source]

@@ -1,0 +1,1 @@
+"""What long work leaves in its work directory: checkpoints and metrics."""

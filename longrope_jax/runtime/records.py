@@ -1,0 +1,36 @@
+"""A file of records, one JSON object a line, which a restarted process can bring back to what its checkpoint knows."""
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from etils import epath
+
+Record = dict[str, Any]
+
+
+def append(path: epath.Path, records: Iterable[Record]) -> None:
+    """Adds records at the end of the file, which is made if need be."""
+    with path.open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+def read(path: epath.Path) -> list[Record]:
+    """All complete records; nothing if there is no file. A last line cut off by a kill is not one."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is incomplete, or empty
+
+
+def keep(path: epath.Path, wanted: Callable[[Record], bool]) -> None:
+    """Forgets the other records: those that were written after the checkpoint a process goes on from."""
+    if path.exists():
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in read(path) if wanted(record)))
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file so that after a kill it has either its old content or all of the new."""
+    partial = path.parent / f".{path.name}.partial"
+    partial.write_text(text)
+    partial.replace(path)

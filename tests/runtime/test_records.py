@@ -1,0 +1,86 @@
+import pytest
+from etils import epath
+
+from longrope_jax.runtime import records
+
+SOME = [
+    {"stage": "pretrain", "step": 1, "loss": 0.1 + 0.2},
+    {"stage": "pretrain", "step": 2, "loss": 1e-300, "nested": {"list": [1, 2.5, None, True, "x"]}},
+    {"stage": "search", "step": 1, "text": 'lines\nand "quotes", ünï 日本語\u2028end'},
+]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return epath.Path(tmp_path) / "some.jsonl"
+
+
+def cut_off(path, text='{"stage": "search", "st'):
+    with path.open("a") as file:
+        file.write(text)
+
+
+def test_no_file_is_no_records(path):
+    assert records.read(path) == []
+
+
+def test_records_come_back_as_they_were_in_order(path):
+    records.append(path, SOME)
+    assert records.read(path) == SOME
+
+
+def test_append_adds_at_the_end(path):
+    for record in SOME:
+        records.append(path, [record])
+    records.append(path, [])
+    assert records.read(path) == SOME
+
+
+def test_one_line_a_record(path):
+    records.append(path, iter(SOME))
+    assert path.read_text().count("\n") == len(SOME)
+    assert path.read_text().endswith("}\n")
+
+
+def test_keep_forgets_the_others(path):
+    records.append(path, SOME)
+    records.keep(path, lambda record: record["stage"] == "search" or record["step"] <= 1)
+    assert records.read(path) == [SOME[0], SOME[2]]
+
+
+def test_keep_may_forget_everything(path):
+    records.append(path, SOME)
+    records.keep(path, lambda record: False)
+    assert records.read(path) == []
+    records.append(path, SOME[:1])
+    assert records.read(path) == SOME[:1]
+
+
+def test_keep_without_a_file_makes_none(path):
+    records.keep(path, lambda record: True)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("text", ["{", '{"stage": "search", "st', '{"stage": "search", "step": 3}'])
+def test_a_last_line_cut_off_is_ignored(path, text):
+    records.append(path, SOME)
+    cut_off(path, text)
+    assert records.read(path) == SOME
+
+
+@pytest.mark.parametrize("text", ["{", '{"stage": "search", "st', '{"stage": "search", "step": 3}'])
+def test_keep_removes_a_last_line_cut_off_so_that_appending_works_again(path, text):
+    records.append(path, SOME[:2])
+    complete = path.read_text()
+    cut_off(path, text)
+    records.keep(path, lambda record: True)
+    assert path.read_text() == complete
+    records.append(path, SOME[2:])
+    assert records.read(path) == SOME
+
+
+def test_a_file_of_nothing_but_a_cut_off_line(path):
+    cut_off(path)
+    assert records.read(path) == []
+    records.keep(path, lambda record: True)
+    assert path.read_text() == ""
