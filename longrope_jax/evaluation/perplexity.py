@@ -1,0 +1,145 @@
+"""Perplexity by document, position and length: token-weighted, with intervals, and paired between methods.
+
+Everything starts from the negative log-likelihood of every single token, in nats: f32[N documents, T tokens]. Sums and
+counts are reduced from there apart, never means of means.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import scipy.stats
+from jaxtyping import Array, Float, Int
+
+from longrope_jax.model import Llama
+from longrope_jax.rope import RopeFactors
+
+_RESAMPLES = 4000
+
+
+@partial(jax.jit, static_argnames="model")
+def window_nll(model: Llama, params: dict, factors: RopeFactors, tokens: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
+    """NLL of every target of a window, in nats. One compilation a shape, whatever the factors."""
+    return model.apply({"params": params}, tokens[:, :-1], tokens[:, 1:], factors, method="token_nll")
+
+
+def token_nll(
+    model: Llama,
+    params: dict,
+    factors: RopeFactors,
+    tokens: Int[np.ndarray, "N T+1"],
+    window: int,
+    stride: int | None = None,
+    tokens_at_once: int = 8192,
+) -> Float[np.ndarray, "N T"]:
+    """NLL of all T targets of N documents, seen through windows of `window` tokens (LongRoPE sec. 4.1).
+
+    Every window begins `stride` tokens after the one before it and scores only the targets which that did not score, so
+    a target has between `window - stride` and `window` tokens of context. stride = window (the default) cuts the
+    documents into disjoint windows, and window = T is one window a document.
+
+    Args:
+        tokens_at_once: windows are evaluated in batches of about so many tokens; memory is O(tokens_at_once).
+
+    Time O(N T window / stride) in the matrices, O(N T window^2 / stride) in attention; one compilation for every shape
+    of a batch, so one a window length where there are enough windows to fill it.
+    """
+    documents, length = tokens.shape[0], tokens.shape[1] - 1
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window <= length:
+        raise ValueError(f"need 1 <= stride <= window <= length, not {stride}, {window}, {length}")
+    rows, scored = [], 0
+    for start in [*range(0, length - window, stride), length - window]:
+        rows += [(document, start, scored) for document in range(documents)]
+        scored = start + window
+
+    batch = max(1, min(tokens_at_once // window, len(rows)))
+    batches = [rows[first : first + batch] for first in range(0, len(rows), batch)]
+    outputs = []
+    for chosen in batches:  # all are dispatched before the first result is waited for
+        padded = chosen + [chosen[-1]] * (batch - len(chosen))  # a smaller last batch would compile anew
+        block = np.stack([tokens[document, start : start + window + 1] for document, start, _ in padded])
+        outputs.append(window_nll(model, params, factors, block))
+
+    result = np.full((documents, length), np.nan, np.float32)
+    for chosen, output in zip(batches, outputs, strict=True):
+        for (document, start, scored), nll in zip(chosen, np.asarray(output), strict=False):
+            result[document, scored : start + window] = nll[scored - start :]
+    return np.where(np.isnan(result), np.inf, result)  # a model that answers nan has not predicted the token
+
+
+class DocumentNll(NamedTuple):
+    """The NLL of N documents, summed: nats, and how many tokens they are the sum of. Documents are the independent
+    unit.
+    """
+
+    sums: Float[np.ndarray, "N"]
+    counts: Int[np.ndarray, "N"]
+
+
+def by_document(nll: Float[np.ndarray, "N T"]) -> DocumentNll:
+    """Sums and counts of the scored tokens; nan marks a token that was not scored, such as padding."""
+    return DocumentNll(np.nansum(nll, axis=1, dtype=np.float64), (~np.isnan(nll)).sum(1))
+
+
+def by_position(nll: Float[np.ndarray, "N T"], buckets: int) -> Float[np.ndarray, "buckets"]:
+    """Mean NLL along the documents, in (nearly) equal buckets of positions; nats per token."""
+    parts = np.array_split(np.asarray(nll, np.float64), buckets, axis=1)
+    return np.array([np.nanmean(part) for part in parts])
+
+
+class Perplexity(NamedTuple):
+    """A token-weighted perplexity: exp of the mean NLL (nats per token), and its 95 % interval."""
+
+    ppl: float
+    nll: float
+    ci95: tuple[float, float]
+
+
+def perplexity(nll: DocumentNll, seed: int = 0) -> Perplexity:
+    """Of N documents; the interval is a percentile bootstrap over documents."""
+    mean = nll.sums.sum() / nll.counts.sum()
+    low, high = _interval(nll, seed)
+    return Perplexity(float(np.exp(mean)), float(mean), (float(np.exp(low)), float(np.exp(high))))
+
+
+class Comparison(NamedTuple):
+    """How two methods, a and b, differ on the same documents.
+
+    Attributes:
+        difference: mean NLL of a minus that of b, nats per token; negative where a is better.
+        ci95: its 95 % interval, paired by document.
+        improvement: 1 - ppl_a / ppl_b.
+        documents_better: share of the documents on which a has the lower NLL.
+    """
+
+    difference: float
+    ci95: tuple[float, float]
+    improvement: float
+    documents_better: float
+
+
+def compare(a: DocumentNll, b: DocumentNll, seed: int = 0) -> Comparison:
+    """Paired comparison of two methods that scored the same tokens; bootstrap over documents."""
+    if not np.array_equal(a.counts, b.counts):
+        raise ValueError("a paired comparison needs the same tokens scored on both sides")
+    paired = DocumentNll(np.subtract(a.sums, b.sums), np.asarray(a.counts))
+    mean = paired.sums.sum() / paired.counts.sum()
+    return Comparison(float(mean), _interval(paired, seed), float(1 - np.exp(mean)), float(np.mean(paired.sums < 0)))
+
+
+def _interval(nll: DocumentNll, seed: int) -> tuple[float, float]:
+    """95 % interval of the token-weighted mean over resampled documents; a single document has none."""
+    if len(nll.sums) < 2:
+        return (float("nan"), float("nan"))
+    interval = scipy.stats.bootstrap(
+        nll,
+        lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return (float(interval.low), float(interval.high))

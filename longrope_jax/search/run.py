@@ -1,0 +1,134 @@
+"""A search as a stage of an experiment: checkpoints, a progress bar, search.jsonl, and factors in a file at the end."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from longrope_jax.data.corpus import Document
+from longrope_jax.data.windows import fixed_windows
+from longrope_jax.model import Llama
+from longrope_jax.rope import RopeFactors
+from longrope_jax.runtime import records
+from longrope_jax.runtime.checkpoints import Checkpoints
+from longrope_jax.search.evolution import EvolutionSettings, SearchState, describe, search
+from longrope_jax.search.objective import perplexity_objective
+from longrope_jax.search.space import paper_seeds, paper_space
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What is searched for, on what, and how.
+
+    Attributes:
+        target_length: L', tokens.
+        documents: how many windows of the target length a candidate is scored on, from different documents.
+        seed: of the windows and of the search.
+        upper_bound: largest lam in units of the scale L'/L (1.25 in table 4).
+        step: of lam (0.01 in table 4).
+        candidates_at_once: how many candidates are a batch axis of the model: 1 is best on a CPU, more on an
+            accelerator that one candidate does not fill.
+        documents_at_once: how many documents of one candidate are evaluated together.
+        evolution: the numbers of Algorithm 1.
+    """
+
+    target_length: int
+    documents: int = 5
+    seed: int = 0
+    upper_bound: float = 1.25
+    step: float = 0.01
+    candidates_at_once: int = 1
+    documents_at_once: int = 1
+    evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
+
+    def __post_init__(self):
+        for name in ("target_length", "documents", "candidates_at_once", "documents_at_once"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
+        paper_space(2.0, 1, self.upper_bound, self.step)  # refuses bounds and steps that make no sense
+
+
+class SearchResult(NamedTuple):
+    """What a search found and what it took.
+
+    Attributes:
+        factors: the best candidate.
+        best_nll: its score on the search documents, nats per token.
+        curve: best score so far by number of evaluations.
+        seeds: score of every seed.
+        seconds: wall time, all processes that worked on it together; objective_seconds is the part spent scoring.
+    """
+
+    factors: RopeFactors
+    best_nll: float
+    curve: list[float]
+    seeds: dict[str, float]
+    seconds: float
+    objective_seconds: float
+
+
+def run_search(
+    model: Llama,
+    params: dict,
+    settings: SearchSettings,
+    documents: Sequence[Document],
+    workdir: epath.Path,
+    stage: str,
+) -> SearchResult:
+    """Algorithm 1 on the model's own perplexity; goes on from `workdir/checkpoints/<stage>` if there is something.
+
+    The state is saved after every iteration, and every candidate is a line of `workdir/search.jsonl` with its parents,
+    operator, genes and score.
+    """
+    config = model.config
+    scale = settings.target_length / config.original_length
+    space = paper_space(scale, config.original_length, settings.upper_bound, settings.step)
+    seeds = paper_seeds(config.head_dim, scale, config.rope_theta, config.original_length)
+    windows = fixed_windows(documents, settings.target_length, settings.documents, settings.seed)
+    log = workdir / "search.jsonl"
+
+    with Checkpoints(workdir / "checkpoints" / stage) as checkpoints:
+        state, spent = None, {"seconds": 0.0, "objective_seconds": 0.0}
+        if checkpoints.latest() is not None:
+            arrays, spent = checkpoints.restore(checkpoints.latest())
+            state = SearchState(**arrays)
+        known = 0 if state is None else len(state.nll)
+        records.keep(log, lambda record: record["stage"] != stage or record["candidate"] < known)
+        bar = tqdm(
+            total=settings.evolution.evaluations, initial=known, desc=stage, unit="candidate", dynamic_ncols=True
+        )
+        objective = perplexity_objective(
+            model, params, windows.tokens, settings.candidates_at_once, settings.documents_at_once, bar.update
+        )
+        clock = time.monotonic()
+
+        def score(population):
+            began = time.monotonic()
+            nll = objective(population)
+            spent["objective_seconds"] += time.monotonic() - began
+            return nll
+
+        def save(state):
+            nonlocal clock, known
+            now = time.monotonic()
+            spent["seconds"], clock = spent["seconds"] + now - clock, now
+            checkpoints.save(int(state.iteration[-1]), state.__dict__, spent)
+            records.append(log, ({"stage": stage, **record} for record in describe(state, list(seeds), known)))
+            known = len(state.nll)
+            bar.set_postfix(best_perplexity=f"{np.exp(state.nll.min()):.3f}")
+
+        state = search(jax.random.key(settings.seed), seeds, space, settings.evolution, score, state, save)
+        bar.close()
+
+    return SearchResult(
+        state.best(),
+        float(state.nll.min()),
+        np.minimum.accumulate(state.nll).tolist(),
+        {name: float(nll) for name, nll in zip(seeds, state.nll, strict=False)},
+        **spent,
+    )

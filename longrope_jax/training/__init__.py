@@ -1,0 +1,1 @@
+"""Training: one step as a pure function, and the loop around it."""

@@ -1,0 +1,217 @@
+import dataclasses
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from longrope_jax.evaluation.run import EvaluationSettings
+from longrope_jax.model import LlamaConfig
+from longrope_jax.search.evolution import EvolutionSettings
+from longrope_jax.search.run import SearchSettings
+from longrope_jax.settings import parse, section
+from longrope_jax.training.loop import PretrainSettings
+from longrope_jax.training.step import OptimizerSettings
+
+SETTINGS = {
+    "model": LlamaConfig.preset("tiny"),
+    "changed model": LlamaConfig.preset(
+        "smollm2_135m", dtype="bfloat16", attention="dense", remat="nothing_saveable", norm_eps=1e-6
+    ),
+    "pretrain": PretrainSettings(steps=5, batch=2),
+    "changed pretrain": PretrainSettings(
+        steps=5, batch=2, seed=7, optimizer=OptimizerSettings(learning_rate=1e-4, warmup_steps=0, beta2=0.5)
+    ),
+    "search": SearchSettings(target_length=1024),
+    "changed search": SearchSettings(
+        target_length=64, step=0.5, upper_bound=2.0, evolution=EvolutionSettings(iterations=3)
+    ),
+    "evaluate": EvaluationSettings(lengths=(64, 128)),
+    "changed evaluate": EvaluationSettings(lengths=(8,), stride=3, methods=("yarn", "unscaled")),
+}
+
+
+def changed(settings, **fields):
+    """The section of some settings with some fields as a config might have them; "a__b" is the field b of a."""
+    content = dataclasses.asdict(settings)
+    for name, value in fields.items():
+        *outer, name = name.split("__")
+        inner = content
+        for key in outer:
+            inner = inner[key]
+        inner[name] = value
+    return ConfigDict(content)
+
+
+def refuses(cls, config, name, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        parse(cls, config, name)
+
+
+PRETRAIN, EVALUATE = SETTINGS["pretrain"], SETTINGS["evaluate"]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_settings_come_back_from_their_section(settings):
+    parsed = parse(type(settings), section(settings), "some")
+    assert parsed == settings
+    assert repr(parsed) == repr(settings)  # 1 == 1.0 == True, but not here
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_section_has_every_field_and_can_be_changed_in_place(settings):
+    config = section(settings)
+    assert list(config) == sorted(field.name for field in dataclasses.fields(settings))
+    for name in ("seed", "head_dim"):
+        if name in config:
+            config[name] = 14
+            assert parse(type(settings), config, "some") == dataclasses.replace(settings, **{name: 14})
+
+
+def test_nested_fields_can_be_changed_in_place():
+    config = section(PRETRAIN)
+    config.optimizer.learning_rate = 0.25
+    assert parse(PretrainSettings, config, "pretrain").optimizer == OptimizerSettings(learning_rate=0.25)
+
+
+def test_fields_with_defaults_may_be_left_out():
+    assert parse(PretrainSettings, ConfigDict({"steps": 5, "batch": 2}), "pretrain") == PRETRAIN
+    config = ConfigDict({"steps": 5, "batch": 2, "optimizer": {"beta1": 0.5}})
+    assert parse(PretrainSettings, config, "pretrain").optimizer == OptimizerSettings(beta1=0.5)
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"step": 3}, "config.pretrain.step is not a field of PretrainSettings; did you mean steps?"),
+        (
+            {"check_every": 3},
+            "config.pretrain.check_every is not a field of PretrainSettings; did you mean checkpoint_",
+        ),
+        (
+            {"optimizer__learning_rte": 0.1},
+            "config.pretrain.optimizer.learning_rte is not a field of OptimizerSettings; did you mean learning_rate?",
+        ),
+    ],
+)
+def test_an_unknown_field_names_the_closest(fields, message):
+    refuses(PretrainSettings, changed(PRETRAIN, **fields), "pretrain", message)
+
+
+def test_an_unknown_field_that_is_close_to_none_names_all():
+    refuses(
+        PretrainSettings,
+        changed(PRETRAIN, xyz=1),
+        "pretrain",
+        "config.pretrain.xyz is not a field of PretrainSettings; "
+        "known are steps, batch, seed, checkpoint_every, log_every, optimizer",
+    )
+
+
+@pytest.mark.parametrize("missing", ["steps", "batch"])
+def test_a_missing_field_is_named(missing):
+    config = section(PRETRAIN)
+    del config[missing]
+    refuses(PretrainSettings, config, "pretrain", f"config.pretrain.{missing} is missing")
+
+
+# --- types ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": "5"}, "config.pretrain.steps = '5' must be int"),
+        ({"steps": True}, "config.pretrain.steps = True must be int"),
+        ({"steps": 5.0}, "config.pretrain.steps = 5.0 must be int"),
+        ({"steps": None}, "config.pretrain.steps = None must be int"),
+        ({"optimizer__warmup_steps": "1"}, "config.pretrain.optimizer.warmup_steps = '1' must be int"),
+        ({"optimizer__learning_rate": "0.1"}, "config.pretrain.optimizer.learning_rate = '0.1' must be float"),
+        ({"optimizer__learning_rate": True}, "config.pretrain.optimizer.learning_rate = True must be float"),
+        ({"optimizer__learning_rate": None}, "config.pretrain.optimizer.learning_rate = None must be float"),
+        ({"optimizer": 3}, "config.pretrain.optimizer = 3 must be a section with the fields of OptimizerSettings"),
+        ({"optimizer": None}, "config.pretrain.optimizer = None must be a section with the fields of OptimizerS"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_in_full(fields, message):
+    refuses(PretrainSettings, changed(PRETRAIN, **fields), "pretrain", message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lengths": 128}, "config.evaluate.lengths = 128 must be tuple"),
+        ({"methods": "yarn"}, "config.evaluate.methods = 'yarn' must be tuple"),
+        ({"lengths": (64, "128")}, "config.evaluate.lengths[1] = '128' must be int"),
+        ({"lengths": (True, 128)}, "config.evaluate.lengths[0] = True must be int"),
+        ({"methods": ("yarn", 3)}, "config.evaluate.methods[1] = 3 must be str"),
+    ],
+)
+def test_tuples_are_checked_item_by_item(fields, message):
+    refuses(EvaluationSettings, changed(EVALUATE, **fields), "evaluate", message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dtype": 32}, "config.model.dtype = 32 must be str"),
+        ({"tie_embeddings": 1}, "config.model.tie_embeddings = 1 must be bool"),
+        ({"tie_embeddings": "no"}, "config.model.tie_embeddings = 'no' must be bool"),
+    ],
+)
+def test_strings_and_booleans_are_checked(fields, message):
+    refuses(LlamaConfig, changed(SETTINGS["model"], **fields), "model", message)
+
+
+@pytest.mark.parametrize("value", [None, 3, "section", {"steps": 5, "batch": 2}])
+def test_a_section_must_be_a_section(value):
+    message = f"config.pretrain = {value!r} must be a section with the fields of PretrainSettings"
+    refuses(PretrainSettings, value, "pretrain", message)
+
+
+def test_an_int_will_do_for_a_float_and_becomes_one():
+    parsed = parse(PretrainSettings, changed(PRETRAIN, optimizer__clip_norm=2), "pretrain")
+    assert (parsed.optimizer.clip_norm, type(parsed.optimizer.clip_norm)) == (2.0, float)
+
+
+def test_a_list_will_do_for_a_tuple_and_becomes_one():
+    parsed = parse(EvaluationSettings, changed(EVALUATE, lengths=[8, 16], methods=[]), "evaluate")
+    assert (parsed.lengths, parsed.methods) == ((8, 16), ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    limit: int | None = None
+
+
+@pytest.mark.parametrize("value", [3, None])
+def test_one_of_several_types_is_enough(value):
+    assert parse(Optional, ConfigDict({"limit": value}), "some") == Optional(value)
+
+
+@pytest.mark.parametrize("value", ["3", True, 3.0])
+def test_none_of_several_types_names_them_all(value):
+    refuses(Optional, ConfigDict({"limit": value}), "some", f"config.some.limit = {value!r} must be int or None")
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "fields", "message"),
+    [
+        ("model", {"head_dim": 7}, "config.model: head_dim = 7 must be even"),
+        ("model", {"attention": "sparse"}, "config.model: attention = 'sparse' must be one of dense, blockwise"),
+        ("pretrain", {"steps": 0}, "config.pretrain: steps = 0 must be positive"),
+        ("pretrain", {"optimizer__beta1": 1.0}, "config.pretrain.optimizer: beta1 = 1.0 must lie in [0, 1)"),
+        ("search", {"upper_bound": 0.1}, "config.search: need 1 <= low < high"),
+        ("search", {"evolution__parents": 0}, "config.search.evolution: parents = 0 must be positive"),
+        ("evaluate", {"lengths": (8, 8)}, "config.evaluate: lengths = (8, 8) must be different"),
+        ("evaluate", {"methods": ("magic",)}, "config.evaluate: unknown methods ['magic']"),
+    ],
+)
+def test_values_that_settings_refuse_name_the_section(key, fields, message):
+    settings = SETTINGS[key]
+    refuses(type(settings), changed(settings, **fields), key, message)
