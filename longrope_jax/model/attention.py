@@ -160,12 +160,19 @@ def _visible(block: int, where: tuple) -> Array:
     """
     query_positions, key_positions, segment_ids = where
     in_blocks = lambda x: x.reshape(x.shape[0], -1, block)  # noqa: E731
-    latest, earliest = in_blocks(query_positions).max(-1), in_blocks(key_positions).min(-1)
-    visible = latest[:, :, None] >= earliest[:, None, :]
+    ranges = [in_blocks(query_positions).max(-1), in_blocks(key_positions).min(-1)]
     if segment_ids is not None:
-        low, high = in_blocks(segment_ids).min(-1), in_blocks(segment_ids).max(-1)
-        visible &= (high[:, :, None] >= low[:, None, :]) & (low[:, :, None] <= high[:, None, :])
-    return visible.any(0)
+        ranges += [in_blocks(segment_ids).min(-1), in_blocks(segment_ids).max(-1)]
+
+    def in_sequence(latest, earliest, low=None, high=None):
+        visible = latest[:, None] >= earliest
+        if low is not None:
+            visible &= (high[:, None] >= low) & (low[:, None] <= high)
+        return visible
+
+    # One sequence after the other: a table of all would be B times as large.
+    nothing = jnp.zeros((ranges[0].shape[1], ranges[1].shape[1]), bool)
+    return jax.lax.scan(lambda seen, row: (seen | in_sequence(*row), None), nothing, ranges)[0]
 
 
 def _key_blocks(block, where):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from longrope_jax.model.attention import BACKENDS
 
-FLOAT_TYPES = ("float32", "bfloat16", "float16")
+FLOAT_TYPES = ("float32", "bfloat16")
 REMAT_POLICIES = (
     "none",
     "nothing_saveable",

@@ -28,7 +28,10 @@ class Llama(nn.Module):
     def setup(self):
         """Declares embed, layers, final_norm and, unless tied, lm_head."""
         config = self.config
-        self.embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=config.dtype, param_dtype=config.param_dtype)
+        # Looked up in param_dtype and cast afterwards: a frequent token's gradient is a sum over all its places, which
+        # bfloat16 could not hold.
+        types = dict(dtype=config.param_dtype, param_dtype=config.param_dtype)
+        self.embed = nn.Embed(config.vocab_size, config.hidden_size, **types)
         block = Block
         if config.remat != "none":
             policy = getattr(jax.checkpoint_policies, config.remat)
@@ -71,7 +74,7 @@ class Llama(nn.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         rotation = rotary_embedding(positions, factors, self.config.rope_theta)
-        x, _ = self.layers(self.embed(tokens), rotation, positions, segment_ids)
+        x, _ = self.layers(self.embed(tokens).astype(self.config.dtype), rotation, positions, segment_ids)
         return self.final_norm(x)
 
     def token_nll(
@@ -86,8 +89,7 @@ class Llama(nn.Module):
         return token_nll(self.hidden(tokens, factors, positions, segment_ids), self._head(), targets)
 
     def _head(self) -> Float[Array, "E V"]:
-        head = self.embed.embedding.T if self.config.tie_embeddings else self.lm_head
-        return head.astype(self.config.dtype)
+        return self.embed.embedding.T if self.config.tie_embeddings else self.lm_head
 
 
 class Block(nn.Module):

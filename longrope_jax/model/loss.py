@@ -36,5 +36,8 @@ def _nll(hidden: Array, head: Array, targets: Array) -> Array:
 
 
 def project(hidden: Float[Array, "B T E"], head: Float[Array, "E V"]) -> Float[Array, "B T V"]:
-    """Logits in float32, whatever the operands' type."""
-    return jnp.einsum("bte,ev->btv", hidden, head, preferred_element_type=jnp.float32)
+    """Logits in float32; the product is in the type of `hidden`.
+
+    The head is cast here, inside a chunk of the loss, so that its gradient is summed over the chunks in its own type.
+    """
+    return jnp.einsum("bte,ev->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)

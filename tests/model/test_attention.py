@@ -205,7 +205,7 @@ def compile_gradient(backend, length):
 def test_blockwise_memory_is_linear_in_length_forward_and_backward():
     short, long = 16_384, 32_768
     programs = {length: compile_gradient(blockwise, length) for length in (short, long)}
-    assert hlo.temporary_bytes(programs[long]) <= 2.05 * hlo.temporary_bytes(programs[short])
+    assert hlo.temporary_bytes(programs[long]) <= 2.0 * hlo.temporary_bytes(programs[short])
     for length, program in programs.items():
         assert hlo.largest_array(program) < length**2 // 100
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import reference
 
-from longrope_jax.model import loss
+from longrope_jax import rope
+from longrope_jax.model import Llama, LlamaConfig, loss
 from longrope_jax.model.loss import project, token_nll
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 2, 13, 8, 11
@@ -90,3 +91,25 @@ def test_the_logits_of_a_long_sequence_are_never_held_at_once():
 def test_unchunked_logits_are_held_at_once_so_that_the_check_above_means_something():
     program, all_logits = compile_nll(2**15, lambda hidden, head, targets: project(hidden, head))
     assert hlo.largest_array(program, "f32") >= all_logits
+
+
+def test_a_bfloat16_models_gradients_of_embedding_and_head_are_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 19)  # 512 chunks of 4 positions
+    sizes = dict(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8)
+    tokens = jax.random.randint(jax.random.key(0), (1, 2049), 0, 19)
+    tokens = tokens.at[:, ::2].set(3)  # half of all places, where small terms would be lost against the sum
+
+    def gradients(dtype):
+        model = Llama(LlamaConfig(vocab_size=19, original_length=2048, dtype=dtype, **sizes))
+        params = model.init(jax.random.key(1), tokens[:, :8], rope.unscaled(8))["params"]
+
+        def total(params):
+            factors = rope.unscaled(8)
+            nll = model.apply({"params": params}, tokens[:, :-1], tokens[:, 1:], factors, method="token_nll")
+            return nll.sum()
+
+        found = jax.grad(total)(params)
+        return found["embed"]["embedding"][3], found["lm_head"][:, 3]
+
+    for exact, rounded in zip(gradients("float32"), gradients("bfloat16"), strict=True):
+        assert jnp.linalg.norm(rounded - exact) < 0.05 * jnp.linalg.norm(exact)
