@@ -57,7 +57,7 @@ def stdlib_config() -> TextFolderConfig:
         folder=sysconfig.get_path("stdlib"),
         suffix=".py",
         # `encodings` holds a hundred near copies of one table: they would stand in training and evaluation alike.
-        excluded=("__pycache__", "site-packages", "test", "tests", "idle_test", "encodings"),
+        excluded=("__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"),
     )
 
 

@@ -18,7 +18,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory.absolute(),
             item_names=("arrays", "record"),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 
     def __enter__(self) -> "Checkpoints":

@@ -1,6 +1,7 @@
 """A file of records, one JSON object a line, which a restarted process can bring back to what its checkpoint knows."""
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ Record = dict[str, Any]
 def append(path: epath.Path, records: Iterable[Record]) -> None:
     """Adds records at the end of the file, which is made if need be."""
     with path.open("a") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.write("".join(to_json(record) + "\n" for record in records))
 
 
 def read(path: epath.Path) -> list[Record]:
@@ -26,7 +27,21 @@ def read(path: epath.Path) -> list[Record]:
 def keep(path: epath.Path, wanted: Callable[[Record], bool]) -> None:
     """Forgets the other records: those that were written after the checkpoint a process goes on from."""
     if path.exists():
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in read(path) if wanted(record)))
+        write_whole(path, "".join(to_json(record) + "\n" for record in read(path) if wanted(record)))
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON that every reader accepts: it has no infinity and no nan, null says that there is no number."""
+    return json.dumps(finite(content), indent=indent, allow_nan=False)
+
+
+def finite(content: Any) -> Any:
+    """The same content with None for numbers that are infinite or nan."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_whole(path: epath.Path, text: str) -> None:
