@@ -206,7 +206,6 @@ def test_none_of_several_types_names_them_all(value):
         ("model", {"attention": "sparse"}, "config.model: attention = 'sparse' must be one of dense, blockwise"),
         ("pretrain", {"steps": 0}, "config.pretrain: steps = 0 must be positive"),
         ("pretrain", {"optimizer__beta1": 1.0}, "config.pretrain.optimizer: beta1 = 1.0 must lie in [0, 1)"),
-        ("search", {"upper_bound": 0.1}, "config.search: need 1 <= low < high"),
         ("search", {"evolution__parents": 0}, "config.search.evolution: parents = 0 must be positive"),
         ("evaluate", {"lengths": (8, 8)}, "config.evaluate: lengths = (8, 8) must be different"),
         ("evaluate", {"methods": ("magic",)}, "config.evaluate: unknown methods ['magic']"),

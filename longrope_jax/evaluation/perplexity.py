@@ -4,6 +4,7 @@ Everything starts from the negative log-likelihood of every single token, in nat
 counts are reduced from there apart, never means of means.
 """
 
+from collections import deque
 from functools import partial
 from typing import NamedTuple
 
@@ -36,8 +37,8 @@ def token_nll(
     """NLL of all T targets of N documents, seen through windows of `window` tokens (LongRoPE sec. 4.1).
 
     Every window begins `stride` tokens after the one before it and scores only the targets which that did not score, so
-    a target has between `window - stride` and `window` tokens of context. stride = window (the default) cuts the
-    documents into disjoint windows, and window = T is one window a document.
+    beyond the first window a target has between `window - stride` and `window` tokens of context. stride = window (the
+    default) cuts the documents into disjoint windows, and window = T is one window a document.
 
     Args:
         tokens_at_once: windows are evaluated in batches of about so many tokens; memory is O(tokens_at_once).
@@ -56,16 +57,21 @@ def token_nll(
 
     batch = max(1, min(tokens_at_once // window, len(rows)))
     batches = [rows[first : first + batch] for first in range(0, len(rows), batch)]
-    outputs = []
-    for chosen in batches:  # all are dispatched before the first result is waited for
-        padded = chosen + [chosen[-1]] * (batch - len(chosen))  # a smaller last batch would compile anew
-        block = np.stack([tokens[document, start : start + window + 1] for document, start, _ in padded])
-        outputs.append(window_nll(model, params, factors, block))
-
     result = np.full((documents, length), np.nan, np.float32)
-    for chosen, output in zip(batches, outputs, strict=True):
+
+    def collect(chosen, output):
         for (document, start, scored), nll in zip(chosen, np.asarray(output), strict=False):
             result[document, scored : start + window] = nll[scored - start :]
+
+    running = deque()
+    for chosen in batches:
+        padded = chosen + [chosen[-1]] * (batch - len(chosen))  # a smaller last batch would compile anew
+        block = np.stack([tokens[document, start : start + window + 1] for document, start, _ in padded])
+        running.append((chosen, window_nll(model, params, factors, block)))
+        if len(running) > 2:  # the device is kept busy, and no more than that is kept in memory
+            collect(*running.popleft())
+    for finished in running:
+        collect(*finished)
     return np.where(np.isnan(result), np.inf, result)  # a model that answers nan has not predicted the token
 
 

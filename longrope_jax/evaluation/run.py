@@ -1,5 +1,6 @@
 """The evaluation stage: every method at every length on the same documents."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,9 @@ class EvaluationSettings:
 
     Attributes:
         lengths: window lengths, tokens; the longest is the length of the documents and the methods' target.
-        documents: how many windows of the longest length, from different documents.
-        stride: of the sliding window, tokens; 0 for disjoint windows. A window shorter than the stride is disjoint.
+        documents: how many windows of the longest length, from different documents as far as there are enough.
+        stride: of the sliding window beyond the original length, tokens; 0 for disjoint windows. Up to the original
+            length windows are always disjoint, as the control is.
         methods: besides the searched factors.
         seed: of the documents.
         tokens_at_once: how many tokens one forward pass takes.
@@ -99,7 +101,8 @@ def run_evaluation(
         if (length, method) in done:
             continue
         chosen = factors if method == SEARCHED else METHODS[method](config, scale, length)
-        stride = min(settings.stride or length, length)
+        stride = length if length <= config.original_length else min(settings.stride or length, length)
+        began = time.monotonic()
         nll = token_nll(model, params, chosen, windows.tokens, length, stride, settings.tokens_at_once)
         sums, counts = by_document(nll)
         record = {
@@ -109,6 +112,7 @@ def run_evaluation(
             "documents": windows.names,
             "nll_sums": sums.tolist(),
             "counts": counts.tolist(),
+            "seconds": time.monotonic() - began,
             "nll_by_position": by_position(nll, min(POSITION_BUCKETS, target)).tolist(),
             "factors": {
                 "lam": np.asarray(chosen.lam).tolist(),

@@ -32,7 +32,7 @@ class EvolutionSettings:
     """Algorithm 1's numbers; the defaults are the paper's up to 512k tokens (sec. 4.1).
 
     Attributes:
-        population: P, candidates in population 0, the seeds included.
+        population: P, candidates in population 0, the three seeds included.
         mutations, crossovers: N1 and N2, new candidates an iteration.
         parents: k, the best candidates so far, of which children are made.
         iterations: T.
@@ -47,11 +47,13 @@ class EvolutionSettings:
     parents: int = 32
     iterations: int = 40
     mutation_probability: float = 0.3
-    reach: int = 2
+    reach: int = 1
     crossover_probability: float = 0.3
 
     def __post_init__(self):
-        for name in ("population", "parents", "reach"):
+        if self.population < 3:
+            raise ValueError(f"population = {self.population} must be at least 3, the seeds")
+        for name in ("parents", "reach"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
         for name in ("mutations", "crossovers", "iterations"):
@@ -106,7 +108,9 @@ def start(
     lam, n_hat = (np.stack(leaves) for leaves in zip(*genes, strict=True))
     count = len(genes)
     none = SearchState(lam, n_hat, np.zeros(count), np.full((count, 2), -1), np.zeros(count, int), np.zeros(count, int))
-    mutants = _mutations(key, none, np.arange(count), max(settings.population - count, 0), space, settings)
+    mutants = _mutations(
+        jax.random.fold_in(key, 0), none, np.arange(count), max(settings.population - count, 0), space, settings
+    )
     children = jax.tree.map(lambda *rows: np.concatenate(rows), none, mutants)
     return children.replace(nll=_scored(children, score))
 
@@ -167,7 +171,7 @@ def describe(state: SearchState, seed_names: list[str], first: int = 0) -> list[
             **({"seed": seed_names[row]} if state.operator[row] == 0 else {}),
             "nll": float(state.nll[row]),
             "n_hat": int(state.n_hat[row]),
-            "lam": [round(float(value), 6) for value in state.lam[row]],
+            "lam": state.lam[row].tolist(),
         }
         for row in range(first, len(state.nll))
     ]

@@ -54,7 +54,7 @@ def crossover(key: PRNGKeyArray, better: Genes, other: Genes, probability: float
 
 def _draw_on_grid(uniform, low, high, step):
     """A multiple of step in [low, high] from a uniform number in [0, 1); low where there is none."""
-    tolerance = 1e-3  # of a step: bounds are float32 multiples of it themselves
+    tolerance = 0.05  # of a step: bounds are float32 multiples of it themselves, coarse at a large lam
     first, last = jnp.ceil(low / step - tolerance), jnp.floor(high / step + tolerance)
-    index = first + jnp.floor(uniform * jnp.maximum(last - first + 1, 1))
-    return jnp.clip(index * step, low, high)
+    drawn = (first + jnp.floor(uniform * (last - first + 1))) * step
+    return jnp.where(first <= last, jnp.clip(drawn, low, high), low)

@@ -18,7 +18,7 @@ from longrope_jax.runtime import records
 from longrope_jax.runtime.checkpoints import Checkpoints
 from longrope_jax.search.evolution import EvolutionSettings, SearchState, describe, search
 from longrope_jax.search.objective import perplexity_objective
-from longrope_jax.search.space import paper_seeds, paper_space
+from longrope_jax.search.space import N_HAT, SearchSpace, paper_seeds, paper_space
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,13 @@ class SearchSettings:
 
     Attributes:
         target_length: L', tokens.
-        documents: how many windows of the target length a candidate is scored on, from different documents.
+        documents: how many windows of the target length a candidate is scored on, from different documents as far as
+            there are enough.
         seed: of the windows and of the search.
+        lower_bound: smallest lam (1.0 in table 4).
         upper_bound: largest lam in units of the scale L'/L (1.25 in table 4).
         step: of lam (0.01 in table 4).
+        n_hat: numbers of start tokens to choose from; those above the original length are left out.
         candidates_at_once: how many candidates are a batch axis of the model: 1 is best on a CPU, more on an
             accelerator that one candidate does not fill.
         documents_at_once: how many documents of one candidate are evaluated together.
@@ -40,8 +43,10 @@ class SearchSettings:
     target_length: int
     documents: int = 5
     seed: int = 0
+    lower_bound: float = 1.0
     upper_bound: float = 1.25
     step: float = 0.01
+    n_hat: tuple[int, ...] = N_HAT
     candidates_at_once: int = 1
     documents_at_once: int = 1
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
@@ -50,7 +55,11 @@ class SearchSettings:
         for name in ("target_length", "documents", "candidates_at_once", "documents_at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
-        paper_space(2.0, 1, self.upper_bound, self.step)  # refuses bounds and steps that make no sense
+
+    def space(self, original_length: int) -> SearchSpace:
+        """All candidates for a model of this original length; raises ValueError where there are none."""
+        scale = self.target_length / original_length
+        return paper_space(scale, original_length, self.lower_bound, self.upper_bound, self.step, self.n_hat)
 
 
 class SearchResult(NamedTuple):
@@ -61,6 +70,7 @@ class SearchResult(NamedTuple):
         best_nll: its score on the search documents, nats per token.
         curve: best score so far by number of evaluations.
         seeds: score of every seed.
+        documents: names of the documents that candidates were scored on.
         seconds: wall time, all processes that worked on it together; objective_seconds is the part spent scoring.
     """
 
@@ -68,6 +78,7 @@ class SearchResult(NamedTuple):
     best_nll: float
     curve: list[float]
     seeds: dict[str, float]
+    documents: list[str]
     seconds: float
     objective_seconds: float
 
@@ -87,7 +98,7 @@ def run_search(
     """
     config = model.config
     scale = settings.target_length / config.original_length
-    space = paper_space(scale, config.original_length, settings.upper_bound, settings.step)
+    space = settings.space(config.original_length)
     seeds = paper_seeds(config.head_dim, scale, config.rope_theta, config.original_length)
     windows = fixed_windows(documents, settings.target_length, settings.documents, settings.seed)
     log = workdir / "search.jsonl"
@@ -117,18 +128,22 @@ def run_search(
             nonlocal clock, known
             now = time.monotonic()
             spent["seconds"], clock = spent["seconds"] + now - clock, now
-            checkpoints.save(int(state.iteration[-1]), state.__dict__, spent)
+            # The log first: lines beyond the checkpoint are dropped on resuming, missing ones would stay missing.
             records.append(log, ({"stage": stage, **record} for record in describe(state, list(seeds), known)))
+            checkpoints.save(int(state.iteration[-1]), state.__dict__, spent)
             known = len(state.nll)
             bar.set_postfix(best_perplexity=f"{np.exp(state.nll.min()):.3f}")
 
         state = search(jax.random.key(settings.seed), seeds, space, settings.evolution, score, state, save)
         bar.close()
+    if not np.isfinite(state.nll.min()):
+        raise FloatingPointError(f"{stage}: not one of {len(state.nll)} candidates has a finite score")
 
     return SearchResult(
         state.best(),
         float(state.nll.min()),
         np.minimum.accumulate(state.nll).tolist(),
         {name: float(nll) for name, nll in zip(seeds, state.nll, strict=False)},
+        windows.names,
         **spent,
     )

@@ -6,7 +6,7 @@ from longrope_jax import rope
 from longrope_jax.rope import RopeFactors
 
 # Table 4 without 1: position 0 does not turn, so one start token is the same function as none.
-_N_HAT = (0, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
+N_HAT = (0, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,25 @@ class SearchSpace:
             raise ValueError(f"n_hat = {self.n_hat} must contain 0 and nothing below")
 
 
-def paper_space(scale: float, original_length: int, reach: float = 1.25, step: float = 0.01) -> SearchSpace:
-    """Table 4 for an extension by `scale`: lam up to `reach * scale`, n_hat up to the original length (start tokens
-    beyond it would be positions that the model has never seen unscaled).
+def paper_space(
+    scale: float,
+    original_length: int,
+    lower_bound: float = 1.0,
+    upper_bound: float = 1.25,
+    step: float = 0.01,
+    n_hat: tuple[int, ...] = N_HAT,
+) -> SearchSpace:
+    """Table 4 for an extension by `scale`: lam in [lower_bound, upper_bound * scale], n_hat up to the original length.
+
+    Start tokens beyond that would be positions which the model has never seen unscaled.
     """
     if not scale > 1:
         raise ValueError(f"scale = {scale}; a search needs a target length above the original length")
-    return SearchSpace(1.0, reach * scale, step, tuple(n for n in _N_HAT if n <= original_length))
+    if lower_bound != 1 and not 1 <= lower_bound < upper_bound * scale:
+        raise ValueError(f"lower_bound = {lower_bound} must lie between 1 and the upper bound")
+    if not upper_bound >= 1:
+        raise ValueError(f"upper_bound = {upper_bound} must be at least 1: the seeds' factors reach the scale itself")
+    return SearchSpace(lower_bound, upper_bound * scale, step, tuple(n for n in n_hat if n <= original_length))
 
 
 def paper_seeds(head_dim: int, scale: float, base: float, original_length: int) -> dict[str, RopeFactors]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
+import optax
 from etils import epath
 from tqdm import tqdm
 
@@ -57,11 +58,12 @@ class Diverged(RuntimeError):
 
 def pretrain(
     model: Llama, settings: PretrainSettings, documents: Sequence[Document], workdir: epath.Path, stage: str
-) -> dict:
-    """Trains and returns the parameters; goes on from the newest checkpoint in `workdir/checkpoints/<stage>`.
+) -> float:
+    """Trains, and returns the seconds it took; goes on from the newest checkpoint in `workdir/checkpoints/<stage>`.
 
-    A resumed run gives bit for bit the parameters of an uninterrupted one: parameters, optimizer, step and the data
-    iterator's state are one checkpoint, and batches depend on nothing else.
+    The parameters are in the last checkpoint, see `load_params`. A resumed run gives bit for bit the parameters of an
+    uninterrupted one: parameters, optimizer, step and the data iterator's state are one checkpoint, and batches depend
+    on nothing else.
 
     Raises:
         Diverged: names the last good checkpoint; a bad state is never saved.
@@ -78,22 +80,27 @@ def pretrain(
         Metrics(workdir, stage, checkpoints.latest() or 0) as metrics,
     ):
         state = init_state(init_params(model, factors, settings.seed), optimizer)
-        start = checkpoints.latest() or 0
+        start, spent = checkpoints.latest() or 0, 0.0
         if start:
             state, record = checkpoints.restore(start, like=state)
             batches.set_state(record["batches"])
+            spent = record["seconds"]
         bar = tqdm(total=settings.steps, initial=start, desc=stage, unit="step", dynamic_ncols=True)
-        logged_step, logged_time = start, time.monotonic()
+        began = logged_time = time.monotonic()
+        logged_step = start
         for step in range(start + 1, settings.steps + 1):
             state, result = train_step(model, optimizer, state, next(batches), factors)
             bar.update()
             is_saved = step % settings.checkpoint_every == 0 or step == settings.steps
             if step % settings.log_every == 0 or is_saved:
+                result["parameter_norm"] = optax.global_norm(state.params)
                 result = {name: float(value) for name, value in result.items()}  # waits for the device
+                # Loss and gradient are those before the step, the norm is of the parameters after it, which are saved.
                 if not all(map(math.isfinite, result.values())):
                     good = checkpoints.latest()
                     raise Diverged(
-                        f"{stage}: loss {result['loss']}, gradient norm {result['gradient_norm']} at step {step}; "
+                        f"{stage}: loss {result['loss']}, gradient norm {result['gradient_norm']}, parameter norm "
+                        f"{result['parameter_norm']} at step {step}; "
                         f"last good checkpoint: {checkpoints.directory / str(good) if good else 'none'}"
                     )
                 now = time.monotonic()
@@ -108,9 +115,10 @@ def pretrain(
                 bar.set_postfix(loss=f"{result['loss']:.3f}", tokens_per_s=f"{speed:,.0f}")
                 logged_step, logged_time = step, now
             if is_saved:
-                checkpoints.save(step, state, {"batches": batches.get_state()})
+                seconds = spent + time.monotonic() - began
+                checkpoints.save(step, state, {"batches": batches.get_state(), "seconds": seconds})
         bar.close()
-        return state.params
+    return spent + time.monotonic() - began
 
 
 def load_params(workdir: epath.Path, stage: str) -> dict:

@@ -96,7 +96,18 @@ def test_space_is_table_4_capped_by_the_original_length():
     assert paper_space(4.0, 4096).n_hat[-1] == 256
 
 
-@pytest.mark.parametrize("bad", [dict(scale=1.0), dict(scale=0.5), dict(reach=0.1), dict(step=0.0), dict(step=100.0)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(scale=1.0),
+        dict(scale=0.5),
+        dict(upper_bound=0.5),
+        dict(lower_bound=0.5),
+        dict(lower_bound=11.0),
+        dict(step=0.0),
+        dict(step=100.0),
+    ],
+)
 def test_a_space_without_room_is_refused(bad):
     with pytest.raises(ValueError, match="="):
         paper_space(**{"scale": 8.0, "original_length": 128, **bad})
