@@ -1,6 +1,7 @@
-# `make test` does all its own set-up.
+# `make quickstart` and `make test` do all their own set-up.
 PYTHON ?= python3
 RUN := .venv/bin/python
+WORKDIR ?= runs/quickstart
 
 # uv when it is there (much faster), pip when not.
 ifneq ($(shell command -v uv 2>/dev/null),)
@@ -11,12 +12,13 @@ else
   INSTALL := $(RUN) -m pip install --quiet
 endif
 
-.PHONY: setup setup-dev test slow lint clean
+.PHONY: setup setup-dev quickstart test slow lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
 
 .venv/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or later is needed, this is ' + sys.version)"
 	$(VENV)
 	$(INSTALL) -r requirements.txt
 	$(INSTALL) --no-deps -e .
@@ -26,6 +28,9 @@ setup-dev: .venv/installed-dev
 	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
+quickstart: setup
+	$(RUN) -m longrope_jax.main --config=experiments/quickstart.py --workdir=$(WORKDIR)
+
 test: setup-dev lint
 	$(RUN) -m pytest
 
@@ -34,6 +39,7 @@ slow: setup-dev
 
 lint: setup-dev
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check --quiet .
 	.venv/bin/lint-imports
 
 clean:

@@ -1,0 +1,20 @@
+"""Times competitors in turn within one process, so that a noisy machine is noisy for all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+
+
+def median_seconds(competitors: Mapping[str, Callable], rounds: int = 9) -> dict[str, float]:
+    """Median seconds of every function (of no arguments, returning arrays), after one call each to compile."""
+    for function in competitors.values():
+        jax.block_until_ready(function())
+    seconds = {name: [] for name in competitors}
+    for _ in range(rounds):
+        for name, function in competitors.items():
+            began = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
