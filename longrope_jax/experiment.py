@@ -102,7 +102,10 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ca
     experiment = parse_experiment(config)
     workdir = epath.Path(workdir)
     _refuse_other_config(workdir, config)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"work directory {workdir} can't be made: {error}") from None
     carried = Carried(Llama(experiment.model), _documents(experiment.data, workdir), workdir)
     try:
         for name, settings in experiment.stages.items():

@@ -127,9 +127,10 @@ def find_texts(config: TextFolderConfig) -> dict[str, epath.Path]:
                     # A name that is no UTF-8 could not be stored; its odd bytes are spelled out.
                     texts[str(file.relative_to(folder)).encode(errors="backslashreplace").decode()] = file
     if len(texts) < len(SPLITS):
+        which = f" ending in {config.suffix!r}" if config.suffix else ""
         also = f" and {binary} binary ones" if binary else ""
         raise ValueError(
-            f"data folder {config.folder!r} holds {len(texts)} text files ending in {config.suffix!r}{also}; "
+            f"data folder {config.folder!r} holds {len(texts)} text files{which}{also}; "
             f"the splits {', '.join(SPLITS)} need one each at least"
         )
     if binary:

@@ -94,11 +94,11 @@ def test_configs_of_different_text_have_different_names_in_the_data_directory():
 
 
 FAULTY = {
-    "empty folder": ({}, "holds 0 text files ending in ''; the splits train, search, evaluation need one each"),
-    "only binary": ({str(i): b"\0" for i in range(5)}, "holds 0 text files ending in '' and 5 binary ones;"),
-    "only empty and hidden": ({"a": b"", ".b": b"b", ".c/d": b"d"}, "holds 0 text files ending in '';"),
-    "two files": ({"a": b"a", "b": b"b"}, "holds 2 text files ending in '';"),
-    "two files, one binary": ({"a": b"a", "b": b"b", "c": b"\0"}, "holds 2 text files ending in '' and 1 binary ones;"),
+    "empty folder": ({}, "holds 0 text files; the splits train, search, evaluation need one each"),
+    "only binary": ({str(i): b"\0" for i in range(5)}, "holds 0 text files and 5 binary ones;"),
+    "only empty and hidden": ({"a": b"", ".b": b"b", ".c/d": b"d"}, "holds 0 text files;"),
+    "two files": ({"a": b"a", "b": b"b"}, "holds 2 text files;"),
+    "two files, one binary": ({"a": b"a", "b": b"b", "c": b"\0"}, "holds 2 text files and 1 binary ones;"),
 }
 
 
