@@ -6,7 +6,6 @@ command line; it is read back as settings, which refuse what makes no sense befo
 
 import dataclasses
 import difflib
-import types
 import typing
 from typing import Any, TypeVar
 
@@ -55,11 +54,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         return tuple(_value(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    allowed = arguments if origin is types.UnionType else (hint,)
-    if not isinstance(value, tuple(a for a in allowed if isinstance(a, type))) or (
-        isinstance(value, bool) and bool not in allowed
-    ):
-        raise ValueError(
-            f"config.{name} = {value!r} must be {' or '.join(getattr(a, '__name__', str(a)) for a in allowed)}"
-        )
+    expected = origin or hint
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(f"config.{name} = {value!r} must be {expected.__name__}")
     return value

@@ -181,21 +181,6 @@ def test_a_list_will_do_for_a_tuple_and_becomes_one():
     assert (parsed.lengths, parsed.methods) == ((8, 16), ())
 
 
-@dataclasses.dataclass(frozen=True)
-class Optional:
-    limit: int | None = None
-
-
-@pytest.mark.parametrize("value", [3, None])
-def test_one_of_several_types_is_enough(value):
-    assert parse(Optional, ConfigDict({"limit": value}), "some") == Optional(value)
-
-
-@pytest.mark.parametrize("value", ["3", True, 3.0])
-def test_none_of_several_types_names_them_all(value):
-    refuses(Optional, ConfigDict({"limit": value}), "some", f"config.some.limit = {value!r} must be int or None")
-
-
 # --- values --------------------------------------------------------------------------------------------------------
 
 
