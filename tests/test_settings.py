@@ -42,7 +42,7 @@ def changed(settings, **fields):
     return ConfigDict(content)
 
 
-def refuses(cls, config, name, message):
+def assert_refuses(cls, config, name, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         parse(cls, config, name)
 
@@ -97,11 +97,11 @@ def test_fields_with_defaults_may_be_left_out():
     ],
 )
 def test_an_unknown_field_names_the_closest(fields, message):
-    refuses(PretrainSettings, changed(PRETRAIN, **fields), "pretrain", message)
+    assert_refuses(PretrainSettings, changed(PRETRAIN, **fields), "pretrain", message)
 
 
 def test_an_unknown_field_that_is_close_to_none_names_all():
-    refuses(
+    assert_refuses(
         PretrainSettings,
         changed(PRETRAIN, xyz=1),
         "pretrain",
@@ -114,7 +114,7 @@ def test_an_unknown_field_that_is_close_to_none_names_all():
 def test_a_missing_field_is_named(missing):
     config = section(PRETRAIN)
     del config[missing]
-    refuses(PretrainSettings, config, "pretrain", f"config.pretrain.{missing} is missing")
+    assert_refuses(PretrainSettings, config, "pretrain", f"config.pretrain.{missing} is missing")
 
 
 # --- types ---------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_a_missing_field_is_named(missing):
     ],
 )
 def test_a_value_of_the_wrong_type_is_named_in_full(fields, message):
-    refuses(PretrainSettings, changed(PRETRAIN, **fields), "pretrain", message)
+    assert_refuses(PretrainSettings, changed(PRETRAIN, **fields), "pretrain", message)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_value_of_the_wrong_type_is_named_in_full(fields, message):
     ],
 )
 def test_tuples_are_checked_item_by_item(fields, message):
-    refuses(EvaluationSettings, changed(EVALUATE, **fields), "evaluate", message)
+    assert_refuses(EvaluationSettings, changed(EVALUATE, **fields), "evaluate", message)
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ def test_tuples_are_checked_item_by_item(fields, message):
     ],
 )
 def test_strings_and_booleans_are_checked(fields, message):
-    refuses(LlamaConfig, changed(SETTINGS["model"], **fields), "model", message)
+    assert_refuses(LlamaConfig, changed(SETTINGS["model"], **fields), "model", message)
 
 
 @pytest.mark.parametrize("value", [None, 3, "section", {"steps": 5, "batch": 2}])
 def test_a_section_must_be_a_section(value):
     message = f"config.pretrain = {value!r} must be a section with the fields of PretrainSettings"
-    refuses(PretrainSettings, value, "pretrain", message)
+    assert_refuses(PretrainSettings, value, "pretrain", message)
 
 
 def test_an_int_will_do_for_a_float_and_becomes_one():
@@ -198,4 +198,4 @@ def test_a_list_will_do_for_a_tuple_and_becomes_one():
 )
 def test_values_that_settings_refuse_name_the_section(key, fields, message):
     settings = SETTINGS[key]
-    refuses(type(settings), changed(settings, **fields), key, message)
+    assert_refuses(type(settings), changed(settings, **fields), key, message)

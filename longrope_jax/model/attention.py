@@ -5,8 +5,8 @@ packing and any order of the tokens in memory work alike.
 
 * `dense` builds the [T, T] scores: short, differentiable in every mode, the reference for the others; O(T^2) memory.
 * `blockwise` walks over blocks of keys with an online softmax (FlashAttention, arXiv 2205.14135) and recomputes the
-blocks in its
-  own backward pass: memory flat in T beyond the O(T D) of its arguments, no work for blocks that nothing can attend to.
+  blocks in its own backward pass: no memory in T beyond the O(T D) of its arguments, no work for blocks that nothing
+  can attend to.
 """
 
 from functools import partial

@@ -13,8 +13,8 @@ class RopeFactors:
     """The rotation of LongRoPE (arXiv 2402.13753, eq. 3), apart from the model's base frequencies.
 
     Pair `i` of a head turns by `n * theta_i` at the positions `n < n_hat` and by `n * theta_i / lam_i` from `n_hat` on.
-    Leading axes are free and shared by all leaves: a population of P candidates is `lam [P, D/2], n_hat [P], mscale
-    [P]`.
+    Leading axes are free and shared by all leaves: a population of P candidates has lam [P, D/2], n_hat [P] and
+    mscale [P].
 
     Attributes:
         lam: rescale factors, one for every rotary pair, high frequencies first (>= 1, non-decreasing).

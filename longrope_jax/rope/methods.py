@@ -1,7 +1,7 @@
 """The published ways to extend a context, each as the rescale factors it amounts to, computed in float64.
 
-All of them are the same rotation with other factors, so a method is a function of the head dimension, the scale `s =
-L'/L` and sometimes the model's base and original length, and returns unbatched `RopeFactors` (lam f32[D/2]).
+All of them are the same rotation with other factors. So a method is a function of the head dimension, the scale
+s = L'/L and sometimes the model's base and original length, and returns unbatched `RopeFactors` (lam f32[D/2]).
 """
 
 from collections.abc import Callable
@@ -13,9 +13,7 @@ from longrope_jax.rope.factors import RopeFactors
 
 
 def frequencies(head_dim: int, base: float = 10000.0) -> np.ndarray:
-    """theta_i = base^(-2i/D), the angle per token of every rotary pair (RoFormer, arXiv 2104.09864): f64[D/2],
-    rad/token.
-    """
+    """theta_i = base^(-2i/D), the angle of every rotary pair per token (RoFormer, arXiv 2104.09864): f64[D/2], rad."""
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim = {head_dim}; rotary embedding needs a positive even head dimension")
     if not base > 1:
@@ -34,9 +32,7 @@ def linear(head_dim: int, scale: float) -> RopeFactors:
 
 
 def ntk(head_dim: int, scale: float) -> RopeFactors:
-    """NTK-aware interpolation (bloc97): base * s^(D/(D-2)), so lam_i = s^(2i/(D-2)): 1 for the first pair, s for the
-    last.
-    """
+    """NTK-aware interpolation (bloc97), base * s^(D/(D-2)): lam_i = s^(2i/(D-2)), from 1 for the first pair to s."""
     exponent = 2 * np.arange(_pairs(head_dim)) / max(head_dim - 2, 1)
     return _factors(_checked(scale) ** exponent)
 
@@ -124,9 +120,7 @@ def llama3(
     high_freq_factor: float = 4.0,
     wavelengths: np.ndarray | None = None,
 ) -> RopeFactors:
-    """LLaMA-3.1's ramp: like YaRN's, but linear in the number of turns between `low_freq_factor` and
-    `high_freq_factor`.
-    """
+    """LLaMA-3.1's ramp: as YaRN's, but linear in the turns between `low_freq_factor` and `high_freq_factor`."""
     scale = _checked(scale)
     if high_freq_factor <= low_freq_factor:
         raise ValueError(f"high_freq_factor = {high_freq_factor} must be above low_freq_factor = {low_freq_factor}")
@@ -136,17 +130,14 @@ def llama3(
 
 
 def longrope_mscale(scale: float, original_length: int) -> float:
-    """The attention temperature of LongRoPE's released code and of Hugging Face: sqrt(1 + ln s / ln L), 1 up to s =
-    1.
-    """
+    """LongRoPE's attention temperature in the released code and Hugging Face: sqrt(1 + ln s / ln L), 1 up to s = 1."""
     return float(np.sqrt(1 + np.log(scale) / np.log(original_length))) if scale > 1 else 1.0
 
 
 def compose(
     first: RopeFactors, method: Callable[[np.ndarray], RopeFactors], head_dim: int, base: float = 10000.0
 ) -> RopeFactors:
-    """Extends an already extended model once more (LongRoPE sec. 3.3), the second method seeing *effective*
-    wavelengths.
+    """Extends an extended model once more (LongRoPE sec. 3.3), the second method seeing *effective* wavelengths.
 
     The model knows the rotation with theta_i / lam_i now, so a method that looks at wavelengths must look at those.
 

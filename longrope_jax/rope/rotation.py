@@ -1,5 +1,4 @@
-"""Positions and factors -> cos and sin, exact to the last bits of float32 over millions of tokens; rotating heads by
-them.
+"""Positions and factors -> cos and sin, exact to the last bits of float32 over millions of tokens; applying them.
 
 Why not `cos(n * theta / lam)` in float32: at n = 2^21 the product is rounded to 1/8 rad. Here the *frequency* is
 turned into a fixed-point number of turns per token, n times which wraps around mod 1 for free in uint32 arithmetic,
@@ -44,8 +43,7 @@ def rotary_embedding(
 def apply_rotary(
     x: Float[Array, "*batch T heads D"], cos: Float[Array, "*batch T half"], sin: Float[Array, "*batch T half"]
 ) -> Float[Array, "*batch T heads D"]:
-    """Rotates the pairs (x_i, x_{i + D/2}) of every head: the half-split ("rotate half") layout of Hugging Face's
-    LLaMA.
+    """Rotates the pairs (x_i, x_{i + D/2}) of every head, the half-split ("rotate half") layout of Hugging Face.
 
     Computed in float32, returned in the dtype of x.
     """

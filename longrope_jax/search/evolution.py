@@ -144,9 +144,7 @@ def search(
     state: SearchState | None = None,
     save: Callable[[SearchState], Any] = lambda state: None,
 ) -> SearchState:
-    """Runs Algorithm 1 to its end, from `state` if there is one; `save` is called after population 0 and every
-    iteration.
-    """
+    """Algorithm 1 to its end, from `state` if there is one; `save` hears of population 0 and of every iteration."""
     if state is None:
         state = start(key, seeds, space, settings, score)
         save(state)

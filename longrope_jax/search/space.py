@@ -57,9 +57,7 @@ def paper_space(
 
 
 def paper_seeds(head_dim: int, scale: float, base: float, original_length: int) -> dict[str, RopeFactors]:
-    """Algorithm 1's first three individuals, by name. All with mscale 1: a search compares rotations, not
-    temperatures.
-    """
+    """Algorithm 1's first three individuals by name, with mscale 1: a search compares rotations, not temperatures."""
     return {
         "linear": rope.linear(head_dim, scale),
         "ntk": rope.ntk(head_dim, scale),
