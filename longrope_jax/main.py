@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     except (Diverged, OSError) as error:
         _fail(error)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
