@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
         _fail(error)
     try:
         experiment.execute(*prepared)
-    except (Diverged, OSError) as error:
+    except (Diverged, FloatingPointError, OSError) as error:
         _fail(error)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -89,9 +89,7 @@ class SearchState:
     iteration: Int[np.ndarray, "N"]
 
     def top(self, k: int) -> Int[np.ndarray, "k"]:
-        """Rows of the k best, best first; of equals the older one. Over all history this is Algorithm 1's elitist
-        top-k.
-        """
+        """Rows of the k best, best first, of equals the older one: over all history, Algorithm 1's elitist top-k."""
         return np.argsort(self.nll, kind="stable")[:k]
 
     def best(self) -> RopeFactors:
@@ -107,12 +105,14 @@ def start(
     genes = [(np.asarray(seed.lam, np.float32), np.asarray(seed.n_hat, np.int32)) for seed in seeds.values()]
     lam, n_hat = (np.stack(leaves) for leaves in zip(*genes, strict=True))
     count = len(genes)
-    none = SearchState(lam, n_hat, np.zeros(count), np.full((count, 2), -1), np.zeros(count, int), np.zeros(count, int))
-    mutants = _mutations(
-        jax.random.fold_in(key, 0), none, np.arange(count), max(settings.population - count, 0), space, settings
+    seeded = SearchState(
+        lam, n_hat, np.zeros(count), np.full((count, 2), -1), np.zeros(count, int), np.zeros(count, int)
     )
-    children = jax.tree.map(lambda *rows: np.concatenate(rows), none, mutants)
-    return children.replace(nll=_scored(children, score))
+    mutants = _mutations(
+        jax.random.fold_in(key, 0), seeded, np.arange(count), max(settings.population - count, 0), space, settings
+    )
+    population = _joined(seeded, mutants)
+    return population.replace(nll=_scored(population, score))
 
 
 def advance(

@@ -49,8 +49,6 @@ def paper_space(
     """
     if not scale > 1:
         raise ValueError(f"scale = {scale}; a search needs a target length above the original length")
-    if lower_bound != 1 and not 1 <= lower_bound < upper_bound * scale:
-        raise ValueError(f"lower_bound = {lower_bound} must lie between 1 and the upper bound")
     if not upper_bound >= 1:
         raise ValueError(f"upper_bound = {upper_bound} must be at least 1: the seeds' factors reach the scale itself")
     return SearchSpace(lower_bound, upper_bound * scale, step, tuple(n for n in n_hat if n <= original_length))
