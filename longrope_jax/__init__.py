@@ -2,6 +2,6 @@
 
 from longrope_jax import rope
 from longrope_jax.model import Llama, LlamaConfig
-from longrope_jax.rope import RopeFactors
+from longrope_jax.rope import FactorTable, RopeFactors
 
-__all__ = ["Llama", "LlamaConfig", "RopeFactors", "rope"]
+__all__ = ["FactorTable", "Llama", "LlamaConfig", "RopeFactors", "rope"]

@@ -1,7 +1,8 @@
 """The positional module: rescale factors, the methods that make them, the rotation, and factors in files."""
 
-from longrope_jax.rope.factors import RopeFactors, stack
-from longrope_jax.rope.formats import load_factors, load_metadata, save_factors
+from longrope_jax.rope.extension import METHODS, Trained, extend
+from longrope_jax.rope.factors import FactorTable, RopeFactors, stack
+from longrope_jax.rope.formats import load_factors, load_metadata, load_table, save_factors, save_table
 from longrope_jax.rope.methods import (
     compose,
     critical_dimension,
@@ -18,21 +19,27 @@ from longrope_jax.rope.methods import (
 from longrope_jax.rope.rotation import apply_rotary, rotary_embedding
 
 __all__ = [
+    "FactorTable",
+    "METHODS",
     "RopeFactors",
+    "Trained",
     "apply_rotary",
     "compose",
     "critical_dimension",
     "dynamic_ntk",
+    "extend",
     "frequencies",
     "linear",
     "llama3",
     "load_factors",
     "load_metadata",
+    "load_table",
     "longrope_mscale",
     "ntk",
     "ntk_critical",
     "rotary_embedding",
     "save_factors",
+    "save_table",
     "stack",
     "unscaled",
     "yarn",

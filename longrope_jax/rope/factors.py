@@ -1,9 +1,13 @@
-"""`RopeFactors`: everything that LongRoPE changes in a model's rotary position embedding, as a pytree."""
+"""`RopeFactors`: everything that LongRoPE changes in a model's rotary position embedding, as a pytree; and
+`FactorTable`: which factors a sequence of a given length gets.
+"""
 
 import warnings
+from collections.abc import Mapping
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -57,6 +61,68 @@ class RopeFactors:
         else:
             _refuse(falls, "lam", lam, "is smaller than its predecessor; LongRoPE's factors never decrease")
         return self
+
+
+@flax.struct.dataclass
+class FactorTable:
+    """Factors by sequence length (LongRoPE sec. 3.3: at inference they are picked by the length), as one pytree.
+
+    A sequence of `length` tokens gets the factors of the smallest boundary that is not below it. Make one with
+    `FactorTable.of({128: short, 1024: long})`.
+
+    Attributes:
+        boundaries: largest sequence length, in tokens, that each entry is for; rising.
+        factors: the entries, stacked: lam [N, D/2], n_hat [N], mscale [N].
+    """
+
+    boundaries: Int[Array, "N"]
+    factors: RopeFactors
+
+    @classmethod
+    def of(cls, entries: Mapping[int, RopeFactors]) -> "FactorTable":
+        """From {boundary: unbatched factors}.
+
+        Raises:
+            ValueError: no entry, a boundary that is no positive number of tokens, or factors that make no sense.
+        """
+        if not entries:
+            raise ValueError("a factor table needs one boundary at least")
+        boundaries = sorted(entries)
+        for boundary in boundaries:
+            if boundary != int(boundary) or not 0 < boundary < 2**31:
+                raise ValueError(f"boundary = {boundary!r} is not a positive number of tokens")
+        head_dim = 2 * np.shape(entries[boundaries[0]].lam)[-1]
+        for boundary in boundaries:
+            try:
+                # A set made elsewhere may fall somewhere; whoever loaded it has been warned.
+                entries[boundary].check(head_dim, monotone="warn")
+                if np.ndim(entries[boundary].lam) != 1:
+                    raise ValueError(f"lam has shape {np.shape(entries[boundary].lam)}; an entry is one set of factors")
+            except ValueError as error:
+                raise ValueError(f"boundary {boundary}: {error}") from None
+        return cls(np.asarray(boundaries, np.int32), stack([entries[boundary] for boundary in boundaries]))
+
+    def select(self, length: int | Int[Array, "*batch"]) -> RopeFactors:
+        """The factors of a sequence, or of each sequence of a batch; `length` (tokens) may be traced: one gather.
+
+        Raises:
+            ValueError: a length that is known now (a number, not a tracer) lies beyond the last boundary. A traced
+                one can't raise: its factors are NaN, which no loss survives.
+        """
+        if not isinstance(length, jax.core.Tracer) and not isinstance(self.boundaries, jax.core.Tracer):
+            longest = int(np.max(length, initial=0))
+            if longest > self.boundaries[-1]:
+                raise ValueError(
+                    f"a sequence of {longest} tokens is beyond this table's last boundary, {self.boundaries[-1]}; it "
+                    f"has {', '.join(str(boundary) for boundary in np.asarray(self.boundaries))}"
+                )
+        length = jnp.asarray(length, jnp.int32)
+        row = jnp.sum(length[..., None] > self.boundaries, axis=-1)
+        lam, n_hat, mscale = self.factors.lam, self.factors.n_hat, self.factors.mscale
+        # All leaves side by side, so that one gather fetches them; a float32 holds any n_hat below 2^24 exactly.
+        columns = [lam, jnp.asarray(n_hat, jnp.float32)[:, None], jnp.asarray(mscale, jnp.float32)[:, None]]
+        chosen = jnp.take(jnp.concatenate(columns, axis=1), row, axis=0, mode="fill", fill_value=jnp.nan)
+        return RopeFactors(chosen[..., :-2], jnp.int32(jnp.nan_to_num(chosen[..., -2])), chosen[..., -1])
 
 
 def _refuse(bad: np.ndarray, name: str, leaf: np.ndarray, why: str) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from longrope_jax.rope.factors import RopeFactors
+from longrope_jax.rope.factors import FactorTable, RopeFactors
 
 _FORMAT = "longrope_jax.factors"
+_TABLE_FORMAT = "longrope_jax.factor_table"
 
 
 def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) -> None:
@@ -30,10 +31,10 @@ def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) ->
     factors.check()
     if np.ndim(factors.lam) != 1:
         raise ValueError(f"{path}: one file holds one set of factors, these have shape {np.shape(factors.lam)}")
-    lam = [float(value) for value in np.asarray(factors.lam, np.float32)]
-    n_hat, mscale = int(factors.n_hat), float(factors.mscale)
+    numbers = _to_content(factors)
+    lam, n_hat, mscale = numbers.values()
     if path.suffix == ".json":
-        content = {"format": _FORMAT, "lam": lam, "n_hat": n_hat, "mscale": mscale, "metadata": metadata}
+        content = {"format": _FORMAT, **numbers, "metadata": metadata}
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     elif path.suffix == ".csv":
         if len(lam) % 2:
@@ -68,6 +69,43 @@ def load_factors(path: epath.PathLike, head_dim: int | None = None) -> RopeFacto
         return factors.check(head_dim, monotone="warn")
 
 
+def save_table(path: epath.PathLike, table: FactorTable, **metadata: Any) -> None:
+    """Writes a table of factors by sequence length to a .json file; `load_table` gives the same numbers."""
+    path = epath.Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"{path}: a table of factors is kept in a .json file")
+    entries = [
+        {"boundary": int(boundary), **_to_content(RopeFactors(*leaves))}
+        for boundary, *leaves in zip(
+            table.boundaries, table.factors.lam, table.factors.n_hat, table.factors.mscale, strict=True
+        )
+    ]
+    content = {"format": _TABLE_FORMAT, "entries": entries, "metadata": metadata}
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def load_table(path: epath.PathLike, head_dim: int | None = None) -> FactorTable:
+    """Reads what `save_table` wrote.
+
+    Raises:
+        ValueError: names the file and what is wrong with it.
+    """
+    path = epath.Path(path)
+    with _naming(path):
+        entries = _read_json(path, _TABLE_FORMAT).get("entries")
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError("entries must be a list of objects")
+        for entry in entries:
+            if not _is_number(entry.get("boundary")):
+                raise ValueError(f"boundary = {entry.get('boundary')!r} must be a number below 2^31")
+        if len({entry["boundary"] for entry in entries}) < len(entries):
+            raise ValueError("a boundary occurs twice")
+        table = FactorTable.of({entry["boundary"]: _from_content(entry) for entry in entries})
+        if head_dim is not None:
+            table.factors.check(head_dim, monotone="warn")
+        return table
+
+
 def load_metadata(path: epath.PathLike) -> dict[str, Any]:
     """What `save_factors` was told beside the factors in a .json file."""
     path = epath.Path(path)
@@ -85,11 +123,16 @@ def _naming(path: epath.Path):
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read_json(path: epath.Path) -> dict[str, Any]:
+def _read_json(path: epath.Path, wanted: str = _FORMAT) -> dict[str, Any]:
     content = json.loads(path.read_text())
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f'not a factors file: it must be a JSON object with "format": "{_FORMAT}"')
+    if not isinstance(content, dict) or content.get("format") != wanted:
+        raise ValueError(f'not a factors file: it must be a JSON object with "format": "{wanted}"')
     return content
+
+
+def _to_content(factors: RopeFactors) -> dict[str, Any]:
+    lam = [float(value) for value in np.asarray(factors.lam, np.float32)]
+    return {"lam": lam, "n_hat": int(factors.n_hat), "mscale": float(factors.mscale)}
 
 
 def _from_content(content: dict[str, Any]) -> RopeFactors:
