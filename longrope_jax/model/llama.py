@@ -2,6 +2,9 @@
 
 Architecture (arXiv 2302.13971): pre-norm blocks of grouped-query attention with rotary embedding and of SwiGLU. The
 layers are one `nn.scan`, their parameters stacked on a leading axis, so compile time does not grow with their number.
+
+Under `jax.set_mesh`, and within `jit`, everything with tokens is cut over the mesh, sequences included
+(`model/sharding.py`). Tokens may come in any order in memory, such as the ring's zigzag, if their positions say which.
 """
 
 import flax.linen as nn
@@ -9,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longrope_jax.model.attention import attention
 from longrope_jax.model.config import LlamaConfig
 from longrope_jax.model.loss import project, token_nll
+from longrope_jax.model.ring import ring_attention
+from longrope_jax.model.sharding import batch_axis, constrain
 from longrope_jax.rope import RopeFactors, apply_rotary, rotary_embedding
 
 
@@ -74,7 +78,12 @@ class Llama(nn.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         rotation = rotary_embedding(positions, factors, self.config.rope_theta)
-        x, _ = self.layers(self.embed(tokens).astype(self.config.dtype), rotation, positions, segment_ids)
+        rotation = tuple(constrain(part, batch_axis(part), "length", None) for part in rotation)
+        # Gathered over fsdp like other parameters at their use, and in one piece as wide as x is: looking up pieces of
+        # rows would have every device make x for all tokens.
+        table = constrain(self.embed.embedding, "vocab", None)
+        x = constrain(jnp.take(table, tokens, axis=0).astype(self.config.dtype), *_RESIDUAL)
+        x, _ = self.layers(x, rotation, positions, segment_ids)
         return self.final_norm(x)
 
     def token_nll(
@@ -92,6 +101,9 @@ class Llama(nn.Module):
         return self.embed.embedding.T if self.config.tie_embeddings else self.lm_head
 
 
+_RESIDUAL = ("batch", "length", None)  # not "embed": fsdp, which cuts parameters along it, has the batch here
+
+
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -102,7 +114,8 @@ class Block(nn.Module):
         """Returns (x, nothing), the form that `nn.scan` wants."""
         normed = _norm(self.config, "attention_norm")(x)
         x = x + Attention(self.config, name="attention")(normed, rotation, positions, segment_ids)
-        return x + Mlp(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x)), None
+        x = x + Mlp(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x))
+        return constrain(x, *_RESIDUAL), None
 
 
 class Attention(nn.Module):
@@ -121,7 +134,7 @@ class Attention(nn.Module):
         query = apply_rotary(heads("query", config.num_heads), *rotation)
         key = apply_rotary(heads("key", config.num_kv_heads), *rotation)
         value = heads("value", config.num_kv_heads)
-        mixed = attention(query, key, value, positions, segment_ids, config.attention)
+        mixed = ring_attention(query, key, value, positions, segment_ids, config.attention)
         return _projection(config.hidden_size, config, "output")(mixed.reshape(*x.shape[:2], -1))
 
 
@@ -135,7 +148,8 @@ class Mlp(nn.Module):
         """x -> what the block adds to the residual stream."""
         gate = _projection(self.config.intermediate_size, self.config, "gate")(x)
         up = _projection(self.config.intermediate_size, self.config, "up")(x)
-        return _projection(self.config.hidden_size, self.config, "down")(nn.silu(gate) * up)
+        inner = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        return _projection(self.config.hidden_size, self.config, "down")(inner)
 
 
 def _projection(features: int, config: LlamaConfig, name: str) -> nn.Dense:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 
-from longrope_jax.model.attention import BLOCK, _key_blocks, _query_blocks, attention, blockwise, dense
+from longrope_jax.model.attention import BLOCK, Tokens, attention, blockwise, dense, key_blocks, query_blocks
 
 BLOCK_FOR_TESTS = 8
 BACKENDS = {"dense": dense, "blockwise": partial(blockwise, block=BLOCK_FOR_TESTS)}
@@ -53,6 +53,7 @@ CASES = {
     "any order": without_segments(shuffled(packed(27))),
     "packed": PACKED,
     "packed in any order": shuffled(PACKED),
+    "one row of positions for all segments": (packed(27)[0], PACKED[1]),
 }
 
 
@@ -144,15 +145,16 @@ def blocks_to_visit(ranges):
 
 
 def pairs_for(positions, segments=None):
-    where = (positions, positions, segments)
-    return [blocks_to_visit(blocks(BLOCK_FOR_TESTS, where)) for blocks in (_key_blocks, _query_blocks)]
+    tokens = Tokens(positions, segments)
+    return [blocks_to_visit(blocks(BLOCK_FOR_TESTS, tokens, tokens)) for blocks in (key_blocks, query_blocks)]
 
 
 def test_block_pairs_above_the_diagonal_are_not_visited():
     n = 6
     positions, _ = packed(n * BLOCK_FOR_TESTS)
     assert pairs_for(positions) == [n * (n + 1) // 2] * 2
-    first, last = _key_blocks(BLOCK_FOR_TESTS, (positions, positions, None))
+    tokens = Tokens(positions, None)
+    first, last = key_blocks(BLOCK_FOR_TESTS, tokens, tokens)
     assert (list(first), list(last)) == ([0] * n, list(range(1, n + 1)))
 
 
