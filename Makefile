@@ -12,7 +12,9 @@ else
   INSTALL := $(RUN) -m pip install --quiet
 endif
 
-.PHONY: setup setup-dev quickstart test slow lint clean
+PROGRESSIVE ?= runs/progressive
+
+.PHONY: setup setup-dev quickstart progressive progressive_512x test slow lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -30,6 +32,14 @@ setup-dev: .venv/installed-dev
 
 quickstart: setup
 	$(RUN) -m longrope_jax.main --config=experiments/quickstart.py --workdir=$(WORKDIR)
+
+# Everything: fine-tuning, a second extension, short recovery; a quarter of an hour.
+progressive: setup
+	$(RUN) -m longrope_jax.main --config=experiments/progressive_tiny.py --workdir=$(PROGRESSIVE)
+
+# The same model, read at 65,536 tokens; goes on in the same work directory.
+progressive_512x: setup
+	$(RUN) -m longrope_jax.main --config=experiments/progressive_512x.py --workdir=$(PROGRESSIVE)
 
 test: setup-dev lint
 	$(RUN) -m pytest

@@ -20,6 +20,8 @@ from longrope_jax.data import corpus
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.perplexity import by_document, perplexity, token_nll
+from longrope_jax.rope import Trained, unscaled
+from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.evolution import EvolutionSettings, search
 from longrope_jax.search.objective import perplexity_objective
 from longrope_jax.search.space import paper_seeds, paper_space
@@ -34,24 +36,26 @@ def main(workdir: str) -> None:
     path = epath.Path(workdir)
     config = json.loads((path / "config.json").read_text())
     model = Llama(LlamaConfig(**config["model"]))
-    params = load_params(path, "pretrain")
+    layout = Layout()
+    params = load_params(path, "pretrain", model, layout, config["pretrain"]["steps"])
     target, length = config["search"]["target_length"], model.config.original_length
     builder = corpus.build(corpus.stdlib_config(), path / "data")
     searched, judged = (
         fixed_windows(corpus.documents(builder, split, ByteTokenizer()), target, count, seed=0).tokens
         for split, count in (("search", config["search"]["documents"]), ("evaluation", config["evaluate"]["documents"]))
     )
-    score = perplexity_objective(model, params, searched, 1, len(searched))
+    score = perplexity_objective(model, layout, params, searched, 1, len(searched))
     head_dim, base, scale = model.config.head_dim, model.config.rope_theta, target / length
-    seeds = paper_seeds(head_dim, scale, base, length)
+    space = paper_space(scale, length)
+    seeds = paper_seeds(head_dim, target, base, length, Trained(length, unscaled(head_dim)), space)
 
     print(f"| reach | after {EARLY} | after all | evaluation documents |\n| --- | --- | --- | --- |")
     for reach in REACHES:
         rows = []
         for seed in tqdm(SEEDS, desc=f"reach {reach}", unit="search"):
             settings = EvolutionSettings(reach=reach)
-            state = search(jax.random.key(seed), seeds, paper_space(scale, length), settings, score)
-            nll = token_nll(model, params, state.best(), judged, target)
+            state = search(jax.random.key(seed), seeds, space, settings, score)
+            nll = token_nll(model, layout, params, state.best(), judged, target)
             rows.append([np.exp(state.nll[:EARLY].min()), np.exp(state.nll.min()), perplexity(by_document(nll)).ppl])
         cells = (f"{np.mean(column):.3f} [{min(column):.3f}, {max(column):.3f}]" for column in zip(*rows, strict=True))
         print(f"| {reach} | {' | '.join(cells)} |", flush=True)

@@ -11,13 +11,14 @@ else above 14 (three seeds, RESULTS.md).
 
 from ml_collections import ConfigDict
 
-from longrope_jax.evaluation.run import EvaluationSettings
+from longrope_jax.evaluation.run import Arm, EvaluationSettings, published_arms
 from longrope_jax.experiment import DataSettings
 from longrope_jax.model import LlamaConfig
+from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.run import SearchSettings
 from longrope_jax.settings import section
-from longrope_jax.training.loop import PretrainSettings
+from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings
 
 
@@ -35,5 +36,8 @@ def get_config() -> ConfigDict:
     config.search = section(
         SearchSettings(target_length=1024, documents=5, documents_at_once=5, evolution=EvolutionSettings(iterations=30))
     )
-    config.evaluate = section(EvaluationSettings(lengths=(64, 128, 256, 512, 1024)))
+    config.evaluate = section(
+        EvaluationSettings(lengths=(64, 128, 256, 512, 1024), arms={**published_arms(), "longrope": Arm("search")})
+    )
+    config.mesh = section(MeshSettings())
     return config

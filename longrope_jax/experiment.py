@@ -6,9 +6,10 @@ occurs more than once (`search`, `search_64x`); the config section of the same n
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -16,7 +17,10 @@ from longrope_jax.data import corpus
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.model import Llama, LlamaConfig
-from longrope_jax.report import summarize, summary_table, write_report
+from longrope_jax.model.sharding import check_mesh
+from longrope_jax.report import summarize, summary_tables, write_report
+from longrope_jax.runtime import preemption, processes
+from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.runtime.records import finite, to_json, write_whole
 from longrope_jax.settings import parse
 from longrope_jax.stages import STAGES, Carried, Stage
@@ -45,11 +49,12 @@ class Experiment:
 
     model: LlamaConfig
     data: DataSettings
+    mesh: MeshSettings
     stages: dict[str, Any]
 
 
 def parse_experiment(config: ConfigDict) -> Experiment:
-    """Checks a config without touching data or the work directory.
+    """Checks a config without touching data, devices or the work directory.
 
     Raises:
         ValueError: one line that names the field and what is wrong with it.
@@ -57,33 +62,29 @@ def parse_experiment(config: ConfigDict) -> Experiment:
     stages = config.get("stages")
     if not isinstance(stages, tuple | list) or not stages:
         raise ValueError(f"config.stages = {stages!r} must name the stages in order, e.g. ('pretrain', 'search')")
-    kinds = {}
     for name in stages:
-        kinds[name] = str(name).split("_")[0]
-        if kinds[name] not in STAGES:
+        if _kind(name) not in STAGES:
             raise ValueError(f"config.stages: {name!r} is of no known kind; kinds are {', '.join(STAGES)}")
-    for kind in STAGES:
-        alike = [name for name in stages if kinds[name] == kind]
-        if len(alike) > 1 and not STAGES[kind].repeatable:
-            raise ValueError(f"config.stages = {tuple(stages)}: an experiment can have one {kind} stage")
-    if len(kinds) < len(stages):
+    if len(set(stages)) < len(stages):
         raise ValueError(f"config.stages = {tuple(stages)} names a stage twice; give the second one a suffix")
-    if not STAGES[kinds[stages[0]]].makes_params:
+    if _kind(stages[0]) != "pretrain":
         raise ValueError(f"config.stages: {stages[0]!r} can't come first, it needs a model's parameters")
-    known = {"stages", "model", "data", *kinds}
+    needed = {"stages", "model", "data", *stages}
     for key in config:
-        if key not in known:
-            raise ValueError(f"config.{key} is neither model, data nor a stage in config.stages = {tuple(stages)}")
-    for key in sorted(known - set(config)):
+        if key not in needed | {"mesh"}:
+            raise ValueError(
+                f"config.{key} is neither model, data, mesh nor a stage in config.stages = {tuple(stages)}"
+            )
+    for key in sorted(needed - set(config)):
         raise ValueError(f"config.{key} is missing")
     experiment = Experiment(
         parse(LlamaConfig, config.model, "model"),
         parse(DataSettings, config.data, "data"),
-        {name: parse(STAGES[kind].settings, config[name], name) for name, kind in kinds.items()},
+        parse(MeshSettings, config.get("mesh", ConfigDict()), "mesh"),
+        {name: parse(STAGES[_kind(name)].settings, config[name], name) for name in stages},
     )
-    for index, (name, settings) in enumerate(experiment.stages.items()):
-        before = list(experiment.stages.values())[:index]
-        _naming_section(name, _stage(name).check, settings, experiment.model, before)
+    for name, settings in experiment.stages.items():
+        _naming_section(name, _stage(name).check, settings, experiment.model, _before(experiment.stages, name))
     return experiment
 
 
@@ -93,25 +94,28 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
 
 
 def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Carried]:
-    """Everything that can be checked before long work: the config, the work directory, the text.
+    """Everything that can be checked before long work: the config, the devices, the work directory, the text.
 
     Raises:
-        ValueError: a bad config, unusable data, or a work directory of another config; one line.
+        ValueError: a bad config, unusable data, devices that don't fit, or a work directory in which a stage has begun
+            with other settings; one line.
         OSError: the work directory can't be written to.
     """
     experiment = parse_experiment(config)
     workdir = epath.Path(workdir)
-    _refuse_other_config(workdir, config)
+    is_new = not (workdir / "data").exists()
+    layout = _layout(experiment, workdir)
+    _refuse_changed_stages(workdir, experiment)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"work directory {workdir} can't be made: {error}") from None
-    carried = Carried(Llama(experiment.model), _documents(experiment.data, workdir), workdir)
+    carried = Carried(Llama(experiment.model), layout, _documents(experiment.data, workdir), workdir)
     try:
         for name, settings in experiment.stages.items():
             _naming_section(name, _stage(name).check_data, settings, experiment.model, carried.documents)
     except ValueError:
-        if not (workdir / "config.json").exists():
+        if processes.is_first() and is_new:
             (workdir / "data").rmtree()  # so that a mended folder is looked at again
         raise
     # Only now: a config that could not run must not keep a mended one out of its work directory.
@@ -122,21 +126,55 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ca
 def execute(experiment: Experiment, carried: Carried) -> epath.Path:
     """Runs the stages that have not finished, writes the report and returns its path."""
     workdir, seconds = carried.workdir, {}
-    for name, settings in experiment.stages.items():
-        finished = workdir / "stages" / f"{name}.json"
-        if finished.exists():
-            print(f"{name}: finished before, skipped")
-            summary = json.loads(finished.read_text())
-        else:
-            summary = finite(_stage(name).run(settings, carried, name))
-            finished.parent.mkdir(exist_ok=True)
-            write_whole(finished, to_json(summary, indent=1) + "\n")
-        seconds[name] = summary["seconds"]
-        _stage(name).load(carried, name, summary)
-    report = summarize(experiment.model, carried.evaluation, carried.searches, seconds)
-    path = write_report(workdir, experiment.model, report, carried.evaluation)
-    print(f"\nPerplexity by window length\n{summary_table(report)}\nreport: {path}")
+    with preemption.watch(), carried.layout.active():
+        for name in experiment.stages:
+            if preemption.requested():
+                raise preemption.Preempted(name, "the stages before it are finished")
+            seconds[name] = _run_or_skip(name, experiment, carried)["seconds"]
+    report = summarize(experiment.model, carried.evaluations, carried.searches, seconds)
+    path = workdir / "report.md"
+    if processes.is_first():
+        write_report(workdir, experiment.model, report, carried.evaluations)
+        print(f"\n{summary_tables(report)}report: {path}")
     return path
+
+
+def _run_or_skip(name: str, experiment: Experiment, carried: Carried) -> dict[str, Any]:
+    """The stage's summary; what it leaves is handed on."""
+    settings, finished = experiment.stages[name], _finished(carried.workdir, name)
+    if processes.any_of(finished.exists()):
+        lost = None
+        try:
+            summary = json.loads(finished.read_text())
+            _stage(name).load(settings, carried, name, summary)
+        except (LookupError, ValueError) as error:
+            lost = " ".join(map(str, error.args))
+        if not processes.any_of(lost is not None):
+            _tell(f"{name}: finished before, skipped")
+            return summary
+        logging.warning("%s: finished before, but %s; running it again", name, lost)
+    if processes.is_first():
+        finished.parent.mkdir(exist_ok=True)
+    write_whole(_begun(carried.workdir, name), to_json(_identity(name, experiment), indent=1) + "\n")
+    summary = finite(_stage(name).run(settings, carried, name))
+    write_whole(finished, to_json(summary, indent=1) + "\n")
+    processes.wait_for_all(name)
+    _stage(name).load(settings, carried, name, summary)
+    return summary
+
+
+def _layout(experiment: Experiment, workdir: epath.Path) -> Layout:
+    """The devices, if the model and the stages that are still to run can be spread over them."""
+    try:
+        layout = Layout.of(experiment.mesh)
+        if layout.mesh is not None:
+            check_mesh(experiment.model, layout.shape)
+    except ValueError as error:
+        raise ValueError(f"config.mesh: {error}") from None
+    for name, settings in experiment.stages.items():
+        if not _finished(workdir, name).exists():
+            _naming_section(name, _stage(name).check_layout, settings, experiment.model, layout)
+    return layout
 
 
 def _naming_section(name: str, check: Callable, *arguments) -> None:
@@ -147,18 +185,52 @@ def _naming_section(name: str, check: Callable, *arguments) -> None:
         raise ValueError(f"config.{name}: {error}") from None
 
 
-def _refuse_other_config(workdir: epath.Path, config: ConfigDict) -> None:
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    there, now = _flat(json.loads(path.read_text())), _flat(json.loads(config.to_json()))
-    differing = [
-        f"{key} ({there.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} now)"
-        for key in sorted(there.keys() | now.keys())
-        if there.get(key) != now.get(key)
-    ]
+def _refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
+    """A stage that has begun keeps its settings, its model, its text and the stages that it builds on.
+
+    Others may change, come or go, and so may the mesh and what else is only about how devices do the work: it changes
+    results by no more than the order of sums does.
+    """
+    differing = {}
+    for name in experiment.stages:
+        if _begun(workdir, name).exists():
+            there = _flat(json.loads(_begun(workdir, name).read_text()))
+            now = _flat(json.loads(to_json(_identity(name, experiment))))
+            for key in sorted(there.keys() | now.keys()):
+                if there.get(key) != now.get(key):
+                    differing[key] = f"{there.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} now"
     if differing:
-        raise ValueError(f"work directory {workdir} belongs to another config; differing: {', '.join(differing)}")
+        told = ", ".join(f"{key} ({values})" for key, values in differing.items())
+        raise ValueError(f"work directory {workdir} has stages of another config; differing: {told}")
+
+
+def _identity(name: str, experiment: Experiment) -> dict[str, Any]:
+    """All that the results of a stage depend on, with the names that fields have in a config."""
+    settings = experiment.stages[name]
+    return {
+        "model": asdict(experiment.model),
+        "data": asdict(experiment.data),
+        name: {field: value for field, value in asdict(settings).items() if field not in _HOW},
+        f"stages before {name}": _stage(name).inputs(settings, _before(experiment.stages, name)),
+    }
+
+
+_HOW = {"accumulate", "remat", "candidates_at_once", "documents_at_once", "tokens_at_once"}
+"""Fields about how devices do the work, not what the work is: they may change with the mesh."""
+
+
+def _begun(workdir: epath.Path, name: str) -> epath.Path:
+    return workdir / "stages" / f"{name}.begun.json"
+
+
+def _finished(workdir: epath.Path, name: str) -> epath.Path:
+    return workdir / "stages" / f"{name}.json"
+
+
+def _before(stages: dict[str, Any], name: str) -> dict[str, Any]:
+    """The stages that come before one."""
+    names = list(stages)
+    return {earlier: stages[earlier] for earlier in names[: names.index(name)]}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -169,9 +241,21 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _documents(settings: DataSettings, workdir: epath.Path) -> dict[str, list[Document]]:
     source = corpus.folder_config(settings.folder, settings.suffix) if settings.folder else corpus.stdlib_config()
+    if processes.is_first():
+        corpus.build(source, workdir / "data")
+    processes.wait_for_all("data")
     builder = corpus.build(source, workdir / "data")
     return {split: corpus.documents(builder, split, ByteTokenizer()) for split in corpus.SPLITS}
 
 
+def _tell(line: str) -> None:
+    if processes.is_first():
+        print(line)
+
+
+def _kind(name: str) -> str:
+    return str(name).split("_")[0]
+
+
 def _stage(name: str) -> Stage:
-    return STAGES[name.split("_")[0]]
+    return STAGES[_kind(name)]

@@ -1,5 +1,10 @@
-"""The command line: `python -m longrope_jax.main --config=FILE --workdir=DIR [--config.any.field=value]`."""
+"""The command line: `python -m longrope_jax.main --config=FILE --workdir=DIR [--config.any.field=value]`.
 
+Exit status: 0 done, 2 something that the user can mend, 75 (EX_TEMPFAIL) asked to stop and everything saved, 130
+interrupted from the keyboard.
+"""
+
+import os
 import sys
 from typing import NoReturn
 
@@ -7,23 +12,34 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from longrope_jax import experiment
+from longrope_jax.runtime import processes
+from longrope_jax.runtime.preemption import Preempted
 from longrope_jax.training.loop import Diverged
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the experiment makes is kept.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0 where several processes work together, or auto: ask the cluster."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; with a coordinator's address.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 
 
 def main(argv: list[str]) -> None:
     """Runs the experiment; what the user can mend ends in one line and exit status 2."""
     logging.set_verbosity(logging.WARNING)  # libraries tell their life at INFO
     try:
+        processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         prepared = experiment.prepare(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         _fail(error)
     try:
         experiment.execute(*prepared)
     except (Diverged, FloatingPointError, OSError) as error:
         _fail(error)
+    except Preempted as saved:
+        print(f"\n{saved}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -40,7 +56,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps one in another
             error = error.args[0]
         _fail(f"no such field in the config: {error.args[0] if error.args else error}")
-    except (flags.Error, TypeError, ValueError, OSError) as error:
+    except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
         _fail(error)
 
 

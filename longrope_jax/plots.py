@@ -1,9 +1,11 @@
 """The pictures of a report; each function draws one figure from plain numbers and returns it."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
@@ -13,6 +15,7 @@ STYLES: dict[str, dict] = {
     "longrope": dict(color="#d62728", linewidth=2.4, marker="o", zorder=5),
     "yarn": dict(color="#1f77b4", marker="s"),
     "yarn_without_temperature": dict(color="#1f77b4", marker="s", linestyle="--", markerfacecolor="white"),
+    "yarn_mistral": dict(color="#1f77b4", marker="+", linestyle=":"),
     "dynamic_ntk": dict(color="#2ca02c", marker="^", linestyle="--", markerfacecolor="white"),
     "ntk": dict(color="#2ca02c", marker="^"),
     "linear": dict(color="#9467bd", marker="D"),
@@ -20,8 +23,12 @@ STYLES: dict[str, dict] = {
 }
 LABELS = {
     "longrope": "LongRoPE (searched)",
+    "longrope_without_second_search": "LongRoPE, second search's best seed",
+    "original": "original model",
+    "tuned_at_original": "fine-tuned at L",
     "yarn": "YaRN",
     "yarn_without_temperature": "YaRN, no temperature",
+    "yarn_mistral": "YaRN, Mistral's ramp",
     "dynamic_ntk": "Dynamic NTK",
     "ntk": "NTK",
     "linear": "PI (linear)",
@@ -29,24 +36,51 @@ LABELS = {
 }
 
 
+_OTHER_COLORS = ("#8c564b", "#e377c2", "#bcbd22", "#17becf", "#ff7f0e", "#1a1a1a")
 _HEADROOM = 1.03  # a convergence plot goes this far above the best seed and below the best candidate
-CONTROL = "control: disjoint windows of L, unscaled"
 
 
-def perplexity_by_length(table: Mapping[int, Mapping[str, float]], original_length: int) -> Figure:
-    """Perplexity against window length, a line a method, both axes logarithmic.
+def label(name: str) -> str:
+    """What a reader is shown for the name of an arm."""
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def control_label(name: str) -> str:
+    """The same for an arm as a control."""
+    return f"control: disjoint windows of L, {label(name)}"
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Known methods in the order of their styles, which is roughly best first, then the others."""
+    return sorted(names, key=lambda name: list(STYLES).index(name) if name in STYLES else len(STYLES))
+
+
+def _styles(names: Iterable[str]) -> dict[str, dict]:
+    """A style for every name; those without one of their own get the other colours in turn."""
+    others = [name for name in names if name not in STYLES]
+    return {
+        name: STYLES.get(name)
+        or dict(color=_OTHER_COLORS[others.index(name) % len(_OTHER_COLORS)], marker=".", linestyle="-.")
+        for name in ordered(names)
+    }
+
+
+def perplexity_by_length(
+    table: Mapping[int, Mapping[str, float]], original_length: int, controls: Sequence[str]
+) -> Figure:
+    """Perplexity against window length, a line an arm, both axes logarithmic (LongRoPE fig. 1).
 
     Args:
-        table: length (tokens) -> method -> perplexity.
+        table: length (tokens) -> arm -> perplexity.
+        controls: arms whose value at the original length is drawn across.
     """
     figure, axes = _figure(7.2, 4.6)
     lengths = sorted(table)
-    for method in _ordered(table[lengths[0]]):
-        values = [table[length][method] for length in lengths]
-        axes.plot(lengths, values, label=LABELS.get(method, method), **STYLES.get(method, {}))
-    if original_length in table and "unscaled" in table[original_length]:
-        control = table[original_length]["unscaled"]
-        axes.axhline(control, color="black", linewidth=1, linestyle=":", label=CONTROL)
+    for name, style in _styles(table[lengths[0]]).items():
+        axes.plot(lengths, [table[length][name] for length in lengths], label=label(name), **style)
+    for name, linestyle in zip(controls, itertools.cycle((":", "--", "-.")), strict=False):
+        value = table[original_length][name]
+        axes.axhline(value, color="black", linewidth=1, linestyle=linestyle, label=control_label(name))
     _mark_original_length(axes, original_length)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -62,23 +96,28 @@ def perplexity_by_length(table: Mapping[int, Mapping[str, float]], original_leng
 
 
 def nll_by_position(
-    curves: Mapping[str, Sequence[float]], length: int, original_length: int, control: Sequence[float]
+    curves: Mapping[str, Sequence[float]],
+    length: int,
+    original_length: int,
+    control: Sequence[float],
+    control_name: str,
 ) -> Figure:
     """Where in windows of `length` tokens a method loses: perplexity, and the difference in NLL to the control.
 
     Args:
         curves: method -> NLL (nats per token) in equal buckets of positions.
-        control: the same for the unscaled model in disjoint windows of the original length. Buckets differ in how hard
-            their text is, for all methods alike; the difference is free of that.
+        control: the same for disjoint windows of the original length. Buckets differ in how hard their text is, for
+            all methods alike; the difference is free of that.
+        control_name: its label.
     """
     figure = Figure(figsize=(7.2, 6.4), dpi=140, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     middles = (np.arange(len(control)) + 0.5) * length / len(control)
-    for method in _ordered(curves):
-        style = {**STYLES.get(method, {}), "marker": None}
-        upper.plot(middles, np.exp(curves[method]), label=LABELS.get(method, method), **style)
-        lower.plot(middles, np.subtract(curves[method], control), **style)
-    upper.plot(middles, np.exp(control), color="black", linestyle=":", linewidth=1, label=CONTROL)
+    for name, style in _styles(curves).items():
+        style = {**style, "marker": None}
+        upper.plot(middles, np.exp(curves[name]), label=label(name), **style)
+        lower.plot(middles, np.subtract(curves[name], control), **style)
+    upper.plot(middles, np.exp(control), color="black", linestyle=":", linewidth=1, label=control_name)
     lower.axhline(0, color="black", linestyle=":", linewidth=1)
     for axes in (upper, lower):
         _mark_original_length(axes, original_length)
@@ -100,14 +139,11 @@ def factors_by_pair(factors: Mapping[str, rope.RopeFactors], scale: float, base:
     """
     figure = Figure(figsize=(7.2, 6.4), dpi=140, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    for method in _ordered(factors):
-        lam = np.asarray(factors[method].lam)
+    for name, style in _styles(factors).items():
+        lam = np.asarray(factors[name].lam)
         wavelengths = 2 * np.pi / rope.frequencies(2 * len(lam), base)
-        style = {**STYLES.get(method, {}), "markersize": 4}
-        label = LABELS.get(method, method)
-        if int(factors[method].n_hat):
-            label += f", {int(factors[method].n_hat)} start tokens unscaled"
-        upper.plot(lam, label=label, **style)
+        style = {**style, "markersize": 4}
+        upper.plot(lam, label=label(name) + _start_tokens(factors[name]), **style)
         lower.plot(wavelengths * lam, **style)
     upper.axhline(scale, color="black", linewidth=0.8, alpha=0.5)
     upper.annotate("s", (0, scale), xytext=(-2, 3), textcoords="offset points")
@@ -156,7 +192,52 @@ def search_convergence(curve: Float[np.ndarray, "evaluations"], seeds: Mapping[s
 
 def _mark_original_length(axes, length: int) -> None:
     axes.axvline(length, color="black", linewidth=0.8, alpha=0.5)
-    axes.annotate("L", (length, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points")
+    axes.annotate("L", (length, 0), xycoords=("data", "axes fraction"), xytext=(4, 4), textcoords="offset points")
+
+
+def factors_by_length(factors: Mapping[int, rope.RopeFactors], original_length: int) -> Figure:
+    """lam by rotary pair for every length (tokens) of a factor table, a logarithmic axis."""
+    figure, axes = _figure(7.2, 4.2)
+    lengths = sorted(factors)
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(lengths)))
+    shown = None
+    for length, color in zip(lengths, colors, strict=True):
+        lam = np.asarray(factors[length].lam)
+        if shown is not None and np.array_equal(lam, shown):
+            continue  # an entry serves all lengths up to its boundary
+        shown = lam
+        name = f"at {length:,} tokens ({length / original_length:g}L)" + _start_tokens(factors[length])
+        axes.plot(lam, color=color, marker="o", markersize=4, label=name)
+    axes.set_yscale("log")
+    _plain_numbers(axes.yaxis)
+    axes.set_xlabel("rotary pair i")
+    axes.set_ylabel("rescale factor lambda")
+    axes.set_title("LongRoPE's factors by sequence length")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def training_curves(stages: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Loss against step, a panel a stage: of the training batches and, where there is one, of held-out documents."""
+    columns = min(len(stages), 3)
+    rows = -(-len(stages) // columns)
+    figure = Figure(figsize=(7.2, 0.6 + 2.2 * rows), dpi=140, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels:
+        axes.set_visible(False)
+    for axes, (stage, records) in zip(panels, stages.items(), strict=False):
+        axes.set_visible(True)
+        for key, name, color in (("loss", "training", "#1f77b4"), ("held_out_loss", "held out", "#d62728")):
+            points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, color=color, linewidth=1.2)
+        axes.set_title(stage, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
+    figure.supylabel("loss (nats per token)", fontsize=9)
+    return figure
 
 
 def _figure(width: float, height: float):
@@ -166,9 +247,8 @@ def _figure(width: float, height: float):
     return figure, axes
 
 
-def _ordered(methods):
-    """Known methods in the order of their styles, which is roughly best first, then the others."""
-    return sorted(methods, key=lambda name: list(STYLES).index(name) if name in STYLES else len(STYLES))
+def _start_tokens(factors: rope.RopeFactors) -> str:
+    return f", {int(factors.n_hat)} start tokens unscaled" if int(factors.n_hat) else ""
 
 
 def _plain_numbers(axis):

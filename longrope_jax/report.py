@@ -7,42 +7,60 @@ from etils import epath
 
 from longrope_jax import plots, rope
 from longrope_jax.evaluation.perplexity import DocumentNll, compare, perplexity
-from longrope_jax.evaluation.run import SEARCHED
+from longrope_jax.evaluation.run import EvaluationSettings
 from longrope_jax.model import LlamaConfig
+from longrope_jax.runtime import records
 from longrope_jax.runtime.records import to_json
 
 Records = list[dict[str, Any]]
+Evaluations = dict[str, tuple[EvaluationSettings, Records]]
+"""By evaluate stage: its settings and what `evaluation.run` made."""
+
+SUBJECT = "longrope"
+"""The arm that the others are compared with, where there is one of that name."""
 
 
-def summarize(config: LlamaConfig, evaluation: Records, searches: Records, seconds: dict[str, float]) -> dict[str, Any]:
+def summarize(
+    config: LlamaConfig, evaluations: Evaluations, searches: Records, seconds: dict[str, float]
+) -> dict[str, Any]:
     """The content of report.json.
 
     Args:
-        evaluation: records of `evaluation.run`, one for every (length, method).
         searches: one dict a search stage: target_length, evaluations, seconds, best_nll, curve and more.
         seconds: wall time by stage.
     """
-    nll = {(r["length"], r["method"]): _by_file(r) for r in evaluation}
-    lengths = sorted({length for length, _ in nll})
-    methods = list(dict.fromkeys(method for _, method in nll))
-    original = config.original_length
-    report = {
-        "original_length": original,
-        "perplexity": {str(n): {m: perplexity(nll[n, m])._asdict() for m in methods} for n in lengths},
+    made = {stage: _evaluation(config, *evaluation) for stage, evaluation in evaluations.items()}
+    return {
+        "original_length": config.original_length,
+        "perplexity": list(made.values())[-1]["perplexity"] if made else {},  # the last stage's is the final word
+        "evaluations": made,
         "search": searches,
         "seconds": seconds,
-        "documents": sorted(set(evaluation[0]["documents"])) if evaluation else [],
     }
-    if SEARCHED in methods:
-        report["longrope_minus_method"] = {
-            str(n): {m: compare(nll[n, SEARCHED], nll[n, m])._asdict() for m in methods if m != SEARCHED}
-            for n in lengths
-        }
-        if _has_control(report):
-            report["longrope_minus_disjoint_windows_of_original_length"] = {
-                str(n): compare(nll[n, SEARCHED], nll[original, "unscaled"])._asdict() for n in lengths if n > original
-            }
-    return report
+
+
+def _evaluation(config: LlamaConfig, settings: EvaluationSettings, evaluation: Records) -> dict[str, Any]:
+    nll = {(r["length"], r["method"]): _by_file(r) for r in evaluation}
+    lengths = sorted({length for length, _ in nll})
+    arms = [arm for arm in settings.arms if (lengths[0], arm) in nll]
+    original = config.original_length
+    result = {
+        "perplexity": {str(n): {arm: perplexity(nll[n, arm])._asdict() for arm in arms} for n in lengths},
+        "documents": sorted(set(evaluation[0]["documents"])),
+        "longrope_minus": {},
+        "longrope_minus_disjoint_windows_of_original_length": {},
+    }
+    if SUBJECT in arms:
+        others = [arm for arm in arms if arm != SUBJECT]
+        controls = [arm for arm in settings.controls if (original, arm) in nll]
+        for n in lengths:
+            mine = nll[n, SUBJECT]
+            result["longrope_minus"][str(n)] = {arm: compare(mine, nll[n, arm])._asdict() for arm in others}
+            if n > original:
+                result["longrope_minus_disjoint_windows_of_original_length"][str(n)] = {
+                    arm: compare(mine, nll[original, arm])._asdict() for arm in controls
+                }
+    return result
 
 
 def _by_file(record: dict[str, Any]) -> DocumentNll:
@@ -55,88 +73,129 @@ def _by_file(record: dict[str, Any]) -> DocumentNll:
     )
 
 
-def _has_control(report: dict[str, Any]) -> bool:
-    return "unscaled" in report["perplexity"].get(str(report["original_length"]), {})
-
-
-def write_report(workdir: epath.Path, config: LlamaConfig, report: dict[str, Any], evaluation: Records) -> epath.Path:
+def write_report(
+    workdir: epath.Path, config: LlamaConfig, report: dict[str, Any], evaluations: Evaluations
+) -> epath.Path:
     """Writes what `summarize` made as report.json and report.md, with figures/*.png; returns the path of report.md."""
     (workdir / "report.json").write_text(to_json(report, indent=1) + "\n")
-    figures = workdir / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    for name, figure in _figures(config, report, evaluation).items():
-        with (figures / f"{name}.png").open("wb") as file:
-            figure.savefig(file)
-    path = workdir / "report.md"
-    path.write_text(_markdown(config, report))
-    return path
-
-
-def summary_table(report: dict[str, Any]) -> str:
-    """Perplexity by method and length as a Markdown table, readable in a terminal as well."""
-    lengths = list(report["perplexity"])
-    original = report["original_length"]
-    header = ["method", *(f"{n} ({int(n) / original:g}L)" for n in lengths)]
-    rows = []
-    for method in plots.STYLES:
-        if lengths and method in report["perplexity"][lengths[0]]:
-            cells = (report["perplexity"][n][method]["ppl"] for n in lengths)
-            rows.append([plots.LABELS[method], *(f"{ppl:.2f}" for ppl in cells)])
-    return _table(header, rows)
-
-
-def _figures(config, report, evaluation):
     figures = {}
-    original = config.original_length
-    if evaluation:
-        table = {int(n): {m: e["ppl"] for m, e in row.items()} for n, row in report["perplexity"].items()}
-        figures["perplexity_by_length"] = plots.perplexity_by_length(table, original)
-        longest = max(table)
-        curves = {r["method"]: r["nll_by_position"] for r in evaluation if r["length"] == longest}
-        controls = [r for r in evaluation if r["length"] == original and r["method"] == "unscaled"]
-        if controls:
-            control = controls[0]["nll_by_position"]
-            figures["perplexity_by_position"] = plots.nll_by_position(curves, longest, original, control)
-        factors = {
-            r["method"]: rope.RopeFactors(**{k: np.array(v) for k, v in r["factors"].items()})
-            for r in evaluation
-            if r["length"] == longest and r["method"] in (SEARCHED, "linear", "ntk", "yarn")
-        }
-        if factors:
-            figures["factors"] = plots.factors_by_pair(factors, longest / original, config.rope_theta, original)
+    for stage, (settings, evaluation) in evaluations.items():
+        figures |= _evaluation_figures(config, report["evaluations"][stage], settings, evaluation, _suffix(stage))
     for search in report["search"]:
         curve = np.array(search["curve"], float)
         name = f"convergence_{search['stage']}"
         figures[name] = plots.search_convergence(curve, search["seeds"], search["population"])
+    training = _training_curves(workdir)
+    if training:
+        figures["training"] = plots.training_curves(training)
+    (workdir / "figures").mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        with (workdir / "figures" / f"{name}.png").open("wb") as file:
+            figure.savefig(file)
+    path = workdir / "report.md"
+    path.write_text(_markdown(config, report, evaluations, set(figures)))
+    return path
+
+
+def summary_tables(report: dict[str, Any]) -> str:
+    """Perplexity by arm and length as Markdown tables, one an evaluation, readable in a terminal as well."""
+    return "".join(
+        f"Perplexity by window length: {stage}\n{_perplexity_table(evaluation, report['original_length'])}\n"
+        for stage, evaluation in report["evaluations"].items()
+    )
+
+
+def _perplexity_table(evaluation: dict[str, Any], original: int) -> str:
+    lengths = list(evaluation["perplexity"])
+    header = ["", *(f"{n} ({int(n) / original:g}L)" for n in lengths)]
+    rows = [
+        [plots.label(arm), *(f"{evaluation['perplexity'][n][arm]['ppl']:.2f}" for n in lengths)]
+        for arm in plots.ordered(evaluation["perplexity"][lengths[0]])
+    ]
+    return _table(header, rows)
+
+
+def _suffix(stage: str) -> str:
+    """What tells the figures of several evaluate stages apart."""
+    return stage.removeprefix("evaluate")
+
+
+def _training_curves(workdir: epath.Path) -> dict[str, Records]:
+    """By stage that trained: its lines of metrics.jsonl."""
+    stages: dict[str, Records] = {}
+    for record in records.read(workdir / "metrics.jsonl"):
+        stages.setdefault(record["stage"], []).append(record)
+    return stages
+
+
+def _evaluation_figures(config, result, settings, evaluation, suffix):
+    figures = {}
+    original = config.original_length
+    table = {int(n): {arm: e["ppl"] for arm, e in row.items()} for n, row in result["perplexity"].items()}
+    controls = [arm for arm in settings.controls if original in table and arm in table[original]]
+    figures[f"perplexity_by_length{suffix}"] = plots.perplexity_by_length(table, original, controls)
+    longest = max(table)
+    curves = {r["method"]: r["nll_by_position"] for r in evaluation if r["length"] == longest}
+    at_original = {r["method"]: r["nll_by_position"] for r in evaluation if r["length"] == original}
+    if controls:
+        figures[f"perplexity_by_position{suffix}"] = plots.nll_by_position(
+            curves, longest, original, at_original[controls[0]], plots.control_label(controls[0])
+        )
+    used = {(r["method"], r["length"]): _factors(r["factors"]) for r in evaluation}
+    at_longest = {arm: factors for (arm, n), factors in used.items() if n == longest and arm in plots.STYLES}
+    at_longest.pop("unscaled", None)
+    if at_longest:
+        figures[f"factors{suffix}"] = plots.factors_by_pair(at_longest, longest / original, config.rope_theta, original)
+    by_length = {n: factors for (arm, n), factors in sorted(used.items()) if arm == SUBJECT}
+    if len({factors.lam.tobytes() for factors in by_length.values()}) > 1:
+        figures[f"factors_by_length{suffix}"] = plots.factors_by_length(by_length, original)
     return figures
 
 
-def _markdown(config: LlamaConfig, report: dict[str, Any]) -> str:
-    lengths = list(report["perplexity"])
+def _factors(numbers: dict[str, Any]) -> rope.RopeFactors:
+    return rope.RopeFactors(**{name: np.array(value) for name, value in numbers.items()})
+
+
+def _markdown(config: LlamaConfig, report: dict[str, Any], evaluations: Evaluations, figures: set[str]) -> str:
     parts = ["# Report\n"]
-    if lengths:
-        parts += [
-            f"Model: {config.num_layers} layers, head dimension {config.head_dim}, original length L = "
-            f"{config.original_length} tokens, longest window {lengths[-1]} tokens. {len(report['documents'])} "
-            "evaluation documents, which neither training nor search has seen.\n",
-            "## Perplexity by window length\n",
-            "Every length scores the same tokens: the documents are cut into windows of that length. The column of L "
-            "is therefore the control for all longer ones: what the model does with disjoint windows of its original "
-            "length.\n",
-            summary_table(report),
-            "![perplexity by length](figures/perplexity_by_length.png)\n",
-        ]
-        if _has_control(report):
-            parts.append("![perplexity by position](figures/perplexity_by_position.png)\n")
-        if "longrope_minus_method" in report:
-            parts += _comparisons(report, lengths[-1])
+    parts.append(
+        f"Model: {config.num_layers} layers, head dimension {config.head_dim}, original length L = "
+        f"{config.original_length} tokens.\n"
+    )
+    for stage, result in report["evaluations"].items():
+        parts += _evaluation_section(stage, result, evaluations[stage][0], report["original_length"], figures)
+    if "training" in figures:
+        parts += ["## Training\n", _picture("loss by step", "training")]
     for search in report["search"]:
         parts += _search(search)
     seconds = [[stage, f"{value:.1f}"] for stage, value in report["seconds"].items()]
     return "\n".join([*parts, "## Seconds by stage\n", _table(["stage", "seconds"], seconds)])
 
 
-def _comparisons(report, longest):
+def _evaluation_section(stage, result, settings, original, figures):
+    longest = list(result["perplexity"])[-1]
+    suffix = _suffix(stage)
+    arms = [[plots.label(name), arm.factors, arm.model or "the latest before"] for name, arm in settings.arms.items()]
+    parts = [
+        f"## Perplexity by window length: {stage}\n",
+        f"{len(result['documents'])} evaluation documents, which neither training nor search has seen, cut into "
+        f"windows of every length up to {longest} tokens: every length scores the same tokens. The column of L is "
+        "therefore the control for all longer ones: what a model does with disjoint windows of its original length.\n",
+        _perplexity_table(result, original),
+        _picture("perplexity by length", f"perplexity_by_length{suffix}"),
+        _table(["", "factors", "model"], arms),
+    ]
+    if f"perplexity_by_position{suffix}" in figures:
+        parts.append(_picture("perplexity by position", f"perplexity_by_position{suffix}"))
+    if result["longrope_minus"]:
+        parts += _comparisons(result, longest, original)
+    for name, what in ((f"factors{suffix}", "rescale factors"), (f"factors_by_length{suffix}", "factors by length")):
+        if name in figures:
+            parts.append(_picture(what, name))
+    return parts
+
+
+def _comparisons(result, longest, original):
     def row(label, entry):
         low, high = entry["ci95"]
         return [
@@ -147,29 +206,35 @@ def _comparisons(report, longest):
             f"{100 * entry['documents_better']:.0f} %",
         ]
 
-    rows = [row(plots.LABELS[m], entry) for m, entry in report["longrope_minus_method"][longest].items()]
-    control = report.get("longrope_minus_disjoint_windows_of_original_length", {}).get(longest)
-    if control:
-        rows.append(row(plots.CONTROL, control))
-    header = ["LongRoPE minus", "nats per token", "95 % interval", "perplexity lower by", "documents better"]
+    parts = []
+    for length in dict.fromkeys([longest, str(original)]):
+        if length not in result["longrope_minus"]:
+            continue
+        rows = [row(plots.label(arm), entry) for arm, entry in result["longrope_minus"][length].items()]
+        controls = result["longrope_minus_disjoint_windows_of_original_length"].get(length, {})
+        rows += [row(plots.control_label(arm), entry) for arm, entry in controls.items()]
+        header = ["LongRoPE minus", "nats per token", "95 % interval", "perplexity lower by", "documents better"]
+        parts += [f"### LongRoPE against the others at {length} tokens\n", _table(header, rows)]
     return [
-        f"## LongRoPE against the others at {longest} tokens\n",
-        "Differences are paired by document; the interval is a bootstrap over documents. Where the difference to the "
-        "control is positive, the model does not yet make use of the longer context.\n",
-        _table(header, rows),
-        "![rescale factors](figures/factors.png)\n",
+        *parts,
+        "Differences are paired by document; the interval is a bootstrap over documents. Where the difference to a "
+        "control is positive, the model does not make use of the longer context.\n",
     ]
+
+
+def _picture(what: str, name: str) -> str:
+    return f"![{what}](figures/{name}.png)\n"
 
 
 def _search(search):
     outside = 1 - search["objective_seconds"] / search["seconds"]
     seeds = ", ".join(
-        f"{plots.LABELS.get(name, name)} " + ("not finite" if nll is None else f"{np.exp(nll):.2f}")
+        f"{plots.label(name)} " + ("not finite" if nll is None else f"{np.exp(nll):.2f}")
         for name, nll in search["seeds"].items()
     )
     factors = ", ".join(f"{value:.2f}" for value in search["factors"]["lam"])
     return [
-        f"## Search: {search['stage']}, {search['target_length']} tokens\n",
+        f"## Search: {search['stage']}, {search['target_length']} tokens, on the model of {search['model']}\n",
         f"{search['evaluations']} candidates in {search['seconds']:.1f} s, {100 * outside:.1f} % of it outside the "
         f"objective. Perplexity on the {len(search['documents'])} search documents: {np.exp(search['best_nll']):.2f}; "
         f"seeds: {seeds}.\n",

@@ -1,9 +1,12 @@
 """Whole experiments, small: what they leave, how they resume, and what they refuse before any work."""
 
+import contextlib
 import copy
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import string
 import subprocess
@@ -16,17 +19,22 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from longrope_jax import experiment, report, rope, stages
+from longrope_jax import experiment, report, rope
 from longrope_jax.evaluation import run as evaluation_run
-from longrope_jax.evaluation.run import EvaluationSettings
+from longrope_jax.evaluation.run import Arm, EvaluationSettings, published_arms
 from longrope_jax.experiment import DataSettings
-from longrope_jax.model import LlamaConfig
+from longrope_jax.model import Llama, LlamaConfig
+from longrope_jax.runtime import preemption
+from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.search import run as search_run
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.run import SearchSettings
 from longrope_jax.settings import section
+from longrope_jax.stages import TableSettings, evaluate, finetune, pretrain, search
 from longrope_jax.training import loop
-from longrope_jax.training.loop import PretrainSettings, load_params
+from longrope_jax.training.finetune import FinetuneSettings
+from longrope_jax.training.loop import load_params
+from longrope_jax.training.pretrain import PretrainSettings
 
 ROOT = Path(__file__).parent.parent
 LENGTH, TARGET = 16, 64
@@ -42,20 +50,72 @@ def folder(tmp_path_factory):
     return path
 
 
+SIZES = dict(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8)
+EVOLUTION = EvolutionSettings(population=8, mutations=3, crossovers=3, parents=4, iterations=3)
+
+
+def make_config(folder, **sections):
+    """A config of these stages."""
+    basis = dict(
+        model=LlamaConfig(vocab_size=258, original_length=LENGTH, **SIZES),
+        data=DataSettings(folder=str(folder)),
+        pretrain=PretrainSettings(steps=8, batch=4, checkpoint_every=4, log_every=2),
+    )
+    made = {name: section(settings) for name, settings in (basis | sections).items()}
+    return ConfigDict(dict(stages=("pretrain", *sections), **made))
+
+
 @pytest.fixture
 def config(folder):
-    sizes = dict(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8)
-    evolution = EvolutionSettings(population=8, mutations=3, crossovers=3, parents=4, iterations=3)
-    return ConfigDict(
-        dict(
-            stages=("pretrain", "search", "evaluate"),
-            model=section(LlamaConfig(vocab_size=258, original_length=LENGTH, **sizes)),
-            data=section(DataSettings(folder=str(folder))),
-            pretrain=section(PretrainSettings(steps=8, batch=4, checkpoint_every=4, log_every=2)),
-            search=section(SearchSettings(target_length=TARGET, documents=2, evolution=evolution)),
-            evaluate=section(EvaluationSettings(lengths=(8, 16, 32, 64), documents=3)),
-        )
+    return make_config(
+        folder,
+        search=SearchSettings(target_length=TARGET, documents=2, evolution=EVOLUTION),
+        evaluate=EvaluationSettings(
+            lengths=(8, 16, 32, 64), documents=3, arms={**published_arms(), "longrope": Arm("search")}
+        ),
     )
+
+
+@pytest.fixture(scope="module")
+def progressive_config(folder):
+    """The paper's recipe: 4L, fine-tuned there, 8L without, L recovered, all in a table."""
+    search_settings = dict(documents=2, evolution=EVOLUTION)
+    return make_config(
+        folder,
+        search_4x=SearchSettings(target_length=64, **search_settings),
+        finetune_a=FinetuneSettings(
+            length=64, factors="search_4x", steps=6, batch=2, checkpoint_every=3, log_every=2, evaluate_every=3,
+            held_out_documents=2, remat="none",
+        ),
+        search_8x=SearchSettings(target_length=128, **search_settings),
+        search_1x=SearchSettings(target_length=LENGTH, upper_bound=4.0, model="finetune_a", **search_settings),
+        table=TableSettings(lengths=(16, 64, 128), factors=("search_1x", "search_4x", "search_8x")),
+        evaluate=EvaluationSettings(
+            lengths=(16, 64, 128),
+            documents=3,
+            arms={
+                "longrope": Arm("table"),
+                "yarn": Arm("yarn", "finetune_a"),
+                "dynamic_ntk": Arm("dynamic_ntk"),
+                "original": Arm("original", "pretrain"),
+                "second": Arm("search_8x"),
+            },
+            controls=("original", "yarn"),
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def progressive(progressive_config, tmp_path_factory):
+    """A finished run of it. Copy it before you change anything."""
+    workdir = tmp_path_factory.mktemp("progressive")
+    experiment.run(progressive_config, workdir)
+    return workdir
+
+
+@pytest.fixture
+def copied(progressive, tmp_path):
+    return Path(shutil.copytree(progressive, tmp_path / "copied"))
 
 
 class Stopped(Exception):
@@ -64,7 +124,7 @@ class Stopped(Exception):
 
 def contents(workdir):
     """What must not depend on how often a run was stopped."""
-    times = {"tokens_per_second", "seconds"}
+    times = {"tokens_per_second", "step_seconds", "seconds"}
     return {
         "factors": (workdir / "factors" / "search.json").read_text(),
         **{
@@ -111,21 +171,28 @@ def test_a_run_leaves_all_that_is_promised(config, tmp_path):
 
     text = report_path.read_text()
     figures = sorted(path.name for path in (workdir / "figures").iterdir())
-    assert len(figures) == 4 and all(f"figures/{name}" in text for name in figures)
+    assert len(figures) == 5 and all(f"figures/{name}" in text for name in figures)
     longrope = content["perplexity"]["64"]["longrope"]["ppl"]
     assert f"{longrope:.2f}" in text
 
     # Evaluation documents are not search documents, nor training ones.
     files = json.loads(next((workdir / "data").rglob("metadata.json")).read_text())["files"]
-    assert set(content["documents"]) <= set(files["evaluation"])
+    assert set(content["evaluations"]["evaluate"]["documents"]) <= set(files["evaluation"])
     assert not set(files["evaluation"]) & (set(files["search"]) | set(files["train"]))
+
+
+def forbid_work(monkeypatch):
+    """From now on no stage may do anything that takes time."""
+    for module, name in [
+        (pretrain, "pretrain"), (search, "run_search"), (finetune, "finetune"), (evaluate, "run_evaluation"),
+    ]:  # fmt: skip
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("a finished stage ran again"))
 
 
 def test_a_finished_run_is_not_run_again(config, tmp_path, monkeypatch, capsys):
     experiment.run(config, tmp_path)
     before = contents(tmp_path)
-    for name in ("pretrain", "run_search", "run_evaluation"):
-        monkeypatch.setattr(stages, name, lambda *_: pytest.fail("a finished stage ran again"))
+    forbid_work(monkeypatch)
     capsys.readouterr()
     experiment.run(config, tmp_path)
     assert capsys.readouterr().out.count("finished before") == 3
@@ -192,17 +259,24 @@ def change(config, path, value):
 REFUSED = {
     "unknown field": ("search.taget_length", 64, "config.search.taget_length.*did you mean target_length"),
     "unknown section": ("serach", {}, "config.serach"),
-    "unknown stage": ("stages", ("pretrain", "polish"), "polish.*pretrain, search, evaluate"),
+    "unknown stage": ("stages", ("pretrain", "polish"), "polish.*pretrain, search, finetune, table, evaluate"),
     "stage twice": ("stages", ("pretrain", "search", "search"), "twice"),
     "no model first": ("stages", ("search", "evaluate"), "can't come first"),
     "wrong type": ("pretrain.steps", "many", "config.pretrain.steps = 'many' must be int"),
-    "two models": ("stages", ("pretrain", "pretrain_b", "search"), "can have one pretrain stage"),
-    "lengths past the target": ("evaluate.lengths", (16, 128), "must end at 64"),
-    "no room for factors": ("search.upper_bound", 0.5, "upper_bound = 0.5 must be at least 1"),
-    "no extension": ("search.target_length", LENGTH, "target_length = 16 must be above.*original_length = 16"),
+    "lengths past the target": ("evaluate.lengths", (16, 128), "must end at 64, which arms.longrope.factors"),
+    "lengths short of the target": ("evaluate.lengths", (16, 32), "must end at 64, which arms.longrope.factors"),
+    "no room for factors": ("search.upper_bound", 0.2, "config.search: need 1 <= low < high for lam, not .*0.8"),
+    "below the original": ("search.target_length", 8, "target_length = 8 must not be below.*original_length = 16"),
+    "unknown model": ("search.model", "finetune", "config.search: model = 'finetune' is no stage .* are pretrain"),
     "batch too large": ("pretrain.batch", 10_000, "config.pretrain: .*fewer than a batch of 10000"),
     "small vocabulary": ("model.vocab_size", 100, "vocab_size = 100 is below"),
-    "unknown method": ("evaluate.methods", ("yern",), "unknown methods .*yern"),
+    "unknown factors": ("evaluate.arms.yarn.factors", "yern", "config.evaluate: arms.yarn.factors = 'yern' is neither"),
+    "unknown model of an arm": ("evaluate.arms.yarn.model", "search", "config.evaluate: arms.yarn.model = 'search' is"),
+    "control that is no arm": ("evaluate.controls", ("original",), "config.evaluate: controls = .* must be arms"),
+    "no arms": ("evaluate.arms", {}, "config.evaluate: arms is empty"),
+    "mesh without devices": ("mesh", {"axes": "data:16"}, "config.mesh: axes = 'data:16' needs 16 devices"),
+    "batch not for the mesh": ("mesh", {"axes": "data:8"}, "config.pretrain: batch / accumulate = 4 sequences can't"),
+    "model not for the mesh": ("mesh", {"axes": "tensor:2"}, "config.mesh: .*num_heads = 1 is not a multiple"),
     "odd head": ("model.head_dim", 7, "config.model: head_dim = 7"),
     "missing folder": ("data.folder", "/nonexistent", "'/nonexistent' is not a directory"),
 }
@@ -210,7 +284,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("path", "value", "message"), REFUSED.values(), ids=REFUSED)
 def test_bad_configs_are_refused_in_one_line_before_any_work(config, tmp_path, monkeypatch, path, value, message):
-    monkeypatch.setattr(stages, "pretrain", lambda *_: pytest.fail("training began"))
+    forbid_work(monkeypatch)
     with pytest.raises(ValueError, match=message) as caught:
         experiment.run(change(config, path, value), tmp_path)
     assert "\n" not in str(caught.value)
@@ -273,6 +347,214 @@ def test_another_config_is_refused_with_the_fields_that_differ(config, tmp_path)
     assert "model." not in message
 
 
+# --- progressive extension --------------------------------------------------------------------------------------------
+
+PROGRESSIVE_STAGES = ("pretrain", "search_4x", "finetune_a", "search_8x", "search_1x", "table", "evaluate")
+
+
+def test_a_progressive_run_reports_everything(progressive):
+    content = json.loads((progressive / "report.json").read_text())
+    assert set(content) == {"original_length", "perplexity", "evaluations", "search", "seconds"}
+    assert set(content["seconds"]) == set(PROGRESSIVE_STAGES)
+    (evaluation,) = content["evaluations"].values()
+    assert evaluation["perplexity"] == content["perplexity"]
+    others = {"yarn", "dynamic_ntk", "original", "second"}
+    assert {n: set(row) for n, row in content["perplexity"].items()} == {
+        n: {"longrope", *others} for n in ("16", "64", "128")
+    }
+    assert {n: set(row) for n, row in evaluation["longrope_minus"].items()} == {n: others for n in ("16", "64", "128")}
+    controls = evaluation["longrope_minus_disjoint_windows_of_original_length"]
+    assert {n: set(row) for n, row in controls.items()} == {n: {"original", "yarn"} for n in ("64", "128")}
+    searches = {entry["stage"]: entry for entry in content["search"]}
+    assert [(e["target_length"], e["model"]) for e in searches.values()] == [
+        (64, "pretrain"), (128, "finetune_a"), (16, "finetune_a")
+    ]  # fmt: skip
+    assert {"linear", "ntk", "yarn"} <= set(searches["search_8x"]["seeds"])
+    assert {"trained", "unscaled"} >= set(searches["search_1x"]["seeds"])
+    for entry in searches.values():
+        assert entry["curve"][-1] == entry["best_nll"] <= min(entry["seeds"].values())
+
+
+def test_a_progressive_run_uses_the_right_factors_everywhere(progressive):
+    found = {name: rope.load_factors(progressive / "factors" / f"{name}.json", 8) for name in PROGRESSIVE_STAGES[1:5]}
+    first, second = (np.asarray(found[f"search_{n}x"].lam, np.float64) for n in (4, 8))
+    np.testing.assert_array_equal(found["finetune_a"].lam, found["search_4x"].lam)
+    table = rope.load_table(progressive / "factors" / "table.json", 8)
+    for length, name in [(1, "search_1x"), (16, "search_1x"), (17, "search_4x"), (65, "search_8x"), (128, "search_8x")]:
+        np.testing.assert_array_equal(table.select(length).lam, found[name].lam)
+    used = {(r["method"], r["length"]): r["factors"] for r in read(progressive / "evaluation.jsonl")}
+    tuned = rope.Trained(64, found["search_4x"])
+    for length, name in [(16, "search_1x"), (64, "search_4x"), (128, "search_8x")]:
+        assert used["longrope", length]["lam"] == pytest.approx(found[name].lam.tolist())
+        assert used["second", length]["lam"] == pytest.approx(second.tolist())
+        assert used["original", length]["lam"] == [1.0] * 4
+        assert used["yarn", length]["lam"] == pytest.approx(rope.extend("yarn", tuned, 128, 8).lam.tolist())
+        assert used["dynamic_ntk", length]["lam"] == pytest.approx(rope.extend("ntk", tuned, length, 8).lam.tolist())
+    assert used["dynamic_ntk", 128]["lam"] == pytest.approx((first * 2.0 ** (np.arange(4) / 3)).tolist(), rel=1e-5)
+
+
+def test_a_progressive_run_has_its_figures(progressive):
+    figures = {path.stem for path in (progressive / "figures").iterdir()}
+    names = {"perplexity_by_length", "perplexity_by_position", "factors", "factors_by_length", "training"}
+    assert figures == names | {f"convergence_search_{n}x" for n in (1, 4, 8)}
+    text = (progressive / "report.md").read_text()
+    for name in figures:
+        assert (progressive / "figures" / f"{name}.png").stat().st_size > 5000
+        assert f"(figures/{name}.png)" in text
+    trained = {(entry["stage"], "held_out_loss" in entry) for entry in read(progressive / "metrics.jsonl")}
+    assert trained == {("pretrain", False), ("finetune_a", False), ("finetune_a", True)}
+
+
+def test_a_finished_progressive_run_is_skipped(progressive_config, copied, monkeypatch, capsys):
+    forbid_work(monkeypatch)
+    before = json.loads((copied / "report.json").read_text())
+    experiment.run(progressive_config, copied)
+    out = capsys.readouterr().out
+    assert [f"{name}: finished before, skipped" in out for name in PROGRESSIVE_STAGES] == [True] * 7
+    assert json.loads((copied / "report.json").read_text()) == before
+
+
+def test_a_stage_can_be_added_later_and_another_mesh_taken(progressive_config, copied, monkeypatch):
+    for module, name in [(pretrain, "pretrain"), (search, "run_search"), (finetune, "finetune")]:
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("a finished stage ran again"))
+    added = change(progressive_config, "stages", (*PROGRESSIVE_STAGES, "evaluate_again"))
+    with added.unlocked():
+        arms = {"longrope": Arm("table"), "pi": Arm("linear")}
+        added.evaluate_again = section(EvaluationSettings(lengths=(64,), documents=2, arms=arms, controls=()))
+        added.mesh = section(MeshSettings("seq:2"))
+    experiment.run(added, copied)
+    content = json.loads((copied / "report.json").read_text())
+    assert list(content["evaluations"]) == ["evaluate", "evaluate_again"]
+    assert (copied / "figures" / "perplexity_by_length_again.png").exists()
+
+
+def test_a_finished_stage_may_not_change(progressive_config, copied):
+    for path, value, message in [
+        ("finetune_a.steps", 7, r"finetune_a.steps (6 there, 7 now)"),
+        ("search_4x.model", "pretrain", r"search_4x.model ('' there, 'pretrain' now)"),
+        ("table.lengths", (16, 32, 128), r"table.lengths ([16, 64, 128] there, [16, 32, 128] now)"),
+        ("model.norm_eps", 1e-6, r"model.norm_eps (1e-05 there, 1e-06 now)"),
+    ]:
+        with pytest.raises(ValueError) as caught:
+            experiment.prepare(change(progressive_config, path, value), copied)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"stages before search_8x \(\['finetune_a'\] there, \['pretrain'\] now\)"):
+        # Without a word in its own section, the search of "the latest model" would be one of another.
+        order = ("pretrain", "search_4x", "search_8x", "finetune_a", *PROGRESSIVE_STAGES[4:])
+        experiment.prepare(change(progressive_config, "stages", order), copied)
+
+
+def test_a_stage_whose_last_checkpoint_is_damaged_is_run_again(progressive_config, progressive, copied):
+    victim = max((path for path in (copied / "checkpoints" / "finetune_a" / "6").rglob("*") if path.is_file()),
+                 key=lambda path: path.stat().st_size)  # fmt: skip
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(bytes(content))
+    experiment.run(progressive_config, copied)
+    model = Llama(LlamaConfig(vocab_size=258, original_length=LENGTH, **SIZES))
+    params = [load_params(workdir, "finetune_a", model, Layout(), 6) for workdir in (progressive, copied)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    assert (copied / "checkpoints" / "finetune_a" / "damaged" / "6").exists()
+    entries = [[entry["step"] for entry in read(workdir / "metrics.jsonl")] for workdir in (progressive, copied)]
+    assert entries[0] == entries[1]
+
+
+@pytest.mark.parametrize(
+    ("lost", "rerun"),
+    [("factors/search_8x.json", "search_8x"), ("factors/table.json", "table"), ("evaluation.jsonl", "evaluate")],
+)
+def test_a_stage_whose_results_are_gone_is_run_again(progressive_config, copied, capsys, lost, rerun):
+    (copied / lost).rename(copied / "away")
+    experiment.run(progressive_config, copied)
+    out = capsys.readouterr().out
+    assert [name for name in PROGRESSIVE_STAGES if f"{name}: finished before, skipped" not in out] == [rerun]
+    if lost.startswith("factors"):
+        assert (copied / lost).read_text() == (copied / "away").read_text()
+    else:
+        assert [r["nll_sums"] for r in read(copied / lost)] == [r["nll_sums"] for r in read(copied / "away")]
+
+
+def test_a_request_to_stop_in_the_last_step_of_a_stage_is_not_lost(config, tmp_path, monkeypatch):
+    calls, step = [], loop.train_step
+
+    def asking(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(loop, "train_step", asking)
+    with pytest.raises(preemption.Preempted):
+        experiment.run(config, tmp_path)
+    assert (tmp_path / "stages" / "pretrain.json").exists()
+    assert not (tmp_path / "stages" / "search.json").exists()
+
+
+def test_settings_of_a_stage_that_was_left_out_for_a_while_may_not_change_either(progressive_config, copied):
+    without = change(progressive_config, "stages", PROGRESSIVE_STAGES[:-1])
+    with without.unlocked():
+        del without["evaluate"]
+    experiment.run(without, copied)
+    with pytest.raises(ValueError, match="evaluate.documents"):
+        experiment.prepare(change(progressive_config, "evaluate.documents", 2), copied)
+
+
+REFERENCES = {
+    "model": ("finetune_a.model", "finetune_b", "finetune_a: model = 'finetune_b' is no stage before .* are pretrain"),
+    "model that comes later": ("search_4x.model", "finetune_a", "search_4x: model = 'finetune_a' is no stage before"),
+    "model of a table": ("table.model", "search_4x", "table: model = 'search_4x' is no stage .* pretrain, finetune_a"),
+    "factors": ("finetune_a.factors", "search_8x", "finetune_a: factors = 'search_8x' is neither a search or table"),
+    "factors too short": ("finetune_a.length", 128, "finetune_a: length = 128 is beyond 64, up to which search_4x"),
+    "table beyond": ("table.factors", ("search_1x", "search_4x", "search_4x"), "table: .*search_4x is good up to 64"),
+    "table of unknown": ("table.factors", ("yern", "yarn", "yarn"), "table: factors = 'yern' is neither"),
+    "arm beyond its table": ("evaluate.lengths", (16, 256), "evaluate: lengths = .* must end at 128, which arms"),
+    "arm target": ("evaluate.arms.second.factors", "search_4x", "evaluate: .* must end at 64, which arms.second.fac"),
+    "arm factors": ("evaluate.arms.second.factors", "finetune_a", "evaluate: arms.second.factors = 'finetune_a' is ne"),
+    "arm model": ("evaluate.arms.second.model", "table", "evaluate: arms.second.model = 'table' is no stage"),
+    "control": ("evaluate.controls", ("unscaled",), "evaluate: controls = .'unscaled',. must be arms"),
+    "length below L": ("finetune_a.length", 8, "finetune_a: length = 8 is below the original length, 16"),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "message"), REFERENCES.values(), ids=REFERENCES)
+def test_references_between_stages_are_checked(progressive_config, path, value, message):
+    with pytest.raises(ValueError, match=f"^config.{message}") as caught:
+        experiment.parse_experiment(change(progressive_config, path, value))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_command_that_is_asked_to_stop_exits_with_75_and_goes_on(config, tmp_path):
+    for name, value in [("pretrain.steps", 400), ("pretrain.log_every", 1), ("pretrain.checkpoint_every", 400)]:
+        config = change(config, name, value)
+    with config.unlocked():
+        del config["search"], config["evaluate"]
+    config = change(config, "stages", ("pretrain",))
+    path, workdir = tmp_path / "config.py", tmp_path / "run"
+    path.write_text(
+        f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({config.to_dict()})\n"
+    )
+    line = [sys.executable, "-m", "longrope_jax.main", f"--config={path}", f"--workdir={workdir}"]
+    quickly = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+    process = subprocess.Popen(
+        line, cwd=ROOT, env=quickly, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    with contextlib.closing(process.stderr):
+        while not (workdir / "metrics.jsonl").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        told = process.stderr.read()
+    assert process.wait() == 75, told
+    assert "Traceback" not in told
+    stopped = int(
+        re.search(r"\npretrain: asked to stop, step (\d+) of 400 is saved; the same command goes on", told)[1]
+    )
+    assert [entry["step"] for entry in read(workdir / "metrics.jsonl")] == list(range(1, stopped + 1))
+    subprocess.run(line, cwd=ROOT, env=quickly, check=True, capture_output=True)
+    assert [entry["step"] for entry in read(workdir / "metrics.jsonl")] == list(range(1, 401))
+    assert (workdir / "report.md").exists()
+
+
 def command(workdir, *overrides):
     path = str(ROOT / "experiments" / "quickstart.py")
     return [sys.executable, "-m", "longrope_jax.main", f"--config={path}", f"--workdir={workdir}", *overrides]
@@ -298,35 +580,3 @@ def test_an_unwritable_work_directory_is_refused(tmp_path):
     done = subprocess.run(command(tmp_path / "file" / "run"), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and "file/run" in done.stderr
-
-
-@pytest.mark.slow
-def test_kill_9_at_any_moment_changes_nothing(folder, tmp_path):
-    overrides = [
-        f"--config.data.folder={folder}",
-        "--config.pretrain.steps=60",
-        "--config.pretrain.checkpoint_every=10",
-        "--config.search.evolution.iterations=4",
-        "--config.search.target_length=256",
-        "--config.evaluate.lengths=(64,128,256)",
-        "--config.evaluate.documents=3",
-    ]
-    subprocess.run(command(tmp_path / "whole", *overrides), check=True, cwd=ROOT, capture_output=True)
-    rng, kills = random.Random(0), 0
-    for _ in range(12):
-        process = subprocess.Popen(
-            command(tmp_path / "killed", *overrides), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(rng.uniform(8, 25))
-        if process.poll() is not None:
-            assert process.returncode == 0
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-    subprocess.run(command(tmp_path / "killed", *overrides), check=True, cwd=ROOT, capture_output=True)
-    assert kills >= 2
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    trees = [jax.tree.leaves(load_params(tmp_path / name, "pretrain")) for name in ("whole", "killed")]
-    for a, b in zip(*trees, strict=True):
-        np.testing.assert_array_equal(a, b)

@@ -4,12 +4,15 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from longrope_jax.evaluation.run import EvaluationSettings
+from longrope_jax.evaluation.run import Arm, EvaluationSettings, published_arms
 from longrope_jax.model import LlamaConfig
+from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.run import SearchSettings
 from longrope_jax.settings import parse, section
-from longrope_jax.training.loop import PretrainSettings
+from longrope_jax.stages import TableSettings
+from longrope_jax.training.finetune import FinetuneSettings
+from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings
 
 SETTINGS = {
@@ -25,8 +28,27 @@ SETTINGS = {
     "changed search": SearchSettings(
         target_length=64, step=0.5, upper_bound=2.0, evolution=EvolutionSettings(iterations=3)
     ),
-    "evaluate": EvaluationSettings(lengths=(64, 128)),
-    "changed evaluate": EvaluationSettings(lengths=(8,), stride=3, methods=("yarn", "unscaled")),
+    # A config has its fields in alphabetical order, and so the arms.
+    "evaluate": EvaluationSettings(lengths=(64, 128), arms=dict(sorted(published_arms().items()))),
+    "changed evaluate": EvaluationSettings(
+        lengths=(8,), stride=3, arms={"a": Arm("yarn", "finetune"), "b": Arm("unscaled")}, controls=("b", "a")
+    ),
+    "finetune": FinetuneSettings(steps=5, batch=2, length=512, factors="search"),
+    "changed finetune": FinetuneSettings(
+        steps=5,
+        batch=4,
+        accumulate=2,
+        length=512,
+        factors="yarn",
+        model="pretrain",
+        packed=True,
+        long_share=0.25,
+        evaluate_every=0,
+        remat="none",
+        optimizer=OptimizerSettings(schedule="linear"),
+    ),
+    "table": TableSettings(lengths=(128, 512), factors=("original", "search"), model="finetune"),
+    "mesh": MeshSettings("data:2,seq:-1", "contiguous"),
 }
 
 
@@ -106,7 +128,7 @@ def test_an_unknown_field_that_is_close_to_none_names_all():
         changed(PRETRAIN, xyz=1),
         "pretrain",
         "config.pretrain.xyz is not a field of PretrainSettings; "
-        "known are steps, batch, seed, checkpoint_every, log_every, optimizer",
+        "known are steps, batch, accumulate, seed, checkpoint_every, log_every, optimizer",
     )
 
 
@@ -143,10 +165,10 @@ def test_a_value_of_the_wrong_type_is_named_in_full(fields, message):
     ("fields", "message"),
     [
         ({"lengths": 128}, "config.evaluate.lengths = 128 must be tuple"),
-        ({"methods": "yarn"}, "config.evaluate.methods = 'yarn' must be tuple"),
+        ({"controls": "yarn"}, "config.evaluate.controls = 'yarn' must be tuple"),
         ({"lengths": (64, "128")}, "config.evaluate.lengths[1] = '128' must be int"),
         ({"lengths": (True, 128)}, "config.evaluate.lengths[0] = True must be int"),
-        ({"methods": ("yarn", 3)}, "config.evaluate.methods[1] = 3 must be str"),
+        ({"controls": ("yarn", 3)}, "config.evaluate.controls[1] = 3 must be str"),
     ],
 )
 def test_tuples_are_checked_item_by_item(fields, message):
@@ -177,8 +199,38 @@ def test_an_int_will_do_for_a_float_and_becomes_one():
 
 
 def test_a_list_will_do_for_a_tuple_and_becomes_one():
-    parsed = parse(EvaluationSettings, changed(EVALUATE, lengths=[8, 16], methods=[]), "evaluate")
-    assert (parsed.lengths, parsed.methods) == ((8, 16), ())
+    parsed = parse(EvaluationSettings, changed(EVALUATE, lengths=[8, 16], controls=[]), "evaluate")
+    assert (parsed.lengths, parsed.controls) == ((8, 16), ())
+
+
+# --- sections within sections, by name -----------------------------------------------------------------------------
+
+
+def test_arms_come_back_as_arms_and_can_be_changed_and_added_in_place():
+    config = section(EVALUATE)
+    config.arms.yarn.model = "finetune"
+    config.arms.other = {"factors": "search"}
+    expected = {**published_arms(), "yarn": Arm("yarn", "finetune"), "other": Arm("search")}
+    assert parse(EvaluationSettings, config, "evaluate").arms == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arms": 3}, "config.evaluate.arms = 3 must be dict"),
+        ({"arms": {"a": "yarn"}}, "config.evaluate.arms.a = 'yarn' must be a section with the fields of Arm"),
+        ({"arms": {"a": {"factor": "yarn"}}}, "config.evaluate.arms.a.factor is not a field of Arm; did you mean fac"),
+        ({"arms": {"a": {"model": "pretrain"}}}, "config.evaluate.arms.a.factors is missing"),
+        ({"arms": {"a": {"factors": 3}}}, "config.evaluate.arms.a.factors = 3 must be str"),
+        ({"arms": {}, "controls": ()}, "config.evaluate: arms is empty"),
+        (
+            {"controls": ("original",)},
+            "config.evaluate: controls = ('original',) must be arms; those are dynamic_ntk, l",
+        ),
+    ],
+)
+def test_arms_are_checked_one_by_one(fields, message):
+    assert_refuses(EvaluationSettings, changed(EVALUATE, **fields), "evaluate", message)
 
 
 # --- values --------------------------------------------------------------------------------------------------------
@@ -193,7 +245,19 @@ def test_a_list_will_do_for_a_tuple_and_becomes_one():
         ("pretrain", {"optimizer__beta1": 1.0}, "config.pretrain.optimizer: beta1 = 1.0 must lie in [0, 1)"),
         ("search", {"evolution__parents": 0}, "config.search.evolution: parents = 0 must be positive"),
         ("evaluate", {"lengths": (8, 8)}, "config.evaluate: lengths = (8, 8) must be different"),
-        ("evaluate", {"methods": ("magic",)}, "config.evaluate: unknown methods ['magic']"),
+        ("pretrain", {"accumulate": 3}, "config.pretrain: batch = 2 can't be cut into accumulate = 3 equal parts"),
+        ("pretrain", {"optimizer__schedule": "step"}, "config.pretrain.optimizer: schedule = 'step' must be one of"),
+        ("search", {"documents_at_once": 0}, "config.search: documents_at_once = 0 must be positive"),
+        ("finetune", {"length": 0}, "config.finetune: length = 0 must be positive"),
+        ("finetune", {"long_share": 1.5}, "config.finetune: long_share = 1.5 must lie in [0, 1]"),
+        ("finetune", {"evaluate_every": -1}, "config.finetune: evaluate_every = -1 must not be negative"),
+        ("finetune", {"held_out_documents": 0}, "config.finetune: held_out_documents = 0 must be positive"),
+        ("finetune", {"remat": "all"}, "config.finetune: remat = 'all' must be one of none, nothing_saveable"),
+        ("table", {"lengths": (512, 128)}, "config.table: lengths = (512, 128) must be rising"),
+        ("table", {"factors": ("yarn",)}, "config.table: factors = ('yarn',) must name one source for each"),
+        ("mesh", {"axes": "rows:2"}, "config.mesh: axes = 'rows:2': 'rows:2' is not an axis and its size"),
+        ("mesh", {"sequence_order": "random"}, "config.mesh: sequence_order = 'random' must be one of zigzag"),
+        ("evaluate", {"documents": 1}, "config.evaluate: documents = 1 must be at least 2"),
     ],
 )
 def test_values_that_settings_refuse_name_the_section(key, fields, message):

@@ -6,14 +6,15 @@ python experiments/benchmarks/ring.py
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from longrope_jax.data.sequences import Batch
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.attention import BLOCK, Tokens, key_blocks
 from longrope_jax.model.ring import zigzag
-from longrope_jax.model.sharding import make_mesh
-from longrope_jax.rope import unscaled
+from longrope_jax.rope import FactorTable, unscaled
+from longrope_jax.runtime.mesh import Layout, MeshSettings
+from longrope_jax.training.step import OptimizerSettings, init_params, init_state, make_optimizer, train_step
 
 LENGTH = 16_384
 SHARDS = (1, 2, 4, 8)
@@ -21,16 +22,15 @@ CONFIG = LlamaConfig.preset("tiny", remat="nothing_saveable")
 
 
 def compile_step(shards: int) -> jax.stages.Compiled:
-    """Loss and gradients of one sequence, cut over so many devices; compiled for shapes, never run."""
-    model, factors = Llama(CONFIG), unscaled(CONFIG.head_dim)
-    row = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), factors)["params"]
-
-    def total(params, tokens, targets, positions):
-        return model.apply({"params": params}, tokens, targets, factors, positions, method="token_nll").sum()
-
-    with jax.set_mesh(make_mesh(seq=shards)):
-        return jax.jit(jax.value_and_grad(total)).lower(params, row, row, row).compile()
+    """A training step on one sequence, cut over so many devices; compiled for shapes, never run."""
+    model, optimizer = Llama(CONFIG), make_optimizer(OptimizerSettings(), 100)
+    table = FactorTable.of({LENGTH: unscaled(CONFIG.head_dim)})
+    layout = Layout.of(MeshSettings(f"seq:{shards}"))
+    with layout.active():
+        state = layout.abstract(jax.eval_shape(lambda: init_state(init_params(model, 0), optimizer)))
+        row = np.zeros((1, LENGTH), np.int32)
+        batch = layout.place(Batch(row, row, row, None, np.full(1, LENGTH, np.int32)))
+        return train_step.lower(model, optimizer, 1, state, batch, table).compile()
 
 
 def gathers_whole_sequences(compiled: jax.stages.Compiled) -> bool:
@@ -50,7 +50,7 @@ def imbalance(order: np.ndarray, shards: int) -> float:
 def main() -> None:
     """Prints one row a number of devices."""
     jax.config.update("jax_num_cpu_devices", max(SHARDS))
-    print(f"One gradient step of a sequence of {LENGTH} tokens, {CONFIG.num_layers} layers, on simulated devices.\n")
+    print(f"A training step on a sequence of {LENGTH} tokens, {CONFIG.num_layers} layers, on simulated devices.\n")
     print("| seq | MiB a device | of seq 1 | all-gather of T | busiest / mean, contiguous | busiest / mean, zigzag |")
     print("|---:|---:|---:|---|---:|---:|")
     for shards in SHARDS:

@@ -174,3 +174,8 @@ def documents(builder: tfds.core.DatasetBuilder, split: str, tokenizer: ByteToke
     """The tokenized documents of a split, in memory (2 bytes a token)."""
     source = builder.as_data_source(split)
     return [Document(d["path"].decode(), tokenizer.encode(d["text"]), len(d["text"])) for d in source]
+
+
+def tokens_per_byte(documents: Sequence[Document]) -> float:
+    """Of all documents together."""
+    return sum(len(d.tokens) for d in documents) / sum(d.size for d in documents)

@@ -14,19 +14,29 @@ import scipy.stats
 from jaxtyping import Array, Float, Int
 
 from longrope_jax.model import Llama
+from longrope_jax.model.sharding import constrain
 from longrope_jax.rope import RopeFactors
+from longrope_jax.runtime.mesh import Layout
 
 _RESAMPLES = 4000
 
 
 @partial(jax.jit, static_argnames="model")
-def window_nll(model: Llama, params: dict, factors: RopeFactors, tokens: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
-    """NLL of every target of a window, in nats. One compilation a shape, whatever the factors."""
-    return model.apply({"params": params}, tokens[:, :-1], tokens[:, 1:], factors, method="token_nll")
+def window_nll(
+    model: Llama,
+    params: dict,
+    factors: RopeFactors,
+    tokens: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """NLL of every target of a window, in nats, on every device. One compilation a shape, whatever the factors."""
+    return constrain(model.apply({"params": params}, tokens, targets, factors, positions, method="token_nll"))
 
 
 def token_nll(
     model: Llama,
+    layout: Layout,
     params: dict,
     factors: RopeFactors,
     tokens: Int[np.ndarray, "N T+1"],
@@ -41,7 +51,8 @@ def token_nll(
     default) cuts the documents into disjoint windows, and window = T is one window a document.
 
     Args:
-        tokens_at_once: windows are evaluated in batches of about so many tokens; memory is O(tokens_at_once).
+        tokens_at_once: windows are evaluated in batches of about so many tokens, on all devices together; memory is
+            O(tokens_at_once), split over the mesh. A batch has one window a shard of rows at least.
 
     Time O(N T window / stride) in the matrices, O(N T window^2 / stride) in attention; one compilation for every shape
     of a batch, so one a window length where there are enough windows to fill it.
@@ -55,19 +66,23 @@ def token_nll(
         rows += [(document, start, scored) for document in range(documents)]
         scored = start + window
 
-    batch = max(1, min(tokens_at_once // window, len(rows)))
+    shards = layout.row_shards
+    batch = shards * max(1, min(tokens_at_once // (window * shards), -(-len(rows) // shards)))
     batches = [rows[first : first + batch] for first in range(0, len(rows), batch)]
+    positions = np.broadcast_to(np.arange(window, dtype=np.int32), (batch, window))
     result = np.full((documents, length), np.nan, np.float32)
 
     def collect(chosen, output):
-        for (document, start, scored), nll in zip(chosen, np.asarray(output), strict=False):
-            result[document, scored : start + window] = nll[scored - start :]
+        nll = layout.in_document_order(np.asarray(output))
+        for (document, start, scored), row in zip(chosen, nll, strict=False):
+            result[document, scored : start + window] = row[scored - start :]
 
     running = deque()
     for chosen in batches:
         padded = chosen + [chosen[-1]] * (batch - len(chosen))  # a smaller last batch would compile anew
         block = np.stack([tokens[document, start : start + window + 1] for document, start, _ in padded])
-        running.append((chosen, window_nll(model, params, factors, block)))
+        placed = layout.place((block[:, :-1], block[:, 1:], positions))
+        running.append((chosen, window_nll(model, params, factors, *placed)))
         if len(running) > 2:  # the device is kept busy, and no more than that is kept in memory
             collect(*running.popleft())
     for finished in running:

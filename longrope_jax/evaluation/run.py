@@ -1,125 +1,153 @@
-"""The evaluation stage: every method at every length on the same documents."""
+"""The evaluation stage: models and factors side by side, at every length, on the same documents."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from longrope_jax import rope
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.perplexity import by_document, by_position, token_nll
-from longrope_jax.model import Llama, LlamaConfig
-from longrope_jax.rope import RopeFactors
-from longrope_jax.runtime import records
+from longrope_jax.model import Llama
+from longrope_jax.rope import METHODS, RopeFactors
+from longrope_jax.runtime import preemption, processes, records
+from longrope_jax.runtime.mesh import Layout
 
-METHODS: dict[str, Callable[[LlamaConfig, float, int], RopeFactors]] = {
-    "unscaled": lambda c, scale, length: rope.unscaled(c.head_dim),
-    "linear": lambda c, scale, length: rope.linear(c.head_dim, scale),
-    "ntk": lambda c, scale, length: rope.ntk(c.head_dim, scale),
-    "dynamic_ntk": lambda c, scale, length: rope.dynamic_ntk(c.head_dim, length, c.original_length),
-    "yarn": lambda c, scale, length: rope.yarn(c.head_dim, scale, c.rope_theta, c.original_length),
-    "yarn_without_temperature": lambda c, scale, length: rope.yarn(
-        c.head_dim, scale, c.rope_theta, c.original_length, temperature=False
-    ),
-}
-"""Name -> (model, scale, evaluated length) -> factors. All but dynamic NTK keep the target's factors at every length.
-"""
-
-SEARCHED = "longrope"
 POSITION_BUCKETS = 32
 
 
 @dataclass(frozen=True)
+class Arm:
+    """What is judged under one name.
+
+    Attributes:
+        factors: a table stage, whose factors are chosen by the length of the window; a search stage; or a method,
+            "dynamic_ntk" among them, which extends the model to the longest of the lengths.
+        model: the stage whose parameters are used; "" is the latest.
+    """
+
+    factors: str
+    model: str = ""
+
+
+def published_arms(model: str = "") -> dict[str, Arm]:
+    """The published methods, on one model."""
+    return {name: Arm(name, model) for name in (*METHODS, "dynamic_ntk")}
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
-    """Which methods are judged, how long their windows are, and on what.
+    """What is judged, how long the windows are, and on what.
 
     Attributes:
         lengths: window lengths, tokens; the longest is the length of the documents and the methods' target.
+        arms: name -> model and factors.
+        controls: arms whose disjoint windows of the original length the others are held against.
         documents: how many windows of the longest length, from different documents as far as there are enough.
         stride: of the sliding window beyond the original length, tokens; 0 for disjoint windows. Up to the original
             length windows are always disjoint, as the control is.
-        methods: besides the searched factors.
         seed: of the documents.
         tokens_at_once: how many tokens one forward pass takes.
     """
 
     lengths: tuple[int, ...]
+    arms: dict[str, Arm] = field(default_factory=published_arms)
+    controls: tuple[str, ...] = ("unscaled",)
     documents: int = 64
     stride: int = 0
-    methods: tuple[str, ...] = tuple(METHODS)
     seed: int = 0
     tokens_at_once: int = 8192
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
             raise ValueError(f"lengths = {self.lengths} must be different positive numbers of tokens")
+        if not self.arms:
+            raise ValueError("arms is empty; there is nothing to judge")
+        unknown = set(self.controls) - set(self.arms)
+        if unknown:
+            raise ValueError(f"controls = {self.controls} must be arms; those are {', '.join(self.arms)}")
         if self.documents < 2:
             raise ValueError(f"documents = {self.documents} must be at least 2: intervals are over documents")
         if self.tokens_at_once < 1:
             raise ValueError(f"tokens_at_once = {self.tokens_at_once} must be positive")
         if self.stride < 0:
             raise ValueError(f"stride = {self.stride} must not be negative")
-        unknown = set(self.methods) - set(METHODS)
-        if unknown:
-            raise ValueError(f"unknown methods {sorted(unknown)}; known are {', '.join(METHODS)}")
+
+
+class Subject(NamedTuple):
+    """An arm, resolved: how to get the parameters, and length (tokens) -> factors."""
+
+    params: Callable[[], dict]
+    factors: Callable[[int], RopeFactors]
 
 
 def run_evaluation(
     model: Llama,
-    params: dict,
-    factors: RopeFactors | None,
+    layout: Layout,
+    subjects: dict[str, Subject],
     settings: EvaluationSettings,
     documents: Sequence[Document],
     workdir: epath.Path,
     stage: str,
 ) -> list[dict[str, Any]]:
-    """One record for every (length, method): NLL sums and counts by document, and the curve over positions.
+    """One record for every (length, arm): NLL sums and counts by document, and the curve over positions.
 
     All lengths score the same tokens: documents of the longest length are cut into windows of each. Records are
     appended to `workdir/evaluation.jsonl` as they are made; those that are there already are not made again.
 
-    Args:
-        factors: the searched ones, judged under the name "longrope", or None.
+    Raises:
+        preemption.Preempted: the process was asked to stop; finished records are kept.
     """
     config, path = model.config, workdir / "evaluation.jsonl"
     target = max(settings.lengths)
-    scale = max(target / config.original_length, 1.0)
     windows = fixed_windows(documents, target, settings.documents, settings.seed)
-    methods = [*settings.methods, *([SEARCHED] if factors is not None else [])]
 
     records.keep(path, lambda record: True)  # drops a line cut off by a kill
     done = {(r["length"], r["method"]): r for r in records.read(path) if r["stage"] == stage}
-    wanted = [(length, method) for length in sorted(settings.lengths) for method in methods]
-    bar = tqdm(wanted, desc=stage, unit="evaluation", dynamic_ncols=True)
-    for length, method in bar:
-        bar.set_postfix(length=length, method=method)
-        if (length, method) in done:
-            continue
-        chosen = factors if method == SEARCHED else METHODS[method](config, scale, length)
-        stride = length if length <= config.original_length else min(settings.stride or length, length)
-        began = time.monotonic()
-        nll = token_nll(model, params, chosen, windows.tokens, length, stride, settings.tokens_at_once)
-        sums, counts = by_document(nll)
-        record = {
-            "stage": stage,
-            "length": length,
-            "method": method,
-            "documents": windows.names,
-            "nll_sums": sums.tolist(),
-            "counts": counts.tolist(),
-            "seconds": time.monotonic() - began,
-            "nll_by_position": by_position(nll, min(POSITION_BUCKETS, target)).tolist(),
-            "factors": {
-                "lam": np.asarray(chosen.lam).tolist(),
-                "n_hat": int(chosen.n_hat),
-                "mscale": float(chosen.mscale),
-            },
-        }
-        records.append(path, [record])
-        done[length, method] = record
+    # Arm by arm, so that only one model's parameters are in memory.
+    wanted = [(length, name) for name in _by_model(settings.arms) for length in sorted(settings.lengths)]
+    with (
+        preemption.watch(),
+        tqdm(wanted, desc=stage, unit="evaluation", dynamic_ncols=True, disable=not processes.is_first()) as bar,
+    ):
+        for length, name in bar:
+            bar.set_postfix(length=length, arm=name)
+            if (length, name) in done:
+                continue
+            if preemption.requested():
+                raise preemption.Preempted(stage, f"{len(done)} of {len(wanted)} records are kept")
+            params = None  # or the last arm's would stay while the next one's are loaded
+            params, chosen = subjects[name].params(), subjects[name].factors(length)
+            stride = length if length <= config.original_length else min(settings.stride or length, length)
+            began = time.monotonic()
+            nll = token_nll(model, layout, params, chosen, windows.tokens, length, stride, settings.tokens_at_once)
+            sums, counts = by_document(nll)
+            record = {
+                "stage": stage,
+                "length": length,
+                "method": name,
+                "documents": windows.names,
+                "nll_sums": sums.tolist(),
+                "counts": counts.tolist(),
+                "seconds": time.monotonic() - began,
+                "nll_by_position": by_position(nll, min(POSITION_BUCKETS, target)).tolist(),
+                "factors": {
+                    "lam": np.asarray(chosen.lam).tolist(),
+                    "n_hat": int(chosen.n_hat),
+                    "mscale": float(chosen.mscale),
+                },
+            }
+            records.append(path, [record])
+            done[length, name] = record
     return [done[key] for key in wanted]
+
+
+def _by_model(arms: dict[str, Arm]) -> Iterable[str]:
+    """Names of the arms, those of one model side by side."""
+    return sorted(
+        arms, key=lambda name: list(dict.fromkeys(arm.model for arm in arms.values())).index(arms[name].model)
+    )

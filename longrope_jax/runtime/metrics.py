@@ -3,11 +3,11 @@
 import tensorboardX
 from etils import epath
 
-from longrope_jax.runtime import records
+from longrope_jax.runtime import processes, records
 
 
 class Metrics:
-    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard/<stage>`. A context manager.
+    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard/<stage>`, in process 0. A context manager.
 
     Args:
         start: the step to go on from; what a killed run wrote of this stage beyond it is forgotten.
@@ -17,7 +17,9 @@ class Metrics:
         self._stage, self._path = stage, workdir / "metrics.jsonl"
         records.keep(self._path, lambda record: record["stage"] != stage or record["step"] <= start)
         # TensorBoard hides what was written beyond the purge step.
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=start + 1)
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard" / stage), purge_step=start + 1, write_to_disk=processes.is_first()
+        )
 
     def __enter__(self) -> "Metrics":
         return self

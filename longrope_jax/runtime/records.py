@@ -1,4 +1,7 @@
-"""A file of records, one JSON object a line, which a restarted process can bring back to what its checkpoint knows."""
+"""A file of records, one JSON object a line, which a restarted process can bring back to what its checkpoint knows.
+
+Of several processes that work together only process 0 writes, what the others would write is the same.
+"""
 
 import json
 import math
@@ -7,13 +10,20 @@ from typing import Any
 
 from etils import epath
 
+from longrope_jax.runtime import processes
+
 Record = dict[str, Any]
 
 
 def append(path: epath.Path, records: Iterable[Record]) -> None:
     """Adds records at the end of the file, which is made if need be."""
-    with path.open("a") as file:
-        file.write("".join(to_json(record) + "\n" for record in records))
+    if processes.is_first():
+        text = "".join(to_json(record) + "\n" for record in records)
+        try:
+            with path.open("a") as file:
+                file.write(text)
+        except OSError as error:
+            raise OSError(f"{path} can't be written to: {error.strerror or error}") from error
 
 
 def read(path: epath.Path) -> list[Record]:
@@ -26,7 +36,7 @@ def read(path: epath.Path) -> list[Record]:
 
 def keep(path: epath.Path, wanted: Callable[[Record], bool]) -> None:
     """Forgets the other records: those that were written after the checkpoint a process goes on from."""
-    if path.exists():
+    if processes.is_first() and path.exists():
         write_whole(path, "".join(to_json(record) + "\n" for record in read(path) if wanted(record)))
 
 
@@ -46,6 +56,7 @@ def finite(content: Any) -> Any:
 
 def write_whole(path: epath.Path, text: str) -> None:
     """Writes a file so that after a kill it has either its old content or all of the new."""
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_text(text)
-    partial.replace(path)
+    if processes.is_first():
+        partial = path.parent / f".{path.name}.partial"
+        partial.write_text(text)
+        partial.replace(path)

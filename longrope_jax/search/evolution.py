@@ -32,7 +32,7 @@ class EvolutionSettings:
     """Algorithm 1's numbers; the defaults are the paper's up to 512k tokens (sec. 4.1).
 
     Attributes:
-        population: P, candidates in population 0, the three seeds included.
+        population: P, candidates in population 0, the seeds included.
         mutations, crossovers: N1 and N2, new candidates an iteration.
         parents: k, the best candidates so far, of which children are made.
         iterations: T.

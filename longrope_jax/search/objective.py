@@ -1,69 +1,77 @@
 """The score of candidates: next-token loss of the frozen model on documents of the target length, smaller is better."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from longrope_jax.evaluation.perplexity import window_nll
 from longrope_jax.model import Llama
 from longrope_jax.rope import RopeFactors
+from longrope_jax.runtime.mesh import Layout
 
 Objective = Callable[[RopeFactors], Float[np.ndarray, "P"]]
 """A population of any size -> nats per token of every candidate."""
 
 
-@partial(jax.jit, static_argnames=("model", "documents_at_once"))
-def population_nll(
-    model: Llama,
-    params: dict,
-    candidates: RopeFactors,
-    tokens: Int[Array, "N T+1"],
-    documents_at_once: int,
-) -> Float[Array, "C N"]:
-    """Mean NLL (nats per token) of every candidate on every document.
+@partial(jax.jit, static_argnames="model")
+def rows_nll(model: Llama, params: dict, factors: RopeFactors, *rows: Int[Array, "R T"]) -> Float[Array, "R"]:
+    """Mean NLL (nats per token) of every row, a document with the factors of one candidate, on every device.
 
-    Candidates are a batch axis of the model, documents are walked over in groups of `documents_at_once`: time
-    O(C N T) in the matrices and O(C N T^2) in attention, memory O(C documents_at_once T).
+    `factors` has a leading axis R, or of 1 where all rows share a candidate; `rows` are tokens, targets and positions.
+    They are split over the mesh's data and fsdp axes, tokens over seq: time O(R T) in the matrices and O(R T^2) in
+    attention, memory O(R T), by device.
     """
-
-    def candidate_nll(factors, document):
-        nll = model.apply({"params": params}, document[None, :-1], document[None, 1:], factors, method="token_nll")
-        return nll.mean()
-
-    def document_nll(document):
-        return jax.vmap(candidate_nll, in_axes=(0, None))(candidates, document)
-
-    return jax.lax.map(document_nll, tokens, batch_size=documents_at_once).T
+    return window_nll(model, params, factors, *rows).mean(1)
 
 
 def perplexity_objective(
     model: Llama,
+    layout: Layout,
     params: dict,
     tokens: Int[np.ndarray, "N T+1"],
-    chunk: int,
+    candidates_at_once: int,
     documents_at_once: int,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> Objective:
-    """The paper's objective on N documents; populations are scored `chunk` candidates at a time.
+    """The paper's objective on N documents; populations are scored `candidates_at_once` at a time, each of them on
+    `documents_at_once` documents at a time.
 
-    Every call of the compiled function has the same shape (the last chunk is padded), so a whole search compiles
-    once. A score that is not a number counts as the worst.
+    Every call of the compiled function has the same shape (the last ones are padded), so a whole search compiles once.
+    A score that is not a number counts as the worst. Under a mesh more candidates are taken at once where that is
+    needed to fill its data and fsdp axes.
     """
-    tokens = jnp.asarray(tokens)
+    # The fewest rows that are whole candidates and can be split evenly.
+    fitting = layout.row_shards // math.gcd(layout.row_shards, documents_at_once)
+    candidates_at_once = -(-candidates_at_once // fitting) * fitting
+    count, length = len(tokens), tokens.shape[1] - 1
+    groups = [np.arange(first, first + documents_at_once) for first in range(0, count, documents_at_once)]
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (candidates_at_once * documents_at_once, length))
+    placed = []
+    for group in groups:
+        block = np.tile(tokens[np.minimum(group, count - 1)], (candidates_at_once, 1))
+        placed.append((layout.place((block[:, :-1], block[:, 1:], positions)), group < count))
+
+    def candidates_nll(candidates: RopeFactors) -> Float[np.ndarray, "C"]:
+        if candidates_at_once > 1:
+            candidates = jax.tree.map(lambda leaf: np.repeat(leaf, documents_at_once, axis=0), candidates)
+        running = [(rows_nll(model, params, candidates, *rows), is_real) for rows, is_real in placed]
+        nll = [np.asarray(rows, np.float64).reshape(-1, documents_at_once)[:, is_real] for rows, is_real in running]
+        return np.concatenate(nll, axis=1).mean(1)
 
     def objective(population: RopeFactors) -> Float[np.ndarray, "P"]:
         size = len(population.lam)
         scores = []
-        for start in range(0, size, chunk):
-            rows = np.minimum(np.arange(start, start + chunk), size - 1)
-            candidates = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], population)
-            nll = population_nll(model, params, candidates, tokens, documents_at_once)
-            scores.append(np.asarray(nll, np.float64).mean(1))
-            progress(min(chunk, size - start))
+        for start in range(0, size, candidates_at_once):
+            chosen = np.minimum(np.arange(start, start + candidates_at_once), size - 1)
+            scores.append(
+                candidates_nll(jax.tree.map(lambda leaf, chosen=chosen: np.asarray(leaf)[chosen], population))
+            )
+            progress(min(candidates_at_once, size - start))
         nll = np.concatenate(scores)[:size]
         return np.where(np.isfinite(nll), nll, np.inf)
 

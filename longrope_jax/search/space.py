@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from longrope_jax import rope
-from longrope_jax.rope import RopeFactors
+import numpy as np
+
+from longrope_jax.rope import RopeFactors, Trained, extend, unscaled
 
 # Table 4 without 1: position 0 does not turn, so one start token is the same function as none.
 N_HAT = (0, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
@@ -45,19 +46,43 @@ def paper_space(
 ) -> SearchSpace:
     """Table 4 for an extension by `scale`: lam in [lower_bound, upper_bound * scale], n_hat up to the original length.
 
-    Start tokens beyond that would be positions which the model has never seen unscaled.
+    Start tokens beyond that would be positions which the model has never seen unscaled. At a scale of 1 or a little
+    more this is the space of the short-context recovery (sec. 3.3), whose smaller maximum is `upper_bound * scale`.
     """
-    if not scale > 1:
-        raise ValueError(f"scale = {scale}; a search needs a target length above the original length")
-    if not upper_bound >= 1:
-        raise ValueError(f"upper_bound = {upper_bound} must be at least 1: the seeds' factors reach the scale itself")
+    if not scale >= 1:
+        raise ValueError(f"scale = {scale}; a search needs a target length of the original length or more")
     return SearchSpace(lower_bound, upper_bound * scale, step, tuple(n for n in n_hat if n <= original_length))
 
 
-def paper_seeds(head_dim: int, scale: float, base: float, original_length: int) -> dict[str, RopeFactors]:
-    """Algorithm 1's first three individuals by name, with mscale 1: a search compares rotations, not temperatures."""
-    return {
-        "linear": rope.linear(head_dim, scale),
-        "ntk": rope.ntk(head_dim, scale),
-        "yarn": rope.yarn(head_dim, scale, base, original_length, temperature=False),
+def paper_seeds(
+    head_dim: int, target_length: int, base: float, original_length: int, trained: Trained, space: SearchSpace
+) -> dict[str, RopeFactors]:
+    """Algorithm 1's first individuals by name, different from each other, lam within the space.
+
+    Beyond the window that the model was trained with, they are PI, NTK and YaRN as its next extension, on its
+    *effective* wavelengths; for a model that was extended before also YaRN with its wider ramp, as two extensions
+    leave a step between the pairs that neither touched and those that both stretched. For a shorter target (short-
+    context recovery) they are the same methods on the original model, no method at all, and the trained factors. All
+    have the temperature that the model was trained with: a search compares rotations.
+    """
+    methods = {"linear": "linear", "ntk": "ntk", "yarn": "yarn_without_temperature"}
+    if trained.length > original_length:
+        methods["yarn_mistral"] = "yarn_mistral"
+    if target_length > trained.length:
+        seeds = {name: extend(method, trained, target_length, head_dim, base) for name, method in methods.items()}
+    else:
+        original = Trained(original_length, unscaled(head_dim))
+        seeds = {name: extend(method, original, target_length, head_dim, base) for name, method in methods.items()}
+        is_clipped = np.max(trained.factors.lam) > space.high
+        name = "trained_clipped" if is_clipped else "trained"
+        seeds = {name: trained.factors, "unscaled": original.factors, **seeds}
+    clipped = {
+        name: RopeFactors(
+            np.clip(np.asarray(seed.lam), np.float32(space.low), np.float32(space.high)),
+            np.asarray(seed.n_hat),
+            np.asarray(trained.factors.mscale),
+        )
+        for name, seed in seeds.items()
     }
+    different = {(int(seed.n_hat), seed.lam.tobytes()): name for name, seed in reversed(clipped.items())}
+    return {name: seed for name, seed in clipped.items() if name in different.values()}

@@ -1,7 +1,8 @@
-"""One training step as a pure function of (state, tokens, factors)."""
+"""One training step as a pure function of (state, batch, factors by length)."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -9,16 +10,22 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from longrope_jax.data.sequences import IGNORED, Batch
 from longrope_jax.model import Llama
-from longrope_jax.rope import RopeFactors
+from longrope_jax.model.sharding import constrain, tree_shardings
+from longrope_jax.rope import FactorTable, unscaled
+
+SCHEDULES = ("cosine", "linear", "constant")
+BUCKETS = 8  # equal ranges of positions by which the loss is reported
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW with a linear warmup, cosine decay to a tenth of the peak, and clipping by the global norm.
+    """AdamW with a linear warmup, a decay, and clipping by the global norm.
 
     Attributes:
         learning_rate: at its peak.
+        schedule: after the warmup: "cosine" falls to a tenth of the peak, "linear" to zero, "constant" stays.
         warmup_steps: from zero to the peak.
         weight_decay: on matrices; norms' scales are spared.
         clip_norm: gradients are scaled down to at most this norm.
@@ -26,6 +33,7 @@ class OptimizerSettings:
     """
 
     learning_rate: float = 3e-3
+    schedule: str = "cosine"
     warmup_steps: int = 100
     weight_decay: float = 0.1
     clip_norm: float = 1.0
@@ -33,6 +41,8 @@ class OptimizerSettings:
     beta2: float = 0.95
 
     def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule = {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
@@ -53,15 +63,35 @@ class TrainState:
     opt_state: optax.OptState
 
 
+class StepResult(NamedTuple):
+    """What a step tells: sums, so that they can be added over steps before anything is divided.
+
+    Attributes:
+        nll: summed over the tokens of every range of positions (`BUCKETS` equal parts of the window), nats.
+        tokens: how many tokens each is the sum of.
+        gradient_norm: of the mean loss, before clipping.
+    """
+
+    nll: Float[Array, "buckets"]
+    tokens: Float[Array, "buckets"]
+    gradient_norm: Float[Array, ""]
+
+
 def learning_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     """Step -> learning rate over a run of `steps`."""
     peak = settings.learning_rate
     warmup = min(settings.warmup_steps, steps - 1)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end_value=0.1 * peak)
+    if settings.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end_value=0.1 * peak)
+    end = {"linear": 0.0, "constant": peak}[settings.schedule]
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, warmup), optax.linear_schedule(peak, end, steps - warmup)], [warmup]
+    )
 
 
+@cache
 def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps`."""
+    """The optimizer of a run of `steps`; the same object for the same arguments, as `train_step` compiles for each."""
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(
@@ -74,36 +104,82 @@ def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTra
     )
 
 
-def init_params(model: Llama, factors: RopeFactors, seed: int) -> dict:
-    """Fresh parameters, made by one compiled function."""
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32), factors)["params"])
-    return init(jax.random.key(seed))
+def init_params(model: Llama, seed: int) -> dict:
+    """Fresh parameters, made by one compiled function; under a mesh each device makes its own part only."""
+    factors = unscaled(model.config.head_dim)
+    mesh = jax.sharding.get_abstract_mesh().shape
+    # The smallest batch that any mesh can split; what is in it does not matter.
+    smallest = (mesh.get("data", 1) * mesh.get("fsdp", 1), mesh.get("seq", 1))
+
+    def init(key):
+        return _where_it_belongs(model.init(key, jnp.zeros(smallest, jnp.int32), factors)["params"])
+
+    return jax.jit(init)(jax.random.key(seed))
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
+    """The state before the first step; the optimizer's moments lie where their parameters do."""
+    return TrainState(jnp.int32(0), params, jax.jit(lambda p: _where_it_belongs(optimizer.init(p)))(params))
 
 
-@partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "optimizer", "accumulate"), donate_argnames="state")
 def train_step(
     model: Llama,
     optimizer: optax.GradientTransformation,
+    accumulate: int,
     state: TrainState,
-    tokens: Int[Array, "B T+1"],
-    factors: RopeFactors,
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """The next state, and the loss (nats per token) and gradient norm of the one before it.
+    batch: Batch,
+    table: FactorTable,
+) -> tuple[TrainState, StepResult]:
+    """The next state, and loss and gradient norm of the one before it.
 
-    One compilation a shape of tokens. Time O(B T) in the matrices and O(B T^2) in attention, memory O(B T).
+    Every sequence turns by the factors that `table` has for its own context window. The loss is the sum over all
+    scored tokens, of all devices and parts of the batch, divided by their number once.
+
+    Args:
+        accumulate: into how many parts the batch is cut, whose gradients are added up one after the other.
+
+    One compilation a shape of the batch. Time O(B T) in the matrices and O(B T^2) in attention; memory O(B T /
+    accumulate) for activations, split over the mesh's data, fsdp and seq axes, plus one gradient.
     """
 
-    def loss_fn(params):
-        nll = model.apply({"params": params}, tokens[:, :-1], tokens[:, 1:], factors, method="token_nll")
-        return nll.mean()
+    def summed_nll(params, part: Batch):
+        factors = table.select(part.context)
+        targets = jnp.maximum(part.targets, 0)
+        nll = model.apply(
+            {"params": params}, part.tokens, targets, factors, part.positions, part.segment_ids, method="token_nll"
+        )
+        nll = jnp.where(part.targets == IGNORED, 0.0, nll)
+        bucket = part.positions * BUCKETS // part.tokens.shape[1]
+        sums = jnp.stack([jnp.sum(nll, where=bucket == k) for k in range(BUCKETS)])
+        counts = jnp.stack([jnp.sum((bucket == k) & (part.targets != IGNORED)) for k in range(BUCKETS)])
+        return sums.sum(), (sums, jnp.float32(counts))
 
-    loss, gradients = jax.value_and_grad(loss_fn)(state.params)
+    def gradient(part):
+        (_, sums), gradients = jax.value_and_grad(summed_nll, has_aux=True)(state.params, part)
+        return _where_it_belongs(gradients), sums
+
+    if accumulate == 1:
+        gradients, (sums, counts) = gradient(batch)
+    else:
+        # Part k has the rows k, k + accumulate, ...: every device keeps its share of each.
+        parts = jax.tree.map(lambda x: _constrain_parts(x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)), batch)
+        zeros = jax.tree.map(jnp.zeros_like, state.params), (jnp.zeros(BUCKETS), jnp.zeros(BUCKETS))
+        add_part = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)  # noqa: E731
+        gradients, (sums, counts) = jax.lax.scan(add_part, zeros, parts)[0]
+    gradients = jax.tree.map(lambda g: g / counts.sum().astype(g.dtype), gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
-    return TrainState(state.step + 1, params, opt_state), metrics
+    new_state = _where_it_belongs(TrainState(state.step + 1, params, opt_state))
+    return new_state, StepResult(constrain(sums), constrain(counts), constrain(optax.global_norm(gradients)))
+
+
+def _where_it_belongs(tree):
+    """Parameters, or a train state, with every leaf cut over the mesh that is set as its name says."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, tree_shardings(mesh, tree))
+
+
+def _constrain_parts(x: Array) -> Array:
+    """[parts, rows] or [parts, rows, T]: the parts come one after the other, so they are not spread."""
+    return constrain(x, None, "batch", *["length"] * (x.ndim - 2))

@@ -234,14 +234,14 @@ def test_second_build_does_not_look_at_the_folder_again(tmp_path):
 
 BUILD_AND_READ = """
 import importlib.util, sys
-from longrope_jax.data import corpus, windows
+from longrope_jax.data import batches, corpus
 from longrope_jax.data.tokenizer import ByteTokenizer
 
 folder, data_dir = sys.argv[1:]
 assert importlib.util.find_spec("tensorflow") is not None  # it is there to be imported
 builder = corpus.build(corpus.folder_config(folder), data_dir)
 documents = [corpus.documents(builder, split, ByteTokenizer()) for split in corpus.SPLITS]
-next(windows.training_batches(documents[0], length=4, batch=2, seed=0))
+next(batches.pretraining_batches(documents[0], length=4, batch=2, seed=0))
 print("documents:", sum(map(len, documents)))
 print("tensorflow:", "tensorflow" in sys.modules)
 """

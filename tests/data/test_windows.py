@@ -1,12 +1,10 @@
-import json
 import re
-from itertools import islice
 
 import numpy as np
 import pytest
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.windows import fixed_windows, training_batches
+from longrope_jax.data.windows import fixed_windows
 
 LENGTHS = (30, 3, 12, 5, 50, 4, 17)  # tokens; windows of 4 tokens: 7, 0, 2, 1, 12, 0, 4
 
@@ -18,98 +16,6 @@ def make_documents(lengths=LENGTHS):
         Document(f"document {i}", np.arange(start, start + length, dtype=np.uint16), length)
         for i, (start, length) in enumerate(zip(starts, lengths, strict=False))
     ]
-
-
-def all_windows(documents, length):
-    """First tokens of the windows that begin at the multiples of the length."""
-    first_tokens = []
-    for document in documents:
-        start = 0
-        while start + length + 1 <= len(document.tokens):
-            first_tokens.append(int(document.tokens[start]))
-            start += length
-    return first_tokens
-
-
-def rows(batches, count):
-    return np.concatenate(list(islice(batches, count)))
-
-
-# --- training ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("length", "batch"), [(4, 5), (4, 26), (16, 3), (1, 7)])
-def test_batches_are_contiguous_slices_of_documents(length, batch):
-    documents = make_documents()
-    batches = list(islice(training_batches(documents, length, batch, seed=0), 10))
-    assert {(block.shape, block.dtype.name) for block in batches} == {((batch, length + 1), "int32")}
-    text = {int(token): document.name for document in documents for token in document.tokens}
-    for row in np.concatenate(batches):
-        np.testing.assert_array_equal(row, np.arange(row[0], row[0] + length + 1))
-        assert len({text[int(token)] for token in row}) == 1
-
-
-@pytest.mark.parametrize(("length", "batch"), [(4, 2), (4, 4), (3, 5), (16, 2)])
-def test_every_epoch_has_every_window_once(length, batch):
-    documents = make_documents()
-    expected = sorted(all_windows(documents, length))
-    epochs = 4 * batch  # a whole number of batches, even where epochs end within one
-    seen = rows(training_batches(documents, length, batch, seed=3), epochs * len(expected) // batch)[:, 0]
-    for epoch in seen.reshape(epochs, -1):
-        assert sorted(epoch.tolist()) == expected
-
-
-def test_every_epoch_is_shuffled_anew():
-    documents = make_documents()
-    windows = all_windows(documents, 4)
-    seen = rows(training_batches(documents, 4, 2, seed=0), 5 * len(windows) // 2)[:, 0]
-    orders = {tuple(epoch) for epoch in seen.reshape(5, -1).tolist()}
-    assert len(orders | {tuple(windows), tuple(sorted(windows))}) == 6
-
-
-def test_same_seed_same_batches_and_another_seed_others():
-    documents = make_documents()
-    first, again, other = (rows(training_batches(documents, 4, 3, seed), 20) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-
-
-@pytest.mark.parametrize("done", [0, 6, 7, 20])  # 26 windows, so epochs of 6.5 batches
-def test_set_state_goes_on_exactly_there(done):
-    documents = make_documents()
-    batches = training_batches(documents, 4, 4, seed=5)
-    for _ in range(done):
-        next(batches)
-    state = json.loads(json.dumps(batches.get_state()))  # it is kept in a JSON record
-    expected = rows(batches, 15)
-
-    batches.set_state(state)
-    np.testing.assert_array_equal(rows(batches, 15), expected)
-
-    fresh = training_batches(documents, 4, 4, seed=5)
-    fresh.set_state(state)
-    np.testing.assert_array_equal(rows(fresh, 15), expected)
-
-
-def test_a_batch_may_be_exactly_as_large_as_the_epoch():
-    documents = make_documents()
-    block = next(training_batches(documents, 4, 26, seed=0))
-    assert sorted(block[:, 0].tolist()) == sorted(all_windows(documents, 4))
-
-
-@pytest.mark.parametrize(
-    ("length", "batch", "message"),
-    [
-        (4, 27, "the 7 training documents hold 26 windows of 4 tokens, fewer than a batch of 27"),
-        (50, 1, "the 7 training documents hold 0 windows of 50 tokens, fewer than a batch of 1"),
-    ],
-)
-def test_fewer_windows_than_a_batch_is_an_error(length, batch, message):
-    with pytest.raises(ValueError, match=message):
-        training_batches(make_documents(), length, batch, seed=0)
-
-
-# --- fixed windows -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("length", "count"), [(4, 1), (4, 5), (4, 26), (11, 4), (49, 1), (1, 40)])

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -20,6 +21,7 @@ from longrope_jax.evaluation.perplexity import (
 )
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.rope import RopeFactors
+from longrope_jax.runtime.mesh import Layout, MeshSettings
 
 CONFIG = LlamaConfig(
     vocab_size=17,
@@ -45,7 +47,7 @@ def make_params():
 
 def score(tokens=TOKENS, window=4, stride=None, factors=FACTORS, at_once=8):
     """`token_nll` with the shapes that most tests share: two windows of four tokens at once."""
-    return token_nll(MODEL, make_params(), factors, tokens, window, stride, at_once)
+    return token_nll(MODEL, Layout(), make_params(), factors, tokens, window, stride, at_once)
 
 
 @jax.jit
@@ -166,6 +168,16 @@ def test_one_compilation_a_window_length_whatever_the_factors_and_documents():
 def test_windows_that_make_no_sense_are_an_error(window, stride):
     with pytest.raises(ValueError, match=f"need 1 <= stride <= window <= length, not {stride}, {window}, 13"):
         score(window=window, stride=stride)
+
+
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+def test_windows_spread_over_a_mesh_have_the_same_nll(order):
+    layout = Layout.of(MeshSettings("data:2,seq:2", order))
+    model = Llama(dataclasses.replace(CONFIG, attention="blockwise"))
+    with layout.active():  # a batch of two windows, then five that leave one row of padding
+        for tokens, at_once in [(TOKENS[:, :9], 8), (TOKENS, 20)]:
+            nll = token_nll(model, layout, make_params(), FACTORS, tokens, 4, 3, at_once)
+            np.testing.assert_allclose(nll, direct(tokens.shape[1] - 1, 4, 3), **TOLERANCE)
 
 
 # --- sums ----------------------------------------------------------------------------------------------------------

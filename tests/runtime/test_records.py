@@ -84,3 +84,14 @@ def test_a_file_of_nothing_but_a_cut_off_line(path):
     assert records.read(path) == []
     records.keep(path, lambda record: True)
     assert path.read_text() == ""
+
+
+def test_other_processes_read_and_do_not_write(path, monkeypatch):
+    records.append(path, SOME)
+    complete = path.read_text()
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    records.append(path, SOME)
+    records.keep(path, lambda record: False)
+    records.write_whole(path, "")
+    assert path.read_text() == complete
+    assert records.read(path) == SOME

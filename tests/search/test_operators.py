@@ -25,7 +25,7 @@ def assert_within(lam, space):
 
 @pytest.mark.parametrize("reach", [1, 2, 16])
 def test_mutants_of_every_seed_stay_monotone_and_within_the_space(reach):
-    for seed in paper_seeds(32, 8.0, 10000.0, 128).values():
+    for seed in paper_seeds(32, 1024, 10000.0, 128, rope.Trained(128, rope.unscaled(32)), SPACE).values():
         lam, n_hat = mutants((seed.lam, seed.n_hat), reach)
         assert_within(np.asarray(lam), SPACE)
         assert set(np.asarray(n_hat).tolist()) <= set(SPACE.n_hat)
@@ -94,14 +94,17 @@ def test_space_is_table_4_capped_by_the_original_length():
     assert (space.low, space.high, space.step) == (1.0, 10.0, 0.01)
     assert space.n_hat == (0, 2, 4, 8, 12, 16, 20, 24)
     assert paper_space(4.0, 4096).n_hat[-1] == 256
+    recovery = paper_space(1.0, 128, upper_bound=4.0)  # short contexts: no extension, but a maximum of its own
+    assert (recovery.low, recovery.high, recovery.n_hat[-1]) == (1.0, 4.0, 128)
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        dict(scale=1.0),
+        dict(scale=0.99),
+        dict(scale=1.0, upper_bound=1.0),
         dict(scale=0.5),
-        dict(upper_bound=0.5),
+        dict(upper_bound=0.1),
         dict(lower_bound=0.5),
         dict(lower_bound=11.0),
         dict(step=0.0),

@@ -1,6 +1,9 @@
-"""Pretraining: it learns, resumes exactly, and stops on a loss that is no number."""
+"""Pretraining: it learns, resumes exactly, on other devices too, and stops on a loss that is no number."""
 
+import contextlib
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -8,14 +11,17 @@ import pytest
 
 import longrope_jax as lr
 from longrope_jax.data.corpus import Document
+from longrope_jax.runtime import preemption
+from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.training import loop
-from longrope_jax.training.loop import Diverged, PretrainSettings, load_params, pretrain
-from longrope_jax.training.step import OptimizerSettings, init_params, init_state, make_optimizer, train_step
+from longrope_jax.training.loop import Diverged, load_params
+from longrope_jax.training.pretrain import PretrainSettings, pretrain
+from longrope_jax.training.step import OptimizerSettings, train_step
 
 SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
 MODEL = lr.Llama(lr.LlamaConfig(**SIZES, original_length=16))
 SETTINGS = PretrainSettings(
-    steps=24, batch=4, checkpoint_every=8, log_every=4, optimizer=OptimizerSettings(learning_rate=1e-2, warmup_steps=4)
+    steps=24, batch=8, checkpoint_every=8, log_every=4, optimizer=OptimizerSettings(learning_rate=1e-2, warmup_steps=4)
 )
 
 
@@ -23,6 +29,15 @@ SETTINGS = PretrainSettings(
 def documents():
     """Counting modulo 29 from different numbers: the next token is certain once learnt."""
     return [Document(f"{k}", (np.arange(k, k + 400) % 29).astype(np.uint16), 400) for k in range(8)]
+
+
+@pytest.fixture(scope="module")
+def whole(documents, tmp_path_factory):
+    """A run that nothing happened to, and that had its step compiled once."""
+    workdir, compiled = tmp_path_factory.mktemp("whole"), train_step._cache_size()
+    pretrain(MODEL, Layout(), SETTINGS, documents, workdir, "pretrain")
+    assert train_step._cache_size() == compiled + 1
+    return workdir
 
 
 class Stopped(Exception):
@@ -34,7 +49,12 @@ def metrics(workdir):
 
 
 def without_speed(entries):
-    return [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in entries]
+    speed = {"tokens_per_second", "step_seconds"}
+    return [{key: value for key, value in entry.items() if key not in speed} for entry in entries]
+
+
+def params_of(workdir, steps=SETTINGS.steps):
+    return load_params(workdir, "pretrain", MODEL, Layout(), steps)
 
 
 def assert_same(a, b):
@@ -45,21 +65,27 @@ def assert_same(a, b):
 
 def test_it_learns_and_reports(documents, tmp_path):
     settings = PretrainSettings(**{**SETTINGS.__dict__, "steps": 150})
-    seconds = pretrain(MODEL, settings, documents, tmp_path, "pretrain")
+    seconds = pretrain(MODEL, Layout(), settings, documents, tmp_path, "pretrain")
     entries = metrics(tmp_path)
     assert seconds > 0
     assert entries[0]["loss"] > 2.5 and entries[-1]["loss"] < 0.7
     assert [entry["step"] for entry in entries[:3]] == [4, 8, 12]
     for entry in entries:
         assert entry["bits_per_byte"] == pytest.approx(entry["loss"] / np.log(2))
-        assert entry["tokens_per_second"] > 0 and entry["gradient_norm"] > 0
-    assert load_params(tmp_path, "pretrain")["lm_head"].shape == (16, 32)
+        assert entry["tokens_per_second"] > 0 and entry["gradient_norm"] > 0 and entry["parameter_norm"] > 0
+        assert entry["step_seconds"] * entry["tokens_per_second"] == pytest.approx(8 * 16)
+        by_position = {key: value for key, value in entry.items() if key.startswith("nll/")}
+        assert list(by_position) == [f"nll/{k}-{k + 2}" for k in range(0, 16, 2)]
+        assert np.mean(list(by_position.values())) == pytest.approx(entry["loss"], rel=1e-6)
+    rates = {entry["step"]: entry["learning_rate"] for entry in entries}
+    assert rates[4] == pytest.approx(1e-2 * 3 / 4)  # step 4 is the last of the warmup
+    assert rates[8] > rates[80] > rates[150] > 1e-3
+    assert params_of(tmp_path, 150)["lm_head"].shape == (16, 32)
     assert any((tmp_path / "tensorboard" / "pretrain").iterdir())
 
 
 @pytest.mark.parametrize("stop_at", [6, 17])
-def test_a_stopped_run_goes_on_bit_for_bit(documents, tmp_path, monkeypatch, stop_at):
-    pretrain(MODEL, SETTINGS, documents, tmp_path / "whole", "pretrain")
+def test_a_stopped_run_goes_on_bit_for_bit(documents, whole, tmp_path, monkeypatch, stop_at):
     calls = []
 
     def interrupted(*args):
@@ -70,75 +96,81 @@ def test_a_stopped_run_goes_on_bit_for_bit(documents, tmp_path, monkeypatch, sto
 
     monkeypatch.setattr(loop, "train_step", interrupted)
     with pytest.raises(Stopped):
-        pretrain(MODEL, SETTINGS, documents, tmp_path / "stopped", "pretrain")
+        pretrain(MODEL, Layout(), SETTINGS, documents, tmp_path, "pretrain")
     calls = [None] * stop_at
-    pretrain(MODEL, SETTINGS, documents, tmp_path / "stopped", "pretrain")
+    pretrain(MODEL, Layout(), SETTINGS, documents, tmp_path, "pretrain")
     assert len(calls) - stop_at == SETTINGS.steps - stop_at // 8 * 8
-    assert_same(*(load_params(tmp_path / name, "pretrain") for name in ("stopped", "whole")))
-    assert without_speed(metrics(tmp_path / "stopped")) == without_speed(metrics(tmp_path / "whole"))
+    assert_same(params_of(tmp_path), params_of(whole))
+    assert without_speed(metrics(tmp_path)) == without_speed(metrics(whole))
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_for_bit(documents, whole, tmp_path, monkeypatch):
+    calls = []
+
+    def asking(*args):
+        calls.append(1)
+        if len(calls) in (7, 15):  # neither a step that is saved anyway nor one that is logged
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args)
+
+    monkeypatch.setattr(loop, "train_step", asking)
+    for step in (7, 15):
+        with pytest.raises(preemption.Preempted, match=f"pretrain: .* step {step} of 24 is saved"):
+            pretrain(MODEL, Layout(), SETTINGS, documents, tmp_path, "pretrain")
+    pretrain(MODEL, Layout(), SETTINGS, documents, tmp_path, "pretrain")
+    assert len(calls) == SETTINGS.steps
+    assert_same(params_of(tmp_path), params_of(whole))
+    assert without_speed(metrics(tmp_path)) == without_speed(metrics(whole))
 
 
 def test_a_diverging_run_stops_and_names_the_last_good_checkpoint(documents, tmp_path, monkeypatch):
     calls = []
 
-    def poisoned(model, optimizer, state, tokens, factors):
+    def poisoned(model, optimizer, accumulate, state, batch, table):
         calls.append(1)
         if len(calls) == 11:
             state = state.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
-        return train_step(model, optimizer, state, tokens, factors)
+        return train_step(model, optimizer, accumulate, state, batch, table)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(Diverged, match=r"loss nan.* at step 12; last good checkpoint: .*pretrain/8"):
-        pretrain(MODEL, SETTINGS, documents, tmp_path, "pretrain")
-    params = load_params(tmp_path, "pretrain")
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+        pretrain(MODEL, Layout(), SETTINGS, documents, tmp_path, "pretrain")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params_of(tmp_path, 8)))
+    with pytest.raises(LookupError, match="the newest sound checkpoint is step 8, not 24"):
+        params_of(tmp_path)
 
 
 def test_parameters_that_blow_up_are_not_saved_as_good(documents, tmp_path):
     wild = OptimizerSettings(learning_rate=1e39, warmup_steps=0)  # the first step is finite, its parameters are not
-    settings = PretrainSettings(steps=3, batch=4, checkpoint_every=1, optimizer=wild)
+    settings = PretrainSettings(steps=3, batch=8, checkpoint_every=1, optimizer=wild)
     with pytest.raises(Diverged, match="parameter norm (inf|nan) at step 1; last good checkpoint: none"):
-        pretrain(MODEL, settings, documents, tmp_path, "pretrain")
+        pretrain(MODEL, Layout(), settings, documents, tmp_path, "pretrain")
 
 
-def test_the_step_is_adamw_on_the_mean_loss(documents):
-    optimizer = make_optimizer(SETTINGS.optimizer, SETTINGS.steps)
-    factors = lr.rope.unscaled(8)
-    params = init_params(MODEL, factors, seed=0)
-    tokens = np.stack([documents[k].tokens[:17] for k in range(4)]).astype(np.int32)
-
-    def loss_fn(params):
-        logits = jax.nn.log_softmax(MODEL.apply({"params": params}, tokens[:, :-1], factors))
-        return -np.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
-
-    loss, gradients = jax.value_and_grad(loss_fn)(params)
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-    expected = jax.tree.map(lambda p, u: np.asarray(p + u), params, updates)
-    state, result = train_step(MODEL, optimizer, init_state(params, optimizer), tokens, factors)
-    assert result["loss"] == pytest.approx(float(loss), rel=1e-6)
-    assert int(state.step) == 1
-    for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-6)
+def test_a_run_goes_on_on_other_devices_with_the_same_numbers(documents, whole, tmp_path):
+    for axes, until in [("data:8", 8), ("seq:4", 16), ("data:1", 24)]:
+        layout = Layout.of(MeshSettings(axes))
+        with layout.active(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "train_step", stopping_after(until))
+            with contextlib.nullcontext() if until == SETTINGS.steps else pytest.raises(Stopped):
+                pretrain(MODEL, layout, SETTINGS, documents, tmp_path, "pretrain")
+    one, moved = metrics(whole), metrics(tmp_path)
+    assert [entry["step"] for entry in moved] == list(range(4, 25, 4))
+    for name in ("loss", "gradient_norm", "parameter_norm", "nll/0-2", "nll/14-16"):
+        np.testing.assert_allclose([e[name] for e in moved], [e[name] for e in one], rtol=1e-5, err_msg=name)
+    assert one[-1]["loss"] < one[0]["loss"] - 0.1
+    for layout, devices in [(Layout(), 1), (Layout.of(MeshSettings("fsdp:2,tensor:2")), 4)]:
+        head = load_params(tmp_path, "pretrain", MODEL, layout, 24)["lm_head"]
+        assert len(head.sharding.device_set) == devices
+        np.testing.assert_allclose(head, params_of(whole)["lm_head"], atol=1e-5)
 
 
-def test_weight_decay_spares_norms():
-    optimizer = make_optimizer(OptimizerSettings(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), 10)
-    params = init_params(MODEL, lr.rope.unscaled(8), seed=0)
-    zeros = jax.tree.map(np.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-    assert (updates["final_norm"]["scale"] == 0).all()
-    np.testing.assert_allclose(updates["lm_head"], -0.05 * params["lm_head"], rtol=1e-5)
+def stopping_after(step):
+    """`train_step`, until that step is done."""
 
+    def stepping(model, optimizer, accumulate, state, *args):
+        if int(state.step) == step:
+            raise Stopped
+        return train_step(model, optimizer, accumulate, state, *args)
 
-def test_one_compilation_for_a_whole_run(documents, tmp_path):
-    jax.clear_caches()
-    pretrain(MODEL, SETTINGS, documents, tmp_path, "pretrain")
-    assert train_step._cache_size() == 1
-
-
-@pytest.mark.parametrize(
-    "bad", [dict(learning_rate=0.0), dict(clip_norm=-1.0), dict(beta1=1.0), dict(weight_decay=-1.0)]
-)
-def test_optimizer_settings_that_make_no_sense_are_refused(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        OptimizerSettings(**bad)
+    return stepping

@@ -1,0 +1,62 @@
+"""One table and one picture of several runs of an experiment that differ in their seeds.
+
+    python experiments/over_seeds.py PICTURE.png runs/p0 runs/p1 runs/p2
+
+Prints perplexity by window length, mean and range over the runs, and for the longest window and for L the difference
+between LongRoPE and every other arm in every run, with the run's own interval over documents. Mean and range of a few
+runs are not an interval; for three runs a t interval of the mean difference is given as well.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+
+from longrope_jax import plots
+
+
+def main(picture: str, *workdirs: str) -> None:
+    """Reads the runs' reports; each has to have the same arms and lengths."""
+    reports = [json.loads((Path(workdir) / "report.json").read_text()) for workdir in workdirs]
+    results = [report["evaluations"]["evaluate"] for report in reports]
+    original, first = reports[0]["original_length"], results[0]["perplexity"]
+    lengths, arms = list(first), plots.ordered(list(first[str(original)]))
+    values = {
+        (n, arm): np.array([result["perplexity"][n][arm]["ppl"] for result in results]) for n in lengths for arm in arms
+    }
+
+    print(f"| | {' | '.join(f'{n} ({int(n) / original:g}L)' for n in lengths)} |")
+    print("| --- |" + " --- |" * len(lengths))
+    for arm in arms:
+        cells = (
+            f"{values[n, arm].mean():.2f} [{values[n, arm].min():.2f}, {values[n, arm].max():.2f}]" for n in lengths
+        )
+        print(f"| {plots.label(arm)} | {' | '.join(cells)} |")
+
+    for n in (lengths[-1], str(8 * original), str(original)):
+        print(f"\n| LongRoPE minus, at {n} tokens | {' | '.join(workdirs)} | mean [95 % t interval over runs] |")
+        print("| --- |" + " --- |" * (len(workdirs) + 1))
+        compared = [result["longrope_minus"][n] for result in results]
+        controls = [result["longrope_minus_disjoint_windows_of_original_length"].get(n, {}) for result in results]
+        rows = [(plots.label(arm), [c[arm] for c in compared]) for arm in arms if arm != "longrope"]
+        rows += [(plots.control_label(arm), [c[arm] for c in controls]) for arm in controls[0]]
+        for name, entries in rows:
+            cells = [f"{e['difference']:+.3f} [{e['ci95'][0]:+.3f}, {e['ci95'][1]:+.3f}]" for e in entries]
+            print(f"| {name} | {' | '.join(cells)} | {_t_interval([e['difference'] for e in entries])} |")
+
+    means = {int(n): {arm: float(values[n, arm].mean()) for arm in arms} for n in lengths}
+    plots.perplexity_by_length(means, original, ["tuned_at_original"]).savefig(picture)
+
+
+def _t_interval(differences: list[float]) -> str:
+    mean = np.mean(differences)
+    if len(differences) < 3:
+        return f"{mean:+.3f}"
+    half = scipy.stats.t.ppf(0.975, len(differences) - 1) * scipy.stats.sem(differences)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,62 @@
+"""From 128 bytes of context to 65,536: the model of `progressive_tiny`, searched once more and read to the end of long
+files.
+
+    make progressive_512x
+    python -m longrope_jax.main --config=experiments/progressive_512x.py --workdir=runs/progressive
+
+Give it the work directory of a finished `progressive_tiny` and only what is new is done: a search at 512L on one long
+document, the tables with one more boundary, and the evaluation on the files that are long enough. Nothing is trained;
+512L is 64 times what the model was fine-tuned at. Memory does not depend on the length but for the activations of one
+window.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import progressive_tiny
+from experiments.progressive_tiny import L
+from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.search.evolution import EvolutionSettings
+from longrope_jax.search.run import SearchSettings
+from longrope_jax.settings import section
+from longrope_jax.stages import TableSettings
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    config = progressive_tiny.get_config()
+    config.stages = (*config.stages, "search_512x", "table_longrope_512x", "table_yarn_512x", "evaluate_512x")
+    config.search_512x = section(
+        SearchSettings(
+            target_length=512 * L,
+            model="finetune_8x",
+            documents=1,
+            evolution=EvolutionSettings(population=8, mutations=4, crossovers=4, iterations=1),
+        )
+    )
+    config.table_longrope_512x = section(
+        TableSettings(
+            lengths=(*config.table_longrope.lengths, 512 * L),
+            factors=(*config.table_longrope.factors, "search_512x"),
+            model="finetune_8x",
+        )
+    )
+    config.table_yarn_512x = section(
+        TableSettings(
+            lengths=(8 * L, 64 * L, 512 * L),
+            factors=("yarn", "yarn_without_temperature", "yarn_without_temperature"),
+            model="finetune_yarn",
+        )
+    )
+    config.evaluate_512x = section(
+        EvaluationSettings(
+            lengths=(L, 8 * L, 64 * L, 512 * L),
+            documents=5,
+            arms={
+                "longrope": Arm("table_longrope_512x", "finetune_8x"),
+                "yarn_without_temperature": Arm("table_yarn_512x", "finetune_yarn"),
+                "tuned_at_original": Arm("original", "finetune_original"),
+            },
+            controls=("tuned_at_original",),
+        )
+    )
+    return config

@@ -1,0 +1,143 @@
+"""The whole of LongRoPE on two cores: 128 bytes of context become 8,192, and short inputs stay good.
+
+    make progressive
+    python -m longrope_jax.main --config=experiments/progressive_tiny.py --workdir=runs/progressive
+
+LongRoPE's recipe (sec. 3.3) on a byte-level model of 0.57M parameters and the embedded corpus, L = 128: pretrain at L;
+search factors for 4L and 8L; fine-tune at 4L with its factors, put those of 8L on that model and tune on at 8L (the
+paper's intermediate step); search 64L on the tuned model, without further training; search L and 2L with a smaller
+maximum of lambda, so that short inputs recover; put all of them in a table by length; evaluate from L/2 to 64L.
+
+Beside it what it has to be compared with: YaRN with as much fine-tuning, all of it at 8L, and a second extension on
+effective wavelengths of its own; and the model fine-tuned at L with as many tokens.
+"""
+
+from ml_collections import ConfigDict
+
+from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.experiment import DataSettings
+from longrope_jax.model import LlamaConfig
+from longrope_jax.runtime.mesh import MeshSettings
+from longrope_jax.search.evolution import EvolutionSettings
+from longrope_jax.search.run import SearchSettings
+from longrope_jax.settings import section
+from longrope_jax.stages import TableSettings
+from longrope_jax.training.finetune import FinetuneSettings
+from longrope_jax.training.pretrain import PretrainSettings
+from longrope_jax.training.step import OptimizerSettings
+
+L = 128
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    config = ConfigDict()
+    config.stages = (
+        "pretrain",
+        "search_4x",
+        "search_8x",
+        "finetune_4x",
+        "finetune_8x",
+        "search_64x",
+        "search_1x",
+        "search_2x",
+        "table_longrope",
+        "table_best_seed",
+        "finetune_yarn",
+        "table_yarn",
+        "table_yarn_without_temperature",
+        "table_yarn_mistral",
+        "finetune_original",
+        "evaluate",
+    )
+    config.model = section(LlamaConfig.preset("tiny"))
+    config.data = section(DataSettings())
+    config.mesh = section(MeshSettings())
+    config.pretrain = section(
+        PretrainSettings(
+            steps=1000, batch=16, checkpoint_every=250, optimizer=OptimizerSettings(learning_rate=5e-3, warmup_steps=50)
+        )
+    )
+
+    config.search_4x = section(
+        SearchSettings(
+            target_length=4 * L,
+            model="pretrain",
+            documents_at_once=5,
+            evolution=EvolutionSettings(iterations=5),
+        )
+    )
+    config.search_8x = section(
+        SearchSettings(
+            target_length=8 * L,
+            model="pretrain",
+            documents_at_once=5,
+            evolution=EvolutionSettings(iterations=10),
+        )
+    )
+
+    tuning = dict(optimizer=OptimizerSettings(learning_rate=1.5e-3, schedule="linear", warmup_steps=20))
+    tuning |= dict(checkpoint_every=100, evaluate_every=50, remat="none")
+    config.finetune_4x = section(
+        FinetuneSettings(length=4 * L, batch=8, steps=100, model="pretrain", factors="search_4x", **tuning)
+    )
+    config.finetune_8x = section(
+        FinetuneSettings(length=8 * L, batch=4, steps=100, model="finetune_4x", factors="search_8x", **tuning)
+    )
+
+    config.search_64x = section(
+        SearchSettings(
+            target_length=64 * L,
+            model="finetune_8x",
+            documents=2,
+            # Halved, as in the paper above 512k tokens; and fewer iterations, for the clock's sake.
+            evolution=EvolutionSettings(population=24, mutations=8, crossovers=8, iterations=10),
+        )
+    )
+    short = dict(model="finetune_8x", documents=20, documents_at_once=20, evolution=EvolutionSettings(iterations=6))
+    config.search_1x = section(SearchSettings(target_length=L, upper_bound=4.0, **short))
+    config.search_2x = section(SearchSettings(target_length=2 * L, upper_bound=4.0, **short))
+    config.table_longrope = section(
+        TableSettings(
+            lengths=(L, 2 * L, 8 * L, 64 * L),
+            factors=("search_1x", "search_2x", "search_8x", "search_64x"),
+            model="finetune_8x",
+        )
+    )
+    # What the second search adds: the same up to 8L, beyond it the best of what the search started from.
+    config.table_best_seed = section(
+        TableSettings(
+            lengths=(L, 2 * L, 8 * L, 64 * L),
+            factors=("search_1x", "search_2x", "search_8x", "search_64x_best_seed"),
+            model="finetune_8x",
+        )
+    )
+
+    config.finetune_yarn = section(
+        FinetuneSettings(length=8 * L, batch=4, steps=200, model="pretrain", factors="yarn", **tuning)
+    )
+    for name in ("yarn", "yarn_without_temperature", "yarn_mistral"):
+        config[f"table_{name}"] = section(
+            TableSettings(lengths=(8 * L, 64 * L), factors=("yarn", name), model="finetune_yarn")
+        )
+    config.finetune_original = section(
+        FinetuneSettings(length=L, batch=32, steps=200, model="pretrain", factors="original", **tuning)
+    )
+
+    config.evaluate = section(
+        EvaluationSettings(
+            lengths=(L // 2, L, 2 * L, 4 * L, 8 * L, 16 * L, 32 * L, 64 * L),
+            documents=16,
+            arms={
+                "longrope": Arm("table_longrope", "finetune_8x"),
+                "longrope_without_second_search": Arm("table_best_seed", "finetune_8x"),
+                "yarn": Arm("table_yarn", "finetune_yarn"),
+                "yarn_without_temperature": Arm("table_yarn_without_temperature", "finetune_yarn"),
+                "yarn_mistral": Arm("table_yarn_mistral", "finetune_yarn"),
+                "original": Arm("original", "pretrain"),
+                "tuned_at_original": Arm("original", "finetune_original"),
+            },
+            controls=("original", "tuned_at_original"),
+        )
+    )
+    return config

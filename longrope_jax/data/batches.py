@@ -1,0 +1,174 @@
+"""Endless batches to train on. What is in step k depends on the arguments and on k alone.
+
+So the state of an iterator is the number of the next step: exact, and the same for any number of processes.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
+
+import grain
+from absl import logging
+
+from longrope_jax.data.corpus import Document
+from longrope_jax.data.packing import pack
+from longrope_jax.data.pieces import Pieces, cut, segments
+from longrope_jax.data.sequences import Batch, DisjointWindows, PackedPieces
+
+# Text is in memory, so a batch is made faster than it is used, and two that wait are enough; long ones are large.
+_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+
+
+def pretraining_batches(
+    documents: Sequence[Document], length: int, batch: int, seed: int, process: tuple[int, int] = (0, 1)
+) -> grain.DatasetIterator[Batch]:
+    """Batches of disjoint windows, all documents' windows reshuffled in every epoch.
+
+    Args:
+        documents: what to train on.
+        length: tokens of a sequence, and its context window.
+        batch: sequences a step, those of all processes together.
+        seed: of the order.
+        process: (index, count). Each process loads rows of its own; one after the other, they are the whole batch.
+
+    Returns:
+        An iterator whose `get_state()` is a small dict of numbers; `set_state()` goes on from exactly there.
+
+    Raises:
+        ValueError: fewer windows than a batch, or a batch that the processes cannot share evenly.
+    """
+    windows = DisjointWindows(documents, length)
+    _check_enough(documents, f"{len(windows)} windows of {length} tokens", len(windows), batch)
+    return _batches(_epochs(windows, seed), batch, process)
+
+
+def finetuning_batches(
+    documents: Sequence[Document],
+    length: int,
+    original_length: int,
+    batch: int,
+    seed: int,
+    *,
+    bos: int,
+    eos: int,
+    packed: bool,
+    long_share: float,
+    process: tuple[int, int] = (0, 1),
+) -> grain.DatasetIterator[Batch]:
+    """Batches to extend a context window with: long sequences, mixed with some for the original window.
+
+    A long sequence is a segment that one document fills, between BOS and EOS (LongRoPE, arXiv 2402.13753, section 4.1),
+    or if `packed` as many pieces of documents as fit, so that no text is left out. A short one is the same `length` of
+    pieces that fit the original window (mixed context window training, LongRoPE2, arXiv 2502.20082, section 3.3).
+    Pieces that share a sequence have segment ids, and positions that begin anew: none may attend to another.
+
+    Args:
+        documents: what to train on; each begins with BOS and ends with EOS.
+        length: tokens of a sequence, and the context window of the long ones.
+        original_length: the context window of the short ones.
+        batch: sequences a step, those of all processes together.
+        seed: of the order, and of which pieces share a sequence.
+        bos, eos: tokens to begin and end a piece with.
+        packed: whether long sequences are packed too.
+        long_share: long sequences among all, met exactly and evenly: the first n steps hold n * batch * long_share,
+            rounded down. Long and short sequences have epochs of their own.
+        process: (index, count). Each process loads rows of its own; one after the other, they are the whole batch.
+
+    Returns:
+        An iterator whose `get_state()` is a small dict of numbers; `set_state()` goes on from exactly there. Segment
+        ids are None where every sequence is one segment: not `packed`, and a share of 1.
+
+    Raises:
+        ValueError: a share outside [0, 1], an original window above `length`, no document that fills a segment, fewer
+            sequences than a batch takes, or a batch that the processes cannot share evenly.
+    """
+    if not 0 <= long_share <= 1:
+        raise ValueError(f"long_share = {long_share} must lie in [0, 1]")
+    if not 2 <= original_length <= length:
+        raise ValueError(f"original_length = {original_length} must lie in [2, length = {length}]")
+    share = Fraction(str(long_share))  # 0.3 is three tenths here, not the binary number next to it
+    make_source = partial(PackedPieces, documents, length=length, bos=bos, eos=eos)
+    epochs = []
+    if share < 1:
+        short = make_source(*_packed(documents, original_length, length, seed), context=original_length)
+        _check_enough(documents, f"{len(short)} short sequences of {length} tokens", len(short), batch, 1 - share)
+        epochs.append(_epochs(short, seed))
+    if share > 0:
+        plan = _packed(documents, length, length, seed) if packed else _one_each(documents, length)
+        long = make_source(*plan, context=length)
+        _check_enough(documents, f"{len(long)} long sequences of {length} tokens", len(long), batch, share)
+        epochs.append(_epochs(long, seed))
+    sequences = epochs[0] if len(epochs) == 1 else grain.MapDataset.select_from_datasets(epochs, _Mixture(share))
+    if share == 1 and not packed:
+        sequences = sequences.map(lambda row: row._replace(segment_ids=None))  # they would mask nothing
+    return _batches(sequences, batch, process)
+
+
+def _packed(
+    documents: Sequence[Document], window: int, length: int, seed: int
+) -> tuple[Pieces, Sequence[Sequence[int]]]:
+    """All text in pieces for the window, and which of them share a sequence."""
+    pieces = cut(documents, window)
+    bins = pack(pieces.sizes, length, seed)
+    filled = pieces.sizes.sum() / max(1, len(bins) * length)
+    logging.info(
+        "%d pieces of at most %d tokens packed in %d sequences of %d, which are %.1f%% full",
+        *(len(pieces.sizes), window, len(bins), length, 100 * filled),
+    )
+    return pieces, bins
+
+
+def _one_each(documents: Sequence[Document], length: int) -> tuple[Pieces, Sequence[Sequence[int]]]:
+    """All segments that documents fill, each a sequence."""
+    pieces = segments(documents, length)
+    count = len(pieces.sizes)
+    if not count:
+        longest = max((len(document.tokens) for document in documents), default=0)
+        raise ValueError(
+            f"none of {len(documents)} training documents has the {length + 1} tokens of a segment of {length}; "
+            f"the longest has {longest}"
+        )
+    return pieces, [[piece] for piece in range(count)]
+
+
+def _check_enough(documents: Sequence[Document], held: str, count: int, batch: int, share: Fraction | int = 1) -> None:
+    """Refuses a batch that would hold a sequence twice: `share` of it come from `count` different ones."""
+    needed = math.ceil(share * batch)
+    if count < needed:
+        what = f"a batch of {batch}" if share == 1 else f"the {needed} that a batch of {batch} takes"
+        raise ValueError(f"the {len(documents)} training documents hold {held}, fewer than {what}")
+
+
+class _Mixture(grain.transforms.DatasetSelectionMap):
+    """Sequence k -> (1, its number among the long ones) or (0, its number among the short ones).
+
+    Counts that are rounded down anew for every k spread the long ones evenly, with no error that adds up.
+    """
+
+    def __init__(self, long_share: Fraction):
+        self._long_share = long_share
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        long_before = math.floor(index * self._long_share)
+        is_long = math.floor((index + 1) * self._long_share) > long_before
+        return (1, long_before) if is_long else (0, index - long_before)
+
+
+def _epochs(source: grain.sources.RandomAccessDataSource, seed: int) -> grain.MapDataset[Batch]:
+    """The rows of a source without end, shuffled anew in every epoch."""
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+
+
+def _batches(sequences: grain.MapDataset[Batch], batch: int, process: tuple[int, int]) -> grain.DatasetIterator[Batch]:
+    """The iterator of one process over its part of every batch."""
+    index, count = process
+    if batch % count:
+        raise ValueError(f"batch = {batch} must be divisible by the number of processes, {count}")
+    # Endless, so nothing remains to be dropped; but keeping a remainder would overflow the endless length.
+    parts = sequences.batch(batch // count, drop_remainder=True)
+    return iter(parts[index::count].to_iter_dataset(_READ_AHEAD))

@@ -1,0 +1,102 @@
+"""What a model is trained on: a batch, its rows, and the sources that make any row when it is asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from longrope_jax.data.corpus import Document
+from longrope_jax.data.pieces import Pieces
+
+IGNORED = -1
+"""The target where nothing is to be predicted."""
+
+
+class Batch(NamedTuple):
+    """Sequences to train on, a pytree; a row of it is the same without the axis B.
+
+    Attributes:
+        tokens: the inputs; where there is none (padding, at the end), 0.
+        targets: what follows each input, `IGNORED` in padding.
+        positions: from 0 up in every piece of text; 0 in padding.
+        segment_ids: the piece that a token belongs to, from 1 up, 0 in padding; None where every sequence is one piece.
+        context: tokens of the context window that each sequence is trained for; it tells which rotation is meant.
+    """
+
+    tokens: Int[np.ndarray, "B T"]
+    targets: Int[np.ndarray, "B T"]
+    positions: Int[np.ndarray, "B T"]
+    segment_ids: Int[np.ndarray, "B T"] | None
+    context: Int[np.ndarray, "B"]
+
+
+class DisjointWindows:
+    """Windows that begin at a multiple of their length in their document, a row each (a grain data source)."""
+
+    def __init__(self, documents: Sequence[Document], length: int):
+        self._documents, self._length = documents, length
+        counts = [(len(document.tokens) - 1) // length for document in documents]
+        self._ends = np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Batch:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        start = (index - (self._ends[which - 1] if which else 0)) * self._length
+        window = self._documents[which].tokens[start : start + self._length + 1].astype(np.int32)
+        positions = np.arange(self._length, dtype=np.int32)
+        return Batch(window[:-1], window[1:], positions, None, np.int32(self._length))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedPieces:
+    """Bins of pieces, a row each (a grain data source).
+
+    Attributes:
+        documents: what the pieces were cut from.
+        pieces: stretches of text.
+        bins: numbers of the pieces in every row; their sizes add up to at most `length`.
+        length: inputs of a row.
+        context: of every row, see `Batch`.
+        bos, eos: tokens to begin and end a piece with.
+    """
+
+    documents: Sequence[Document]
+    pieces: Pieces
+    bins: Sequence[Sequence[int]]
+    length: int
+    context: int
+    bos: int
+    eos: int
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def __getitem__(self, index: int) -> Batch:
+        texts = []
+        for piece in self.bins[index]:
+            document, start, stop = (field[piece] for field in self.pieces)
+            texts.append(self.documents[document].tokens[start:stop])
+        return bookended(texts, self.length, self.context, self.bos, self.eos)
+
+
+def bookended(texts: Sequence[Int[np.ndarray, "_"]], length: int, context: int, bos: int, eos: int) -> Batch:
+    """One row of texts, one after the other, each between BOS and EOS (LongRoPE, arXiv 2402.13753, section 4.1).
+
+    A text of n tokens takes n + 1 inputs: BOS, c_1 .. c_n have the targets c_1 .. c_n, EOS. EOS is no input: nothing
+    follows it.
+    """
+    tokens, positions, segment_ids = np.zeros((3, length), np.int32)
+    targets = np.full(length, IGNORED, np.int32)
+    start = 0
+    for number, text in enumerate(texts, 1):
+        stop = start + 1 + len(text)
+        tokens[start], tokens[start + 1 : stop] = bos, text
+        targets[start : stop - 1], targets[stop - 1] = text, eos
+        positions[start:stop] = np.arange(stop - start)
+        segment_ids[start:stop] = number
+        start = stop
+    return Batch(tokens, targets, positions, segment_ids, np.int32(context))

@@ -1,0 +1,196 @@
+"""Devices as a mesh, and host arrays laid out on it: rows over `data` and `fsdp`, tokens over `seq`.
+
+A run on one device has no mesh at all; everything here is then the identity.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Float, Int
+
+from longrope_jax.model.ring import zigzag
+from longrope_jax.model.sharding import AXES, make_mesh, partition_spec, tree_shardings
+
+ORDERS = ("zigzag", "contiguous")
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """Which devices work together, and how. It may change between the runs of a work directory.
+
+    Attributes:
+        axes: sizes by axis, such as "data:2,seq:4"; axes that are not named have size 1, one may have -1 for all the
+            devices that are left. `data` splits batches, `fsdp` batches and parameters, `seq` the tokens of a sequence,
+            `tensor` heads, MLP and vocabulary.
+        sequence_order: which tokens a device of the `seq` axis holds: "zigzag" gives all the same causal work,
+            "contiguous" keeps neighbours together.
+    """
+
+    axes: str = "data:1"
+    sequence_order: str = "zigzag"
+
+    def __post_init__(self):
+        parse_axes(self.axes)
+        if self.sequence_order not in ORDERS:
+            raise ValueError(f"sequence_order = {self.sequence_order!r} must be one of {', '.join(ORDERS)}")
+
+
+def parse_axes(text: str, devices: int | None = None) -> dict[str, int]:
+    """ "data:2,seq:4" -> the size of every axis; with the number of devices known, -1 becomes the rest.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    shape = dict.fromkeys(AXES, 1)
+    named = [part.strip() for part in text.split(",") if part.strip()]
+    for part in named:
+        match = re.fullmatch(r"(\w+)\s*:\s*(-1|[1-9]\d*)", part)
+        if not match or match[1] not in AXES:
+            raise ValueError(f"axes = {text!r}: {part!r} is not an axis and its size; axes are {', '.join(AXES)}")
+        shape[match[1]] = int(match[2])
+    if len({part.split(":")[0].strip() for part in named}) < len(named):
+        raise ValueError(f"axes = {text!r} names an axis twice")
+    rest = [axis for axis, size in shape.items() if size == -1]
+    if len(rest) > 1:
+        raise ValueError(f"axes = {text!r}: only one axis can take the rest (-1)")
+    if devices is None:
+        return shape
+    known = int(np.prod([size for size in shape.values() if size != -1]))
+    if rest:
+        if devices % known:
+            raise ValueError(f"axes = {text!r}: {devices} devices can't be split by {known}")
+        shape[rest[0]] = devices // known
+    elif known > devices:
+        raise ValueError(f"axes = {text!r} needs {known} devices, there are {devices}")
+    return shape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where arrays lie. `Layout()` is one device."""
+
+    mesh: jax.sharding.Mesh | None = None
+    sequence_order: str = "zigzag"
+
+    @classmethod
+    def of(cls, settings: MeshSettings) -> "Layout":
+        """The layout on this machine's devices, or all machines' that take part; raises ValueError if it can't be."""
+        shape = parse_axes(settings.axes, jax.device_count())
+        size = int(np.prod(list(shape.values())))
+        if size < jax.device_count() and jax.process_count() > 1:
+            raise ValueError(
+                f"axes = {settings.axes!r} leaves some of {jax.device_count()} devices without work; use -1"
+            )
+        if size == 1:
+            return cls()
+        return cls(make_mesh(**shape), settings.sequence_order)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Size by axis."""
+        return dict.fromkeys(AXES, 1) if self.mesh is None else dict(self.mesh.shape)
+
+    @property
+    def row_shards(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return self.shape["data"] * self.shape["fsdp"]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the model finds the mesh."""
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            yield
+
+    def check_length(self, length: int, name: str) -> None:
+        """Raises ValueError if sequences of `length` tokens can't be spread over the `seq` axis."""
+        parts = self.shape["seq"] * (2 if self.sequence_order == "zigzag" else 1)
+        if self.shape["seq"] > 1 and length % parts:
+            raise ValueError(
+                f"{name} = {length} can't be split over seq:{self.shape['seq']} in {self.sequence_order} order; it "
+                f"must be a multiple of {parts}"
+            )
+
+    def check_rows(self, rows: int, name: str) -> None:
+        """Raises ValueError if `rows` sequences can't be spread over `data` and `fsdp`."""
+        if rows % self.row_shards:
+            raise ValueError(
+                f"{name} = {rows} sequences can't be split over data:{self.shape['data']}, fsdp:{self.shape['fsdp']}; "
+                f"it must be a multiple of {self.row_shards}"
+            )
+
+    @cached_property
+    def share(self) -> tuple[int, int]:
+        """(index, count): which part of every batch's rows this process has to load.
+
+        Processes whose devices work on the same rows (a sequence spread over them) load the same part.
+        """
+        if self.mesh is None or jax.process_count() == 1:
+            return (0, 1)
+        rows = self.mesh.devices.reshape(self.row_shards, -1)  # data and fsdp are the first two axes
+        held = {}
+        for row, devices in enumerate(rows):
+            for device in devices:
+                held.setdefault(device.process_index, set()).add(row)
+        parts = sorted({tuple(sorted(part)) for part in held.values()})
+        if sum(map(len, parts)) != self.row_shards or len({len(part) for part in parts}) > 1:
+            return (0, 1)  # parts that overlap: every process loads all
+        if any(part != tuple(range(part[0], part[0] + len(part))) for part in parts):
+            return (0, 1)
+        return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+    def place(self, tree: Any, share: tuple[int, int] = (0, 1)) -> Any:
+        """Host arrays [rows, T] or [rows] -> device arrays, each process giving the rows of its share of the batch.
+
+        Tokens are put into the sequence order of the layout; positions, being tokens' too, go along.
+        """
+        index, count = share
+
+        def put(array):
+            array = np.asarray(array)
+            if array.ndim == 2:
+                array = self.in_sequence_order(array)
+            if self.mesh is None:
+                return jax.numpy.asarray(array)
+            spec = partition_spec("batch", *["length"] * (array.ndim - 1))
+            first = index * len(array)
+
+            def shard(where):
+                rows = where[0].indices(count * len(array))
+                return array[(slice(rows[0] - first, rows[1] - first), *where[1:])]
+
+            shape = (count * len(array), *array.shape[1:])
+            return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), shard)
+
+        return jax.tree.map(put, tree)
+
+    def in_sequence_order(self, array: Int[np.ndarray, "rows T"]) -> Int[np.ndarray, "rows T"]:
+        """Tokens in the order in which the devices of the `seq` axis hold them."""
+        order = self._order(array.shape[1])
+        return array if order is None else array[:, order]
+
+    def in_document_order(self, array: Float[np.ndarray, "rows T"]) -> Float[np.ndarray, "rows T"]:
+        """The inverse of `in_sequence_order`."""
+        order = self._order(array.shape[1])
+        return array if order is None else array[:, np.argsort(order)]
+
+    def _order(self, length: int) -> np.ndarray | None:
+        shards = self.shape["seq"]
+        return zigzag(length, shards) if shards > 1 and self.sequence_order == "zigzag" else None
+
+    def abstract(self, tree: Any) -> Any:
+        """Shapes, dtypes and shardings of a tree that need not exist: what a checkpoint is restored into."""
+        if self.mesh is None:
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            tree,
+            tree_shardings(self.mesh, tree),
+        )

@@ -1,0 +1,62 @@
+"""Several processes as one: `jax.distributed`, from flags or from the cluster's environment.
+
+Process 0 is the first among equals: it alone writes files, and where processes could see different things it decides.
+"""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def join(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Makes this process one of those that run the experiment together; call it before anything else uses JAX.
+
+    Args:
+        coordinator: "host:port" of process 0, or "auto": coordinator, count and index come from the environment (Cloud
+            TPU, GKE, Slurm, Open MPI). None: this process is alone.
+        count: how many processes.
+        index: which of them this is, from 0.
+
+    Raises:
+        ValueError: they don't go together, or the environment tells nothing.
+        RuntimeError: the others did not come.
+    """
+    given = {"num_processes": count, "process_id": index}
+    if coordinator is None or coordinator == "auto":
+        if any(value is not None for value in given.values()):
+            raise ValueError("num_processes and process_id need the coordinator's address, host:port")
+        if coordinator == "auto":
+            try:
+                jax.distributed.initialize()
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(
+                    "coordinator = 'auto': no cluster found (Cloud TPU, GKE, Slurm, Open MPI); give host:port, "
+                    f"num_processes and process_id: {error}"
+                ) from None
+        return
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        raise ValueError(f"coordinator = {coordinator!r} needs {' and '.join(missing)} too")
+    if not 0 <= index < count:
+        raise ValueError(f"process_id = {index} must lie between 0 and num_processes - 1 = {count - 1}")
+    if ":" not in coordinator:
+        raise ValueError(f"coordinator = {coordinator!r} must be host:port")
+    jax.distributed.initialize(coordinator, count, index)
+
+
+def is_first() -> bool:
+    """Whether this is process 0."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Until every process has come here: one writes files that the others read."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def any_of(condition: bool) -> bool:
+    """Whether it holds in any process; all have to ask."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.process_allgather(np.asarray(condition)).any())

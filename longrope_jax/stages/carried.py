@@ -1,0 +1,103 @@
+"""What stages hand on: models, factors and results, found again by the names of the stages that made them."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from etils import epath
+
+from longrope_jax.data.corpus import Document
+from longrope_jax.evaluation.run import EvaluationSettings
+from longrope_jax.model import Llama
+from longrope_jax.rope import FactorTable, RopeFactors, Trained, extend, load_factors, save_factors, unscaled
+from longrope_jax.runtime import processes, records
+from longrope_jax.runtime.mesh import Layout
+from longrope_jax.training.loop import load_params
+
+BEST_SEED = "_best_seed"
+"""Added to the name of a search: the best of what it started from, as a source of factors."""
+ORIGINAL = "original"
+"""As a source of factors: the rotation of the pretrained model, whatever a model was tuned with since."""
+DYNAMIC = "dynamic_ntk"
+"""As a source of factors: NTK by the length at hand."""
+
+
+@dataclass
+class Carried:
+    """What stages leave for the ones after them.
+
+    Attributes:
+        trained: by the stages that make parameters, in order: what they trained with last.
+        steps: by the same: how many steps, which is the name of their last checkpoint.
+        factors: by search and table stages.
+        searches: one summary a search stage.
+        evaluations: by evaluate stage: its settings and its records.
+    """
+
+    model: Llama
+    layout: Layout
+    documents: dict[str, list[Document]]
+    workdir: epath.Path
+    trained: dict[str, Trained] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    factors: dict[str, RopeFactors | FactorTable] = field(default_factory=dict)
+    searches: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: dict[str, tuple[EvaluationSettings, list[dict[str, Any]]]] = field(default_factory=dict)
+    _loaded: tuple[str, dict] | None = None
+
+    def model_stage(self, name: str) -> str:
+        """The stage that `name` means; "" is the latest so far."""
+        return name or list(self.trained)[-1]
+
+    def params(self, stage: str) -> dict:
+        """Parameters that a stage left; only one stage's are in memory at a time."""
+        stage = self.model_stage(stage)
+        if self._loaded is None or self._loaded[0] != stage:
+            self._loaded = None
+            self._loaded = stage, load_params(self.workdir, stage, self.model, self.layout, self.steps[stage])
+        return self._loaded[1]
+
+    def give_away_params(self, stage: str) -> dict:
+        """The same to someone who overwrites them: they are not kept here."""
+        params, self._loaded = self.params(stage), None
+        return params
+
+    def source(self, name: str, model: str, target: int) -> Callable[[int], RopeFactors]:
+        """Length (tokens) -> the factors that a source of factors has for it, on a stage's model."""
+        config, trained = self.model.config, self.trained[self.model_stage(model)]
+        if name in self.factors:
+            found = self.factors[name]
+            return found.select if isinstance(found, FactorTable) else lambda length: found
+        if name == DYNAMIC:
+            return lambda length: extend("ntk", trained, length, config.head_dim, config.rope_theta)
+        if name == ORIGINAL:
+            fixed = unscaled(config.head_dim)
+        else:
+            fixed = extend(name, trained, target, config.head_dim, config.rope_theta)
+        return lambda length: fixed
+
+
+def save_stage_factors(carried: Carried, name: str, factors: RopeFactors, target: int, **metadata: Any) -> None:
+    """Writes `factors/<stage>.json`, for windows of up to `target` tokens."""
+    config = carried.model.config
+    if not processes.is_first():
+        return
+    (carried.workdir / "factors").mkdir(exist_ok=True)
+    save_factors(
+        carried.workdir / "factors" / f"{name}.json",
+        factors,
+        **records.finite(metadata),
+        stage=name,
+        model=dataclasses.asdict(config),
+        original_length=config.original_length,
+        target_length=target,
+    )
+
+
+def load_stage_factors(carried: Carried, name: str) -> RopeFactors:
+    """What `save_stage_factors` wrote; raises LookupError if it is gone."""
+    path = carried.workdir / "factors" / f"{name}.json"
+    if not path.exists():
+        raise LookupError(f"{path} is gone")
+    return load_factors(path, carried.model.config.head_dim)

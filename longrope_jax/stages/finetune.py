@@ -1,0 +1,72 @@
+"""The stage `finetune`: a model learns a longer window."""
+
+from typing import Any
+
+from longrope_jax.data.windows import fixed_windows
+from longrope_jax.model import LlamaConfig
+from longrope_jax.rope import RopeFactors, Trained
+from longrope_jax.runtime.mesh import Layout
+from longrope_jax.stages.carried import Carried, load_stage_factors, save_stage_factors
+from longrope_jax.stages.kind import Before, Stage, factors_target, model_stage, sources
+from longrope_jax.training.finetune import FinetuneSettings, finetune
+
+
+def _check_finetune(settings: FinetuneSettings, config: LlamaConfig, before: Before) -> None:
+    model_stage(settings.model, before)
+    if settings.length < config.original_length:
+        raise ValueError(f"length = {settings.length} is below the original length, {config.original_length}")
+    target = factors_target(settings.factors, before, "factors")
+    if target is not None and target < settings.length:
+        raise ValueError(f"length = {settings.length} is beyond {target}, up to which {settings.factors} is good")
+    if settings.long_share < 1 and settings.length == config.original_length:
+        raise ValueError(f"long_share = {settings.long_share} needs a length above the original, {settings.length}")
+
+
+def _check_finetune_data(settings: FinetuneSettings, config: LlamaConfig, documents) -> None:
+    settings.batches(documents["train"], config.original_length)
+    if settings.evaluate_every:
+        fixed_windows(documents["search"], settings.length, settings.held_out_documents, settings.seed)
+
+
+def _check_finetune_layout(settings: FinetuneSettings, config: LlamaConfig, layout: Layout) -> None:
+    settings.check_layout(layout, settings.length)
+
+
+def _finetune_factors(settings: FinetuneSettings, carried: Carried) -> RopeFactors:
+    return carried.source(settings.factors, settings.model, settings.length)(settings.length)
+
+
+def _run_finetune(settings: FinetuneSettings, carried: Carried, name: str) -> dict[str, Any]:
+    factors = _finetune_factors(settings, carried)
+    start = carried.model_stage(settings.model)
+    seconds = finetune(
+        carried.model,
+        carried.layout,
+        settings,
+        factors,
+        lambda: carried.give_away_params(start),
+        carried.documents,
+        carried.workdir,
+        name,
+    )
+    save_stage_factors(carried, name, factors, settings.length, method=settings.factors, model_stage=start)
+    return {"steps": settings.steps, "seconds": seconds}
+
+
+def _load_finetune(settings: FinetuneSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
+    factors = load_stage_factors(carried, name)
+    carried.steps[name] = settings.steps
+    carried.params(name)
+    carried.trained[name] = Trained(settings.length, factors)  # last: a stage that has to run again is no model yet
+
+
+FINETUNE = Stage(
+    FinetuneSettings,
+    _check_finetune,
+    _check_finetune_data,
+    _check_finetune_layout,
+    _run_finetune,
+    _load_finetune,
+    inputs=lambda s, before: [model_stage(s.model, before), *sources((s.factors,), before)],
+    makes_params=True,
+)

@@ -1,0 +1,111 @@
+"""What a kind of stage is, and the names by which a stage's settings refer to the stages before it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from longrope_jax.rope import METHODS
+from longrope_jax.search.run import SearchSettings
+from longrope_jax.stages.carried import BEST_SEED, ORIGINAL
+from longrope_jax.training.loop import LoopSettings
+
+
+@dataclass(frozen=True)
+class TableSettings:
+    """Which factors a sequence gets by its length.
+
+    Attributes:
+        lengths: boundaries, tokens.
+        factors: for every boundary a search stage, the best seed that one started from ("search_best_seed"), "original"
+            for the pretrained rotation, or a method that extends the model to it (up to the length that it was tuned
+            at, any method means the factors it was tuned with).
+        model: the stage whose model the factors are for; "" is the latest before this one.
+    """
+
+    lengths: tuple[int, ...]
+    factors: tuple[str, ...]
+    model: str = ""
+
+    def __post_init__(self):
+        if not self.lengths or list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
+            raise ValueError(f"lengths = {self.lengths} must be rising numbers of tokens")
+        if len(self.factors) != len(self.lengths):
+            raise ValueError(f"factors = {self.factors} must name one source for each of lengths = {self.lengths}")
+
+
+Before = dict[str, Any]
+"""The settings of the stages before one, by name."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kind of stage.
+
+    Attributes:
+        settings: the class of its settings.
+        check: (settings, model config, settings of the stages before) -> None, raises if they don't go together.
+        check_data: (settings, model config, documents by split) -> None, raises if the text does not suffice.
+        check_layout: (settings, model config, layout) -> None, raises if the work can't be spread over the devices.
+        run: (settings, carried, name) -> summary, JSON-able, with its seconds; leaves the stage's results on disk.
+        load: (settings, carried, name, summary) -> None, hands the results on, whether the stage has just run or did
+            so before. Raises LookupError if they are not there any more.
+        inputs: (settings, settings of the stages before) -> names of the stages whose results it takes.
+        makes_params: whether it leaves a model's parameters; the first stage must.
+    """
+
+    settings: type
+    check: Callable
+    check_data: Callable
+    check_layout: Callable
+    run: Callable
+    load: Callable
+    inputs: Callable
+    makes_params: bool = False
+
+
+def model_stage(name: str, before: Before, field_name: str = "model") -> str:
+    """The stage before that `name` means, as `Carried.model_stage` finds it later.
+
+    Raises:
+        ValueError: it names none that makes parameters.
+    """
+    makers = [stage for stage, settings in before.items() if isinstance(settings, LoopSettings)]
+    if name and name not in makers:
+        raise ValueError(
+            f"{field_name} = {name!r} is no stage before this one that makes parameters; those are {', '.join(makers)}"
+        )
+    return name or makers[-1]
+
+
+def factors_target(source: str, before: Before, field_name: str, *, more: tuple[str, ...] = ()) -> int | None:
+    """The length up to which a source of factors is good; None for a method, which is good for any.
+
+    Args:
+        more: sources that are allowed besides stages, methods and the original rotation.
+
+    Raises:
+        ValueError: there is no such source.
+    """
+    settings = before.get(_made_by(source, before))
+    if isinstance(settings, SearchSettings):
+        return settings.target_length
+    if isinstance(settings, TableSettings):
+        return settings.lengths[-1]
+    if source in METHODS or source in (ORIGINAL, *more):
+        return None
+    stages = [name for name, s in before.items() if isinstance(s, SearchSettings | TableSettings)]
+    known = ", ".join([*stages, *METHODS, ORIGINAL, *more])
+    raise ValueError(f"{field_name} = {source!r} is neither a search or table stage before this one nor one of {known}")
+
+
+def sources(names: tuple[str, ...], before: Before) -> list[str]:
+    """The stages that make these sources of factors."""
+    return [_made_by(name, before) for name in names if _made_by(name, before) in before]
+
+
+def _made_by(source: str, before: Before) -> str:
+    return source if source in before else source.removesuffix(BEST_SEED)
+
+
+def nothing(*_) -> None:
+    """The check of a stage that has nothing to check."""

@@ -1,0 +1,50 @@
+"""The stage `pretrain`: a model from scratch."""
+
+from typing import Any
+
+from longrope_jax.data.batches import pretraining_batches
+from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.model import LlamaConfig
+from longrope_jax.rope import Trained, unscaled
+from longrope_jax.runtime.mesh import Layout
+from longrope_jax.stages.carried import Carried
+from longrope_jax.stages.kind import Before, Stage
+from longrope_jax.training.pretrain import PretrainSettings, pretrain
+
+
+def _check_pretrain(settings: PretrainSettings, config: LlamaConfig, before: Before) -> None:
+    if config.vocab_size < ByteTokenizer.vocab_size:
+        raise ValueError(f"model.vocab_size = {config.vocab_size} is below the tokenizer's {ByteTokenizer.vocab_size}")
+
+
+def _check_pretrain_data(settings: PretrainSettings, config: LlamaConfig, documents) -> None:
+    pretraining_batches(documents["train"], config.original_length, settings.batch, settings.seed)
+
+
+def _check_pretrain_layout(settings: PretrainSettings, config: LlamaConfig, layout: Layout) -> None:
+    settings.check_layout(layout, config.original_length)
+
+
+def _run_pretrain(settings: PretrainSettings, carried: Carried, name: str) -> dict[str, Any]:
+    train = carried.documents["train"]
+    seconds = pretrain(carried.model, carried.layout, settings, train, carried.workdir, name)
+    return {"steps": settings.steps, "seconds": seconds}
+
+
+def _load_pretrain(settings: PretrainSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
+    config = carried.model.config
+    carried.steps[name] = settings.steps
+    carried.params(name)
+    carried.trained[name] = Trained(config.original_length, unscaled(config.head_dim))
+
+
+PRETRAIN = Stage(
+    PretrainSettings,
+    _check_pretrain,
+    _check_pretrain_data,
+    _check_pretrain_layout,
+    _run_pretrain,
+    _load_pretrain,
+    inputs=lambda settings, before: [],
+    makes_params=True,
+)

@@ -1,0 +1,116 @@
+"""The fine-tuning stage: a pretrained or extended model learns a longer window with given factors."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from etils import epath
+
+from longrope_jax.data.batches import finetuning_batches
+from longrope_jax.data.corpus import Document, tokens_per_byte
+from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.data.windows import fixed_windows
+from longrope_jax.evaluation.perplexity import by_document, token_nll
+from longrope_jax.model import Llama
+from longrope_jax.model.config import REMAT_POLICIES
+from longrope_jax.rope import FactorTable, RopeFactors, unscaled
+from longrope_jax.runtime.mesh import Layout
+from longrope_jax.training.loop import HeldOut, LoopSettings, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(LoopSettings):
+    """How a model is taught a longer window (LongRoPE sec. 4.1; mixed windows: LongRoPE2).
+
+    Attributes:
+        length: L', tokens of a sequence.
+        factors: the rotation to train with: a search stage, a table stage, or a method such as "yarn".
+        model: the stage whose parameters to start from; "" is the latest before this one.
+        packed: pieces of documents of up to `length` tokens are packed into sequences, kept apart by segment ids, so
+            that all text is used; else segments of exactly `length` tokens are cut from documents that fill them.
+        long_share: share of the sequences that are long; the others are packed with pieces of at most the original
+            length and turn by the original rotation.
+        evaluate_every: steps between evaluations on held-out documents (those of the search); 0 for none.
+        held_out_documents: how many.
+        remat: what the backward pass keeps of a block, see `LlamaConfig`; long sequences can rarely keep all.
+    """
+
+    length: int
+    factors: str
+    model: str = ""
+    packed: bool = False
+    long_share: float = 1.0
+    evaluate_every: int = 100
+    held_out_documents: int = 8
+    remat: str = "nothing_saveable"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.length < 1:
+            raise ValueError(f"length = {self.length} must be positive")
+        if not 0 <= self.long_share <= 1:
+            raise ValueError(f"long_share = {self.long_share} must lie in [0, 1]")
+        if self.evaluate_every < 0:
+            raise ValueError(f"evaluate_every = {self.evaluate_every} must not be negative")
+        if self.held_out_documents < 1:
+            raise ValueError(f"held_out_documents = {self.held_out_documents} must be positive")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat = {self.remat!r} must be one of {', '.join(REMAT_POLICIES)}")
+
+    def batches(self, documents: Sequence[Document], original_length: int, share: tuple[int, int] = (0, 1)):
+        """What is trained on; raises ValueError where the text does not suffice."""
+        return finetuning_batches(
+            documents,
+            self.length,
+            original_length,
+            self.batch,
+            self.seed,
+            bos=ByteTokenizer.bos,
+            eos=ByteTokenizer.eos,
+            packed=self.packed,
+            long_share=self.long_share,
+            process=share,
+        )
+
+
+def finetune(
+    model: Llama,
+    layout: Layout,
+    settings: FinetuneSettings,
+    factors: RopeFactors,
+    first_params: Callable[[], dict],
+    documents: dict[str, Sequence[Document]],
+    workdir: epath.Path,
+    stage: str,
+) -> float:
+    """Trains with `factors` (and, on short sequences, the original rotation); returns the seconds it took; see `train`.
+
+    The cost of a step is that of `train_step` at T = length; memory falls with the mesh's `seq` axis.
+    """
+    config = model.config
+    tuned = Llama(dataclasses.replace(config, remat=settings.remat))
+    entries = {settings.length: factors}
+    if settings.long_share < 1:
+        entries[config.original_length] = unscaled(config.head_dim)
+    held_out = None
+    if settings.evaluate_every:
+        windows = fixed_windows(documents["search"], settings.length, settings.held_out_documents, settings.seed)
+
+        def evaluate(params):
+            sums, counts = by_document(token_nll(model, layout, params, factors, windows.tokens, settings.length))
+            return {"held_out_loss": sums.sum() / counts.sum()}
+
+        held_out = HeldOut(settings.evaluate_every, evaluate)
+    return train(
+        tuned,
+        layout,
+        settings,
+        settings.batches(documents["train"], config.original_length, layout.share),
+        FactorTable.of(entries),
+        first_params,
+        workdir,
+        stage,
+        bits_per_nat=tokens_per_byte(documents["train"]) / math.log(2),
+        held_out=held_out,
+    )

@@ -1,0 +1,151 @@
+"""A whole command that is killed at any moment ends as if nothing had happened. Minutes long."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from longrope_jax.runtime.checkpoints import Checkpoints
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+KILLS = 20
+STAGES = (
+    "pretrain",
+    "search_8x",
+    "finetune_8x",
+    "search_64x",
+    "search_1x",
+    "table_longrope",
+    "table_best_seed",
+    "finetune_yarn",
+    "table_yarn",
+    "finetune_original",
+    "evaluate",
+)
+SMALL = {
+    "stages": STAGES,
+    "pretrain.steps": 150,
+    "pretrain.checkpoint_every": 20,
+    "search_8x.evolution.iterations": 8,
+    "search_8x.target_length": 256,
+    "search_64x.evolution.iterations": 4,
+    "search_64x.target_length": 512,
+    "search_1x.evolution.iterations": 2,
+    "finetune_8x.model": "pretrain",
+    "finetune_8x.length": 256,
+    "finetune_8x.steps": 60,
+    "finetune_8x.checkpoint_every": 10,
+    "finetune_8x.long_share": 0.75,
+    "finetune_yarn.length": 256,
+    "finetune_yarn.steps": 40,
+    "finetune_yarn.checkpoint_every": 10,
+    "finetune_yarn.packed": True,
+    "finetune_original.steps": 20,
+    "table_longrope.lengths": (128, 256, 512),
+    "table_longrope.factors": ("search_1x", "search_8x", "search_64x"),
+    "table_best_seed.lengths": (128, 512),
+    "table_best_seed.factors": ("search_1x", "search_64x_best_seed"),
+    "table_yarn.lengths": (256, 512),
+    "evaluate.lengths": (128, 256, 512),
+    "evaluate.documents": 4,
+    "evaluate.arms.yarn_without_temperature.factors": "yarn_without_temperature",
+    "evaluate.arms.yarn_mistral.factors": "yarn_mistral",
+}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Restarts find their compiled programs again; the numbers are the same."""
+    cache = str(tmp_path_factory.mktemp("compiled"))
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def command(tmp_path, workdir):
+    """The progressive experiment, made small by a config of its own."""
+    config = tmp_path / "small.py"
+    config.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from experiments import progressive_tiny\n"
+        "def get_config():\n"
+        "    config = progressive_tiny.get_config()\n"
+        f"    config.update_from_flattened_dict({SMALL!r})\n"
+        "    for name in set(config) - set(config.stages) - {'stages', 'model', 'data', 'mesh'}:\n"
+        "        del config[name]\n"
+        "    return config\n"
+    )
+    return [sys.executable, "-m", "longrope_jax.main", f"--config={config}", f"--workdir={workdir}"]
+
+
+def kinds_at_work(workdir):
+    """The kind of the stage that has begun and not finished."""
+    for name in STAGES:
+        if not (workdir / "stages" / f"{name}.json").exists():
+            return name.split("_")[0]
+    return "report"
+
+
+def last_change(workdir):
+    """When a stage last wrote something: not the config, which every start writes."""
+    latest = 0.0
+    for path in workdir.rglob("*"):
+        if "data" not in path.parts and "config.json" not in path.name and not path.name.endswith(".begun.json"):
+            with contextlib.suppress(FileNotFoundError):  # written under another name, and renamed meanwhile
+                latest = max(latest, path.stat().st_mtime)
+    return latest
+
+
+def results(workdir):
+    """All that a run is about: metrics without speed, candidates, evaluations, factors, and every parameter."""
+    content = {}
+    for name in ("metrics", "search", "evaluation"):
+        lines = [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
+        timing = {"tokens_per_second", "step_seconds", "seconds"}
+        content[name] = [{k: v for k, v in line.items() if k not in timing} for line in lines]
+    for path in sorted((workdir / "factors").iterdir()):
+        content[path.name] = json.loads(path.read_text())
+    for name in STAGES:
+        if name.startswith(("pretrain", "finetune")):
+            with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
+                items, _ = checkpoints.restore(checkpoints.latest())
+            content[name] = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(items)]
+    return content
+
+
+def test_kill_9_at_random_moments_changes_nothing(tmp_path, environment):
+    quiet = dict(cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command(tmp_path, tmp_path / "whole"), check=True, **quiet)
+    workdir, rng, killed = tmp_path / "killed", random.Random(0), []
+    workdir.mkdir()
+    while len(killed) < KILLS:
+        before = last_change(workdir)
+        process = subprocess.Popen(command(tmp_path, workdir), **quiet)
+        # Past its start, when the first new thing is written, any moment is as good as another.
+        while process.poll() is None and last_change(workdir) == before:
+            time.sleep(0.02)
+        deadline = time.monotonic() + rng.expovariate(1 / 2.0)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if process.poll() is not None:
+            break
+        killed.append(kinds_at_work(workdir))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(tmp_path, workdir), check=True, **quiet)
+    print(f"killed {len(killed)} times: {killed}")
+    assert len(killed) == KILLS
+    assert {"pretrain", "search", "finetune"} <= set(killed)
+    whole, resumed = results(tmp_path / "whole"), results(workdir)
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert whole[name] == resumed[name], name
