@@ -126,7 +126,7 @@ def nll_by_position(
     _plain_numbers(upper.yaxis)
     upper.set_ylabel("perplexity")
     upper.set_title(f"Perplexity by position, windows of {length:,} tokens")
-    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=4)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
     lower.set_xlim(0, length)
     lower.set_xlabel("position in the window (tokens)")
     lower.set_ylabel("NLL minus control (nats per token)")

@@ -1,6 +1,5 @@
 """A whole command that is killed at any moment ends as if nothing had happened. Minutes long."""
 
-import contextlib
 import json
 import os
 import random
@@ -36,7 +35,7 @@ STAGES = (
 SMALL = {
     "stages": STAGES,
     "pretrain.steps": 150,
-    "pretrain.checkpoint_every": 20,
+    "pretrain.checkpoint_every": 15,
     "search_8x.evolution.iterations": 8,
     "search_8x.target_length": 256,
     "search_64x.evolution.iterations": 4,
@@ -45,11 +44,11 @@ SMALL = {
     "finetune_8x.model": "pretrain",
     "finetune_8x.length": 256,
     "finetune_8x.steps": 60,
-    "finetune_8x.checkpoint_every": 10,
+    "finetune_8x.checkpoint_every": 6,
     "finetune_8x.long_share": 0.75,
     "finetune_yarn.length": 256,
     "finetune_yarn.steps": 40,
-    "finetune_yarn.checkpoint_every": 10,
+    "finetune_yarn.checkpoint_every": 4,
     "finetune_yarn.packed": True,
     "finetune_original.steps": 20,
     "table_longrope.lengths": (128, 256, 512),
@@ -95,14 +94,14 @@ def kinds_at_work(workdir):
     return "report"
 
 
-def last_change(workdir):
-    """When a stage last wrote something: not the config, which every start writes."""
-    latest = 0.0
-    for path in workdir.rglob("*"):
-        if "data" not in path.parts and "config.json" not in path.name and not path.name.endswith(".begun.json"):
-            with contextlib.suppress(FileNotFoundError):  # written under another name, and renamed meanwhile
-                latest = max(latest, path.stat().st_mtime)
-    return latest
+def progress(workdir):
+    """What is new in the work directory once a run has got further: finished stages, checkpoints, evaluations."""
+    evaluated = workdir / "evaluation.jsonl"
+    return (
+        {path.name for path in workdir.glob("stages/*.json") if not path.name.endswith(".begun.json")},
+        {str(path) for path in workdir.glob("checkpoints/*/*") if path.name.isdigit()},
+        evaluated.stat().st_size if evaluated.exists() else 0,
+    )
 
 
 def results(workdir):
@@ -128,12 +127,12 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path, environment):
     workdir, rng, killed = tmp_path / "killed", random.Random(0), []
     workdir.mkdir()
     while len(killed) < KILLS:
-        before = last_change(workdir)
+        before = progress(workdir)
         process = subprocess.Popen(command(tmp_path, workdir), **quiet)
-        # Past its start, when the first new thing is written, any moment is as good as another.
-        while process.poll() is None and last_change(workdir) == before:
+        # Past its start and its first new result any moment is as good as another.
+        while process.poll() is None and progress(workdir) == before:
             time.sleep(0.02)
-        deadline = time.monotonic() + rng.expovariate(1 / 2.0)
+        deadline = time.monotonic() + rng.expovariate(1 / 0.7)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         if process.poll() is not None:
