@@ -33,7 +33,7 @@ setup-dev: .venv/installed-dev
 quickstart: setup
 	$(RUN) -m longrope_jax.main --config=experiments/quickstart.py --workdir=$(WORKDIR)
 
-# Everything: fine-tuning, a second extension, short recovery; a quarter of an hour.
+# Everything: fine-tuning, a second extension, short recovery; less than twenty minutes on two cores.
 progressive: setup
 	$(RUN) -m longrope_jax.main --config=experiments/progressive_tiny.py --workdir=$(PROGRESSIVE)
 

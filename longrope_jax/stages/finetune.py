@@ -68,5 +68,4 @@ FINETUNE = Stage(
     _run_finetune,
     _load_finetune,
     inputs=lambda s, before: [model_stage(s.model, before), *sources((s.factors,), before)],
-    makes_params=True,
 )

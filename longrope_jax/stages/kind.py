@@ -50,7 +50,6 @@ class Stage:
         load: (settings, carried, name, summary) -> None, hands the results on, whether the stage has just run or did
             so before. Raises LookupError if they are not there any more.
         inputs: (settings, settings of the stages before) -> names of the stages whose results it takes.
-        makes_params: whether it leaves a model's parameters; the first stage must.
     """
 
     settings: type
@@ -60,7 +59,6 @@ class Stage:
     run: Callable
     load: Callable
     inputs: Callable
-    makes_params: bool = False
 
 
 def model_stage(name: str, before: Before, field_name: str = "model") -> str:

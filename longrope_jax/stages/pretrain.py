@@ -46,5 +46,4 @@ PRETRAIN = Stage(
     _run_pretrain,
     _load_pretrain,
     inputs=lambda settings, before: [],
-    makes_params=True,
 )
