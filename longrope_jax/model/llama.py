@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from longrope_jax.model.cache import Cache, Memory, attend
 from longrope_jax.model.config import LlamaConfig
 from longrope_jax.model.loss import project, token_nll
 from longrope_jax.model.ring import ring_attention
-from longrope_jax.model.sharding import batch_axis, constrain
+from longrope_jax.model.sharding import batch_axis, constrain, length_axis
 from longrope_jax.rope import RopeFactors, apply_rotary, rotary_embedding
 
 
@@ -70,6 +71,31 @@ class Llama(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T E"]:
         """The normalised residual stream that the output head reads."""
+        return self._hidden(tokens, factors, positions, segment_ids, None)[0]
+
+    def extend(
+        self,
+        tokens: Int[Array, "B C"],
+        factors: RopeFactors,
+        positions: Int[Array, "B C"],
+        cache: Cache,
+        last: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """C more tokens of every row: logits, in float32, of what follows after token `last` of the C, and the cache
+        with these tokens. Use: `apply(..., method="extend")`; see `model/cache.py`.
+        """
+        hidden, memory = self._hidden(tokens, factors, positions, None, Memory(cache, jnp.int32(0)))
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+        return project(hidden, self._head())[:, 0], memory.cache
+
+    def _hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        factors: RopeFactors,
+        positions: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        memory: Memory | None,
+    ) -> tuple[Float[Array, "B T E"], Memory | None]:
         if factors.lam.shape[-1] != self.config.head_dim // 2:
             raise ValueError(
                 f"lam has {factors.lam.shape[-1]} factors; a head dimension of {self.config.head_dim} needs "
@@ -78,13 +104,13 @@ class Llama(nn.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         rotation = rotary_embedding(positions, factors, self.config.rope_theta)
-        rotation = tuple(constrain(part, batch_axis(part), "length", None) for part in rotation)
+        rotation = tuple(constrain(part, batch_axis(part), length_axis(part), None) for part in rotation)
         # Gathered over fsdp like other parameters at their use, and in one piece as wide as x is: looking up pieces of
         # rows would have every device make x for all tokens.
         table = constrain(self.embed.embedding, "vocab", None)
-        x = constrain(jnp.take(table, tokens, axis=0).astype(self.config.dtype), *_RESIDUAL)
-        x, _ = self.layers(x, rotation, positions, segment_ids)
-        return self.final_norm(x)
+        x = _constrain_tokens(jnp.take(table, tokens, axis=0).astype(self.config.dtype))
+        (x, memory), _ = self.layers((x, memory), rotation, positions, segment_ids)
+        return self.final_norm(x), memory
 
     def token_nll(
         self,
@@ -101,21 +127,22 @@ class Llama(nn.Module):
         return self.embed.embedding.T if self.config.tie_embeddings else self.lm_head
 
 
-_RESIDUAL = ("batch", "length", None)  # not "embed": fsdp, which cuts parameters along it, has the batch here
-
-
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T E"], rotation, positions, segment_ids) -> tuple[Array, None]:
-        """Returns (x, nothing), the form that `nn.scan` wants."""
+    def __call__(
+        self, carry: tuple[Float[Array, "B T E"], Memory | None], rotation, positions, segment_ids
+    ) -> tuple[tuple[Array, Memory | None], None]:
+        """(x, memory) -> the same, and nothing: the form that `nn.scan` wants. Only decoding has a memory."""
+        x, memory = carry
         normed = _norm(self.config, "attention_norm")(x)
-        x = x + Attention(self.config, name="attention")(normed, rotation, positions, segment_ids)
+        mixed, memory = Attention(self.config, name="attention")(normed, memory, rotation, positions, segment_ids)
+        x = x + mixed
         x = x + Mlp(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x))
-        return constrain(x, *_RESIDUAL), None
+        return (_constrain_tokens(x), memory), None
 
 
 class Attention(nn.Module):
@@ -124,8 +151,10 @@ class Attention(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T E"], rotation, positions, segment_ids) -> Float[Array, "B T E"]:
-        """x -> what the block adds to the residual stream."""
+    def __call__(
+        self, x: Float[Array, "B T E"], memory: Memory | None, rotation, positions, segment_ids
+    ) -> tuple[Float[Array, "B T E"], Memory | None]:
+        """x -> what the block adds to the residual stream; memory -> with these tokens, for the next layer."""
         config = self.config
 
         def heads(name: str, number: int) -> Float[Array, "B T heads D"]:
@@ -134,8 +163,11 @@ class Attention(nn.Module):
         query = apply_rotary(heads("query", config.num_heads), *rotation)
         key = apply_rotary(heads("key", config.num_kv_heads), *rotation)
         value = heads("value", config.num_kv_heads)
-        mixed = ring_attention(query, key, value, positions, segment_ids, config.attention)
-        return _projection(config.hidden_size, config, "output")(mixed.reshape(*x.shape[:2], -1))
+        if memory is None:
+            mixed = ring_attention(query, key, value, positions, segment_ids, config.attention)
+        else:
+            mixed, memory = attend(memory, query, key, value, positions)
+        return _projection(config.hidden_size, config, "output")(mixed.reshape(*x.shape[:2], -1)), memory
 
 
 class Mlp(nn.Module):
@@ -148,8 +180,12 @@ class Mlp(nn.Module):
         """x -> what the block adds to the residual stream."""
         gate = _projection(self.config.intermediate_size, self.config, "gate")(x)
         up = _projection(self.config.intermediate_size, self.config, "up")(x)
-        inner = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        inner = constrain(nn.silu(gate) * up, "batch", length_axis(x), "mlp")
         return _projection(self.config.hidden_size, self.config, "down")(inner)
+
+
+def _constrain_tokens(x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+    return constrain(x, "batch", length_axis(x), None)  # not "embed": fsdp, which cuts parameters by it, has the batch
 
 
 def _projection(features: int, config: LlamaConfig, name: str) -> nn.Dense:

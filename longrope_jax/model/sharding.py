@@ -93,6 +93,13 @@ def batch_axis(x: Shaped[Array, "#B ..."]) -> str | None:
     return "batch" if x.shape[0] > 1 else None
 
 
+def length_axis(x: Shaped[Array, "B T ..."]) -> str | None:
+    """The logical name of the axis of tokens; None where the mesh can't cut it evenly, as for the one of a step of
+    decoding.
+    """
+    return None if x.shape[1] % shards("length") else "length"
+
+
 def constrain(x: Shaped[Array, "..."], *logical_axes: str | None) -> Shaped[Array, "..."]:
     """x, cut as its axes' names say over the mesh that is set; x itself where none is."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -1,0 +1,145 @@
+"""The keys and values of what a model has read, and attention over them.
+
+The token at position p of a row is in slot p, for every row: prompts of different lengths need no padding on the left,
+nothing has to be stored about a slot, and the causal mask hides all slots that are not written yet or hold something
+stale, as these lie beyond every query's position.
+
+Under `jax.set_mesh` the rows, heads and slots of the cache are cut over the mesh (`model/sharding.py`). The slots are
+dealt out to the devices of the `seq` axis block by block, like cards, so that all have the same work however little of
+the cache is used: block b is with device b % n of n.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from longrope_jax.model.config import LlamaConfig
+from longrope_jax.model.sharding import constrain, partition_spec, shards
+
+BLOCK = 256  # slots that are dealt out, and read, together
+READS = 8  # as many blocks are read at a time where queries are few, else a step would be all loop on an accelerator
+_MASKED = -1e30  # finite: a block whose every score is masked must not make NaN
+
+
+class Cache(NamedTuple):
+    """Rotated keys, and values, of S slots in N layers; make one with `empty_cache`."""
+
+    keys: Float[Array, "N B K S D"]
+    values: Float[Array, "N B K S D"]
+
+
+class Memory(NamedTuple):
+    """What goes from layer to layer: the whole cache, updated in place, and whose turn it is."""
+
+    cache: Cache
+    layer: Int[Array, ""]
+
+
+_AXES = ("layers", "batch", "kv_heads", "length", None)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def empty_cache(config: LlamaConfig, rows: int, slots: int) -> Cache:
+    """For sequences of up to `slots` tokens (see `slots_for`), in the model's dtype, on the mesh that is set.
+
+    2 N B K S D elements; the time of attention does not depend on how many of the slots are unused.
+    """
+    shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
+    return Cache(*(constrain(jnp.zeros(shape, config.dtype), *_AXES) for _ in range(2)))
+
+
+def slots_for(length: int) -> int:
+    """S for sequences of `length` tokens: two blocks or more on every device of the mesh that is set.
+
+    Rounded up by at most an eighth beyond whole blocks, so that few shapes occur, and programs can be used again.
+    """
+    whole = BLOCK * shards("length")
+    step = -(-(2 ** max(0, (length - 1).bit_length() - 4)) // whole) * whole
+    return max(2 * whole, -(-length // step) * step)
+
+
+def attend(
+    memory: Memory,
+    query: Float[Array, "B C H D"],
+    key: Float[Array, "B C K D"],
+    value: Float[Array, "B C K D"],
+    positions: Int[Array, "B C"],
+) -> tuple[Float[Array, "B C H D"], Memory]:
+    """Writes C new tokens of every row into the layer's slots; they attend to all slots up to their own.
+
+    Query head h uses key head h // (H / K); scores and softmax are float32, the result has the dtype of `value`.
+    Tokens with positions beyond the last slot are not written. Time O(B H C D P), P the largest position rounded up to
+    a block; memory O(B H C BLOCK) beside the cache, of which nothing is copied if the caller gives it away (donates
+    it). Over n devices of the `seq` axis: an n-th of the work and memory, and one sum over them of the result's size.
+    """
+    share = partial(_share, shards("length"))
+    if not jax.sharding.get_abstract_mesh().empty:
+        cut = partition_spec(*_AXES)
+        rows, heads = partition_spec("batch", None), partition_spec("batch", None, "heads", None)
+        kv_heads = partition_spec("batch", None, "kv_heads", None)
+        memory_specs = Memory(Cache(cut, cut), partition_spec())
+        share = jax.shard_map(
+            share,
+            in_specs=(memory_specs, heads, kv_heads, kv_heads, rows),
+            out_specs=(heads, memory_specs),
+            check_vma=False,  # as in the ring: the loops' zeros would all have to be declared as differing
+        )
+    return share(memory, query, key, value, positions)
+
+
+def _share(devices: int, memory: Memory, query: Array, key: Array, value: Array, positions: Array):
+    """What each device does with its slots, shaped like `attend`'s arguments and results."""
+    (keys, values), layer = memory
+    device = jax.lax.axis_index("seq") if devices > 1 else 0
+    block, within = positions // BLOCK, positions % BLOCK
+    # The slot number is beyond the end, so that the write is dropped, for what another device has.
+    slots = jnp.where(block % devices == device, block // devices * BLOCK + within, keys.shape[3])
+    rows = jnp.arange(len(positions))[:, None]
+    keys, values = (
+        held.at[layer, rows, :, slots].set(new, mode="drop") for held, new in ((keys, key), (values, value))
+    )
+    mixed = _mix(devices, device, keys, values, layer, query, positions)
+    return mixed.astype(value.dtype), Memory(Cache(keys, values), layer + 1)
+
+
+def _mix(devices: int, device, keys: Array, values: Array, layer, query: Array, positions: Array) -> Array:
+    """float32[B, C, H, D] over the slots of all devices: each goes through its own, with an online softmax."""
+    batch, tokens, heads, dim = query.shape
+    kv_heads, held = keys.shape[2], keys.shape[3] // BLOCK
+    query = query.reshape(batch, tokens, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+
+    def for_slots(blocks, j, carry):
+        mixed, total, highest = carry
+        size = (1, batch, kv_heads, blocks * BLOCK, dim)
+        read = lambda x: jax.lax.dynamic_slice(x, (layer, 0, 0, j * blocks * BLOCK, 0), size)[0]  # noqa: E731
+        which = (j * blocks + jnp.arange(blocks)) * devices + device
+        at = (which[:, None] * BLOCK + jnp.arange(BLOCK)).reshape(-1)
+        scores = _product("bkgcd,bksd->bkgcs", query, read(keys)) * dim**-0.5
+        scores = jnp.where((at <= positions[..., None])[:, None, None], scores, _MASKED)
+        new_highest = jnp.maximum(highest, scores.max(-1))
+        weights = jnp.exp(scores - new_highest[..., None])
+        shrink = jnp.exp(highest - new_highest)
+        total = total * shrink + weights.sum(-1)
+        part = _product("bkgcs,bksd->bkgcd", weights.astype(values.dtype), read(values))
+        return mixed * shrink[..., None] + part, total, new_highest
+
+    # Own blocks up to the one with the last query's slot.
+    used = jnp.clip((positions.max() // BLOCK - device) // devices + 1, 0, held)
+    rows = query.shape[:-1]
+    start = jnp.zeros(query.shape, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, _MASKED, jnp.float32)
+    # Never all at once: XLA would take that read out of the loop, and copy the whole cache in every layer for it.
+    together = min(max(1, READS // tokens), held - 1)
+    many = jax.lax.fori_loop(0, used // together, partial(for_slots, together), start)
+    mixed, total, highest = jax.lax.fori_loop(used // together * together, used, partial(for_slots, 1), many)
+    if devices > 1:
+        # Who has seen nothing has summed up what is masked, and has a share of zero.
+        share = jnp.exp(highest - jax.lax.pmax(highest, "seq"))
+        mixed, total = jax.lax.psum((mixed * share[..., None], total * share), "seq")
+    return (mixed / total[..., None]).transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, dim)
+
+
+def _product(subscripts: str, left: Array, right: Array) -> Array:
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)

@@ -1,0 +1,177 @@
+"""Generation: prefill in chunks, then one token of every row a step, with the rope factors of the sequence's length.
+
+Cached keys are rotated by the factors in force when they were written. Other factors from some length on therefore
+mean another cache: where a row crosses a boundary of the table, everything is read again under the new factors.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from longrope_jax.model.cache import Cache, empty_cache, slots_for
+from longrope_jax.model.llama import Llama
+from longrope_jax.model.sampling import Sampling, sample
+from longrope_jax.model.sharding import constrain, shards
+from longrope_jax.rope import FactorTable, RopeFactors
+
+SWITCHES = ("ahead", "running")
+GREEDY = Sampling()
+ENDED = -1  # in the place of a token, for a row that has ended
+
+
+def complete(
+    model: Llama, params: dict, table: FactorTable, prompts: Sequence[np.ndarray], max_new_tokens: int, **options
+) -> list[Int[np.ndarray, "tokens"]]:
+    """All new tokens of every prompt, without the stop token; arguments and errors as for `generate`."""
+    steps = list(generate(model, params, table, prompts, max_new_tokens, **options))
+    rows = np.reshape(steps, (len(steps), len(prompts))).astype(np.int32).T
+    return [row[row != ENDED] for row in rows]
+
+
+def generate(
+    model: Llama,
+    params: dict,
+    table: FactorTable,
+    prompts: Sequence[Int[np.ndarray, "tokens"]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    stops: Sequence[int] = (),
+    seed: int = 0,
+    switch: str = "ahead",
+    chunk: int = 512,
+) -> Iterator[Int[np.ndarray, "B"]]:
+    """Continues B prompts of any lengths together; yields i32[B], one token a row, as soon as it is known.
+
+    Under a mesh call it, and iterate, within `jax.set_mesh`. Rows do not depend on each other, but for rounding: what
+    is drawn in a row depends on the seed, its place in the batch, and its own tokens.
+
+    Args:
+        params: of the model, on their mesh.
+        table: factors by length, in tokens.
+        prompts: token ids, at least one each.
+        max_new_tokens: of every row.
+        stops: a row ends at one of these; from there on it yields -1, in the place of the stop token too. The iterator
+            ends when all rows have.
+        seed: of the draws.
+        switch: whose length picks a row's factors. "ahead": prompt and max_new_tokens together, before anything is
+            read. "running": of the tokens so far; every token is the one that a forward pass over all before it, with
+            the factors of their number, would give. Crossing a boundary costs a prefill of the batch.
+        chunk: prompts are read so many tokens at a time.
+
+    Time: prefill as a forward pass over B times the longest prompt; a step as one token's, and O(B H D P) a layer for
+    attention over P tokens so far. Memory: the cache (see `empty_cache`) and O(B chunk) activations. Compiled twice,
+    for a chunk and for a step, for every B, `chunk`, number of slots (see `slots_for`) and `sampling`.
+
+    Raises:
+        ValueError: before anything is computed; names the argument that is wrong.
+    """
+    prompts = [np.asarray(prompt) for prompt in prompts]
+    _check(model, table, prompts, max_new_tokens, switch, chunk)
+    return _steps(model, params, table, prompts, max_new_tokens, sampling, stops, seed, switch, chunk)
+
+
+def _check(model, table, prompts, max_new_tokens, switch, chunk) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
+        if value < 1:
+            raise ValueError(f"{name} = {value} must be 1 or more")
+    if switch not in SWITCHES:
+        raise ValueError(f"switch = {switch!r} must be one of {', '.join(SWITCHES)}")
+    if not prompts:
+        raise ValueError("prompts = [] must have one prompt at least")
+    vocabulary = model.config.vocab_size
+    for row, prompt in enumerate(prompts):
+        if prompt.ndim != 1 or not prompt.size or not np.issubdtype(prompt.dtype, np.integer):
+            raise ValueError(f"prompts[{row}] must be one token id or more, not {prompt.dtype}{list(prompt.shape)}")
+        outside = prompt[(prompt < 0) | (prompt >= vocabulary)]
+        if outside.size:
+            raise ValueError(f"prompts[{row}] has token id {outside[0]}, outside of 0..{vocabulary - 1}")
+    longest, last = max(map(len, prompts)), int(table.boundaries[-1])
+    if longest + max_new_tokens > last:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens = {max_new_tokens} make {longest + max_new_tokens}; the "
+            f"table of factors ends at {last}"
+        )
+
+
+def _steps(model, params, table, prompts, max_new_tokens, sampling, stops, seed, switch, chunk):
+    # Rows that fill up the mesh have ended before they begin.
+    rows = -(-len(prompts) // shards("batch")) * shards("batch")
+    lengths = np.array([*map(len, prompts)] + [1] * (rows - len(prompts)), np.int32)
+    ended = np.arange(rows) >= len(prompts)
+    longest = int(lengths.max())
+    slots = slots_for(longest + max_new_tokens)
+    chunk = min(chunk, 2 ** (longest - 1).bit_length())  # short prompts need not be filled up to a long chunk
+    sequences = np.zeros((rows, slots), np.int32)
+    for row, prompt in enumerate(prompts):
+        sequences[row, : len(prompt)] = prompt
+
+    ahead = max_new_tokens if switch == "ahead" else 0
+    read = partial(advance, model, sampling, params, np.uint32(seed % 2**32))
+    picked = np.searchsorted(table.boundaries, lengths + ahead)
+    factors = table.select(lengths + ahead)
+    cache = empty_cache(model.config, rows, slots)
+    chosen, cache = _prefill(read, chunk, factors, cache, sequences, lengths)
+    for remaining in reversed(range(max_new_tokens)):
+        ended |= np.isin(chosen, stops)
+        if ended.all():
+            return
+        yield np.where(ended, ENDED, chosen)[: len(prompts)]
+        if not remaining:
+            return
+        growing = np.flatnonzero(~ended)
+        sequences[growing, lengths[growing]] = chosen[growing]
+        lengths[growing] += 1
+        now = np.searchsorted(table.boundaries, lengths) if switch == "running" else picked
+        if (now != picked).any():
+            picked, factors = now, table.select(lengths)
+            # Nothing of the old cache is seen: each chunk is written before it, and what follows it is hidden.
+            chosen, cache = _prefill(read, chunk, factors, cache, sequences, lengths)
+        else:
+            newest = lengths - 1
+            tokens = sequences[np.arange(rows), newest]
+            chosen, cache = read(factors, cache, tokens[:, None], newest, np.zeros_like(newest))
+            chosen = np.asarray(chosen)
+
+
+def _prefill(read, chunk: int, factors: RopeFactors, cache: Cache, sequences, lengths):
+    """Reads all sequences from the first token on -> the token that follows each, and the cache.
+
+    Rows that end before the longest does are read on, beyond their end, into slots that nothing sees until the tokens
+    which belong there are written.
+    """
+    found = []
+    for start in range(0, lengths.max(), chunk):
+        tokens = sequences[:, start : start + chunk]
+        tokens = np.pad(tokens, ((0, 0), (0, chunk - tokens.shape[1])))
+        last = np.clip(lengths - 1 - start, 0, chunk - 1)
+        follows, cache = read(factors, cache, tokens, np.full_like(lengths, start), last)
+        found.append(follows)
+    return np.stack(found)[(lengths - 1) // chunk, np.arange(len(lengths))], cache
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def advance(
+    model: Llama,
+    sampling: Sampling,
+    params: dict,
+    seed: Int[Array, ""],
+    factors: RopeFactors,
+    cache: Cache,
+    tokens: Int[Array, "B C"],
+    start: Int[Array, "B"],
+    last: Int[Array, "B"],
+) -> tuple[Int[Array, "B"], Cache]:
+    """Reads C tokens of every row, the first at position `start`; draws what follows after token `last` of them.
+
+    The cache that is passed in is used up, not copied.
+    """
+    positions = start[:, None] + np.arange(tokens.shape[1], dtype=np.int32)
+    logits, cache = model.apply({"params": params}, tokens, factors, positions, cache, last, method="extend")
+    key = jax.random.key(seed)
+    rows = np.arange(len(tokens), dtype=np.uint32)
+    keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(rows, start + last)
+    return constrain(sample(constrain(logits, "batch", None), keys, sampling)), cache
