@@ -15,10 +15,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
-from jaxtyping import UInt16
+from jaxtyping import UInt
 from tqdm import tqdm
 
-from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.data.tokenizer import Tokenizer
 
 SPLITS = {"train": 0.7, "search": 0.1, "evaluation": 0.2}
 """Share of the files in every split. Factors are searched on files that training never saw, and judged on others
@@ -27,10 +27,12 @@ again.
 
 
 class Document(NamedTuple):
-    """A tokenized document: its path within the folder, its tokens (BOS first, EOS last) and its size in bytes."""
+    """A tokenized document: its path within the folder, its tokens (BOS first, EOS last, where the tokenizer has
+    them) and its size in bytes.
+    """
 
     name: str
-    tokens: UInt16[np.ndarray, "tokens"]
+    tokens: UInt[np.ndarray, "tokens"]
     size: int
 
 
@@ -170,8 +172,8 @@ def _quiet():
         logging.set_verbosity(verbosity)
 
 
-def documents(builder: tfds.core.DatasetBuilder, split: str, tokenizer: ByteTokenizer) -> list[Document]:
-    """The tokenized documents of a split, in memory (2 bytes a token)."""
+def documents(builder: tfds.core.DatasetBuilder, split: str, tokenizer: Tokenizer) -> list[Document]:
+    """The tokenized documents of a split, in memory (2 bytes a token, 4 with a vocabulary above 65,536)."""
     source = builder.as_data_source(split)
     return [Document(d["path"].decode(), tokenizer.encode(d["text"]), len(d["text"])) for d in source]
 

@@ -61,3 +61,11 @@ def test_decode_takes_lists_and_wider_integers():
 def test_decode_replaces_what_is_no_utf8():
     tokenizer = ByteTokenizer()
     assert tokenizer.decode(tokenizer.encode("a\xe9b".encode("latin-1"))) == "a\N{REPLACEMENT CHARACTER}b"
+
+
+def test_a_text_ends_with_its_end():
+    assert ByteTokenizer().stops == (257,)
+
+
+def test_a_text_that_spells_a_marker_is_only_text():
+    assert ByteTokenizer().encode("<eos>", bos=False, eos=False).max() < 256
