@@ -14,7 +14,7 @@ endif
 
 PROGRESSIVE ?= runs/progressive
 
-.PHONY: setup setup-dev quickstart progressive progressive_512x test slow lint clean
+.PHONY: setup setup-dev quickstart progressive progressive_512x test slow parity lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -47,10 +47,20 @@ test: setup-dev lint
 slow: setup-dev
 	$(RUN) -m pytest -m slow
 
+# Against Transformers on PyTorch; pip and a .venv of its own, as other installers may choose a build for GPUs.
+parity: .venv-parity/installed
+	.venv-parity/bin/python -m pytest -m parity
+
+.venv-parity/installed: requirements.txt requirements-dev.txt requirements-parity.txt pyproject.toml
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet -r requirements-parity.txt
+	.venv-parity/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 lint: setup-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check --quiet .
 	.venv/bin/lint-imports
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-parity runs

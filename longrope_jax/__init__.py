@@ -1,7 +1,8 @@
 """LongRoPE for JAX and TPUs: extend a language model's context window by searched rotary rescale factors."""
 
 from longrope_jax import rope
+from longrope_jax.interop import load_pretrained
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.rope import FactorTable, RopeFactors
 
-__all__ = ["FactorTable", "Llama", "LlamaConfig", "RopeFactors", "rope"]
+__all__ = ["FactorTable", "Llama", "LlamaConfig", "RopeFactors", "load_pretrained", "rope"]

@@ -3,6 +3,7 @@
 from longrope_jax.rope.extension import METHODS, Trained, extend
 from longrope_jax.rope.factors import FactorTable, RopeFactors, stack
 from longrope_jax.rope.formats import load_factors, load_metadata, load_table, save_factors, save_table
+from longrope_jax.rope.huggingface import from_huggingface, not_carried, to_huggingface, two_lengths
 from longrope_jax.rope.methods import (
     compose,
     critical_dimension,
@@ -29,18 +30,22 @@ __all__ = [
     "dynamic_ntk",
     "extend",
     "frequencies",
+    "from_huggingface",
     "linear",
     "llama3",
     "load_factors",
     "load_metadata",
     "load_table",
     "longrope_mscale",
+    "not_carried",
     "ntk",
     "ntk_critical",
     "rotary_embedding",
     "save_factors",
     "save_table",
     "stack",
+    "to_huggingface",
+    "two_lengths",
     "unscaled",
     "yarn",
 ]

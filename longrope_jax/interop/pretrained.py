@@ -1,0 +1,209 @@
+"""Pretrained models: a Hugging Face folder or a GGUF file -> config, parameters, tokenizer and factors by length."""
+
+import json
+from functools import partial
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array
+from tqdm import tqdm
+
+from longrope_jax.data.subwords import SubwordTokenizer
+from longrope_jax.interop.architectures import Origin, origins, parse_config
+from longrope_jax.interop.gguf import open_gguf
+from longrope_jax.interop.gguf_tokenizer import gguf_tokenizer
+from longrope_jax.interop.tensors import FolderTensors, TensorSource
+from longrope_jax.model import Llama, LlamaConfig
+from longrope_jax.model.sharding import check_mesh, tree_shardings
+from longrope_jax.rope import FactorTable, unscaled
+from longrope_jax.runtime import processes
+
+_FLOATS = ("float32", "bfloat16", "float16")
+_BUFFER = "rotary_emb.inv_freq"  # computed, not learned; old files have it
+
+
+class Pretrained(NamedTuple):
+    """A model as it was found.
+
+    Attributes:
+        config: the architecture; `original_length` is the context before any extension that it came with.
+        params: for `Llama(config)`.
+        tokenizer: None where there is none.
+        factors: by length, up to the longest that it was made for.
+    """
+
+    config: LlamaConfig
+    params: dict
+    tokenizer: SubwordTokenizer | None
+    factors: FactorTable
+
+
+def load_pretrained(path: epath.PathLike, *, mesh: Mesh | None = None, **changes: str) -> Pretrained:
+    """A Hugging Face folder (config.json, .safetensors, tokenizer.json) or a .gguf file of the llama architecture.
+
+    Tensor by tensor, each straight onto the devices that keep it: beyond the parameters the host holds no more than one
+    tensor, and reads only the part that its own devices need.
+
+    Args:
+        mesh: devices, with the axes of `model/sharding.py`; None for one.
+        changes: fields of `LlamaConfig`: dtype, param_dtype (both float32 by default), attention, remat.
+
+    Raises:
+        ValueError: one message with all that is unsupported, missing, unexpected or misshapen.
+    """
+    config, factors = describe_pretrained(path, **changes)
+    try:
+        tokenizer = load_tokenizer(path)
+    except ValueError as error:
+        logging.warning("%s", error)
+        tokenizer = None
+    return Pretrained(config, read_params(path, config, mesh), tokenizer, factors)
+
+
+def describe_pretrained(path: epath.PathLike, **changes: str) -> tuple[LlamaConfig, FactorTable]:
+    """Architecture and rotation alone: no weight is read. Raises ValueError as `load_pretrained` does."""
+    config, _ = _open(epath.Path(path))
+    try:
+        return parse_config(config, **changes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_tokenizer(path: epath.PathLike) -> SubwordTokenizer:
+    """The tokenizer of a folder or a GGUF file; raises ValueError where there is none that can be read."""
+    if not _is_gguf(path):
+        return SubwordTokenizer.from_folder(path)
+    tokenizer = gguf_tokenizer(path)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer")
+    return tokenizer
+
+
+def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = None) -> dict:
+    """The parameters alone, for the config that `describe_pretrained` gives.
+
+    Raises:
+        ValueError: lists all tensors that are missing, unexpected, misshapen or of a type that is no float, or says why
+            the model does not fit the mesh.
+    """
+    path = epath.Path(path)
+    content, make_source = _open(path)
+    if mesh is not None:
+        check_mesh(config, dict(mesh.shape))
+    source = make_source()
+    wanted = origins(config, fused=(content.get("architectures") or [""])[0] == "Phi3ForCausalLM")
+    problems = _problems(config, wanted, source)
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
+    model = Llama(config)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    like = jax.eval_shape(model.init, jax.random.key(0), tokens, unscaled(config.head_dim))["params"]
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), like)
+    else:
+        shardings = tree_shardings(mesh, like)
+    with tqdm(
+        total=sum(config.num_layers if "{}" in origin.tensor else 1 for origin in wanted.values()),
+        desc=f"reading {path.name}",
+        unit="tensor",
+        dynamic_ncols=True,
+        disable=not processes.is_first(),
+    ) as bar:
+
+        def read(where, leaf, sharding):
+            origin = wanted[jax.tree_util.keystr(where, simple=True, separator="/")]
+            if "{}" not in origin.tensor:
+                bar.update()
+                return _place(source, origin.tensor, origin, leaf, sharding)
+            stack = _zeros(leaf.shape, leaf.dtype, sharding)
+            layer = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            for number in range(config.num_layers):
+                part = _place(source, origin.tensor.format(number), origin, layer, _of_one_layer(sharding))
+                stack = _put(stack, part, number, sharding)
+                stack.block_until_ready()  # or the parts would wait in memory
+                bar.update()
+            return stack
+
+        return jax.tree_util.tree_map_with_path(read, like, shardings)
+
+
+def _open(path: epath.Path) -> tuple[dict[str, Any], Any]:
+    """What config.json says, or would; and a function that opens the tensors."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a Hugging Face folder or a .gguf file")
+    if _is_gguf(path):
+        config, tensors = open_gguf(path)
+        return config, lambda: tensors
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a folder nor a .gguf file; pickled weights are not read")
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path / 'config.json'} can't be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / 'config.json'} must hold an object")
+    return config, lambda: FolderTensors(path)
+
+
+def _is_gguf(path: epath.PathLike) -> bool:
+    return PurePath(path).suffix == ".gguf"
+
+
+def _problems(config: LlamaConfig, wanted: dict[str, Origin], source: TensorSource) -> list[str]:
+    """All that is wrong with the tensors of a checkpoint."""
+    expected = {
+        origin.tensor.format(number): origin.shape
+        for origin in wanted.values()
+        for number in range(config.num_layers if "{}" in origin.tensor else 1)
+    }
+    there = {name: kind for name, kind in source.shapes().items() if not name.endswith(_BUFFER)}
+    unexpected = sorted(there.keys() - expected.keys())
+    if config.tie_embeddings and "lm_head.weight" in unexpected:
+        unexpected.remove("lm_head.weight")  # some files repeat the embedding there
+    found = {"missing": sorted(expected.keys() - there.keys()), "unexpected": unexpected}
+    problems = [f"{len(names)} {kind} tensors: {', '.join(names)}" for kind, names in found.items() if names]
+    for name in sorted(expected.keys() & there.keys()):
+        shape, dtype = there[name]
+        if tuple(shape) != expected[name]:
+            problems.append(f"{name} has shape {tuple(shape)}, not {expected[name]}")
+        if str(dtype) not in _FLOATS:
+            problems.append(f"{name} has dtype {dtype}, which is none of {', '.join(_FLOATS)}")
+    return problems
+
+
+def _place(source: TensorSource, name: str, origin: Origin, like: jax.ShapeDtypeStruct, sharding: Sharding) -> Array:
+    """A tensor on its devices, each of which asks for its part; our matrices are [in, out] but for the embedding."""
+    is_transposed = len(like.shape) == 2 and origin.tensor != "model.embed_tokens.weight"
+
+    def part(index):
+        slices = [slice(*where.indices(size)) for where, size in zip(index, like.shape, strict=True)]
+        slices = slices[::-1] if is_transposed else slices
+        if origin.rows is not None:
+            first = origin.rows[0]
+            slices[0] = slice(slices[0].start + first, slices[0].stop + first)
+        found = source.read(name, tuple(slices))
+        return (found.T if is_transposed else found).astype(like.dtype)
+
+    return jax.make_array_from_callback(like.shape, sharding, part)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+
+
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _put(stack: Array, part: Array, number: Array, sharding: Sharding) -> Array:
+    """One layer into its place; the memory of the stack is used again."""
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_index_in_dim(stack, part, number, 0), sharding)
+
+
+def _of_one_layer(sharding: Sharding) -> Sharding:
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))

@@ -1,0 +1,86 @@
+"""The tensors of a checkpoint, read part by part: what a source of them is, and the safetensors of a folder as one."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_INDEX = "model.safetensors.index.json"
+
+
+class TensorSource(Protocol):
+    """Tensors under Hugging Face's names and in its layout: matrices [out, in]."""
+
+    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
+        """Name -> (shape, dtype), of every tensor."""
+
+    def read(self, name: str, slices: tuple[slice, ...] = ()) -> Float[np.ndarray, "..."]:
+        """The part of a tensor that the slices, one an axis, ask for."""
+
+
+class FolderTensors:
+    """The .safetensors files of a Hugging Face folder. Files are memory-mapped; only what is asked for is read."""
+
+    def __init__(self, folder: epath.Path):
+        self._files = _files_by_tensor(folder)
+        self._opened = contextlib.ExitStack()
+        self._handles = {file: self._opened.enter_context(_open(file)) for file in sorted(set(self._files.values()))}
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See `TensorSource`; a dtype that is no float of 16 or 32 bits keeps the name it has in the file."""
+        found = {}
+        for name, file in self._files.items():
+            part = self._handles[file].get_slice(name)
+            found[name] = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
+        return found
+
+    def read(self, name: str, slices: tuple[slice, ...] = ()) -> Float[np.ndarray, "..."]:
+        """See `TensorSource`."""
+        part = self._handles[self._files[name]].get_slice(name)
+        return part[tuple(slices) or (slice(None),) * len(part.get_shape())]
+
+
+def _files_by_tensor(folder: epath.Path) -> dict[str, epath.Path]:
+    index = folder / _INDEX
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+            also = f", only pickled weights ({', '.join(pickles)}), which can run code and are not read" * bool(pickles)
+            raise ValueError(f"{folder} holds no .safetensors file{also}")
+        return {name: file for file in files for name in _names(file)}
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+        named = sorted(set(files.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of safetensors: {error!r}") from None
+    outside = [name for name in named if not isinstance(name, str) or epath.Path(name).name != name]
+    if outside:
+        raise ValueError(f"{index} names files outside of its folder: {', '.join(map(repr, outside))}")
+    missing = [name for name in named if not (folder / name).exists()]
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names")
+    there = {name: set(_names(folder / name)) for name in named}
+    absent = [tensor for tensor, name in files.items() if tensor not in there[name]]
+    if absent:
+        raise ValueError(f"{index}: {len(absent)} tensors are not in the files it names, first {absent[0]!r}")
+    return {tensor: folder / name for tensor, name in files.items()}
+
+
+def _names(file: epath.Path) -> list[str]:
+    with _open(file) as opened:
+        return list(opened.keys())
+
+
+def _open(file: epath.Path):
+    try:
+        return safe_open(str(file), framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is no sound safetensors file: {error}") from None

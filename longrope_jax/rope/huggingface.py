@@ -1,0 +1,151 @@
+"""Hugging Face's `rope_parameters` (formerly `rope_scaling`) <-> factors by length."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from longrope_jax.rope.factors import FactorTable, RopeFactors
+from longrope_jax.rope.methods import linear, llama3, longrope_mscale, unscaled, yarn
+
+TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+def from_huggingface(parameters: Mapping[str, Any] | None, head_dim: int, base: float, max_length: int) -> FactorTable:
+    """The factors that a config's `rope_parameters`, or the older `rope_scaling`, stands for.
+
+    Types as Transformers defines them: default, linear, llama3, yarn, and longrope (once "su"), which has two entries:
+    the short factors up to and including `original_max_position_embeddings`, the long ones beyond.
+
+    Args:
+        parameters: None, or with "rope_type" (once "type") and what that type needs.
+        head_dim: D.
+        base: rope_theta.
+        max_length: the config's max_position_embeddings, tokens; the last boundary of the table.
+
+    Raises:
+        ValueError: an unknown type, or a number that is missing or makes no sense.
+    """
+    parameters = parameters or {}
+    kind = rope_type(parameters)
+    if kind not in TYPES:
+        raise ValueError(f"rope_type = {kind!r} is not supported; known are {', '.join(TYPES)}")
+    if kind == "default":
+        return FactorTable.of({max_length: unscaled(head_dim)})
+    if kind == "longrope":
+        return _longrope(parameters, head_dim, max_length)
+    scale = _number(parameters, "factor")
+    if kind == "linear":
+        return FactorTable.of({max_length: linear(head_dim, scale)})
+    original = int(_number(parameters, "original_max_position_embeddings"))
+    if kind == "llama3":
+        ramp = {name: _number(parameters, name) for name in ("low_freq_factor", "high_freq_factor")}
+        return FactorTable.of({max_length: llama3(head_dim, scale, base, original, **ramp)})
+    if not parameters.get("truncate", True):
+        raise ValueError("truncate = False is not supported for yarn: its ramp begins and ends at whole pairs")
+    betas = {name: _number(parameters, name, default) for name, default in (("beta_fast", 32), ("beta_slow", 1))}
+    factors = yarn(head_dim, scale, base, original, **betas)
+    return FactorTable.of({max_length: factors.replace(mscale=np.float32(_yarn_mscale(parameters, scale)))})
+
+
+def to_huggingface(table: FactorTable, original_length: int) -> dict[str, Any]:
+    """`rope_parameters` of type longrope, but for rope_theta, which is the model's.
+
+    Args:
+        table: of one or two entries; see `two_lengths` for others.
+        original_length: L, used where the table has one entry: it then serves as the short and as the long one.
+
+    Raises:
+        ValueError: says all that the format can't carry (see `not_carried`).
+    """
+    lost = not_carried(table)
+    if lost:
+        raise ValueError(f"Hugging Face's rope_parameters can't carry {'; '.join(lost)}")
+    lam = np.asarray(table.factors.lam, np.float32)
+    boundaries = np.asarray(table.boundaries)
+    original = int(boundaries[0]) if len(boundaries) > 1 else min(original_length, int(boundaries[0]))
+    return {
+        "rope_type": "longrope",
+        "short_factor": [float(value) for value in lam[0]],
+        "long_factor": [float(value) for value in lam[-1]],
+        "factor": int(boundaries[-1]) / original,
+        "original_max_position_embeddings": original,
+        "attention_factor": float(table.factors.mscale[-1]),
+    }
+
+
+def not_carried(table: FactorTable) -> list[str]:
+    """What of a table has no place in `rope_parameters`, in words; nothing if it can be carried whole."""
+    lost = []
+    n_hat, mscale = np.asarray(table.factors.n_hat), np.asarray(table.factors.mscale, np.float32)
+    if n_hat.any():
+        lost.append(f"start tokens (n_hat = {', '.join(map(str, n_hat))})")
+    if len(table.boundaries) > 2:
+        told = ", ".join(str(boundary) for boundary in table.boundaries)
+        lost.append(f"more than two lengths ({told})")
+    if len(set(mscale.tolist())) > 1:
+        lost.append(f"temperatures that differ by length (mscale = {', '.join(f'{value:g}' for value in mscale)})")
+    return lost
+
+
+def two_lengths(table: FactorTable, original_length: int) -> FactorTable:
+    """The nearest table that `rope_parameters` can carry: what the longest sequences get, and those of the original
+    length; no start tokens, and the temperature of the longest everywhere.
+    """
+    last = int(table.boundaries[-1])
+    lengths = {int(table.boundaries[0])} if len(table.boundaries) == 2 else {min(original_length, last)}
+    mscale = np.float32(table.factors.mscale[-1])
+    entries = {length: table.select(length) for length in sorted(lengths | {last})}
+    return FactorTable.of({
+        length: RopeFactors(factors.lam, np.int32(0), mscale)
+        for length, factors in entries.items()
+    })  # fmt: skip
+
+
+def rope_type(parameters: Mapping[str, Any]) -> str:
+    """The type under its present name."""
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    return {"su": "longrope", None: "default"}.get(kind, kind)
+
+
+def _longrope(parameters: Mapping[str, Any], head_dim: int, max_length: int) -> FactorTable:
+    original = int(_number(parameters, "original_max_position_embeddings"))
+    scale = _number(parameters, "factor", max_length / original)
+    mscale = np.float32(_number(parameters, "attention_factor", longrope_mscale(scale, original)))
+    entries = {}
+    for boundary, name in ((original, "short_factor"), (max_length, "long_factor")):
+        lam = parameters.get(name)
+        if not isinstance(lam, list | tuple) or len(lam) != head_dim // 2 or not all(map(_is_number, lam)):
+            raise ValueError(f"{name} must be a list of {head_dim // 2} numbers, half of the head dimension")
+        entries[boundary] = RopeFactors(np.asarray(lam, np.float32), np.int32(0), mscale)
+    if original >= max_length:
+        raise ValueError(f"original_max_position_embeddings = {original} must be below max_position_embeddings = "
+                         f"{max_length}, up to which the long factors are used")  # fmt: skip
+    return FactorTable.of(entries)
+
+
+def _yarn_mscale(parameters: Mapping[str, Any], scale: float) -> float:
+    """Transformers' rules for the temperature: given, or a ratio of two (DeepSeek's), or 0.1 ln s + 1."""
+
+    def temperature(weight):
+        return 0.1 * weight * math.log(scale) + 1 if scale > 1 else 1.0
+
+    if parameters.get("attention_factor") is not None:
+        return _number(parameters, "attention_factor")
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return temperature(_number(parameters, "mscale")) / temperature(_number(parameters, "mscale_all_dim"))
+    return temperature(1)
+
+
+def _number(parameters: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = parameters.get(name)
+    if value is None and default is not None:
+        return float(default)
+    if not _is_number(value) or not value > 0:
+        raise ValueError(f"{name} = {value!r} must be a positive number for rope_type = {rope_type(parameters)!r}")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,267 @@
+"""Hugging Face folders: every number arrives where it belongs, and what is wrong is told before any is read."""
+
+import json
+import warnings
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import longrope_jax as lr
+from longrope_jax.interop import describe_pretrained, load_tokenizer
+from longrope_jax.interop.pretrained import read_params
+from longrope_jax.model.sharding import make_mesh
+from longrope_jax.training.step import init_params
+
+CONFIG = dict(
+    architectures=["LlamaForCausalLM"],
+    vocab_size=24,
+    hidden_size=16,
+    intermediate_size=20,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    hidden_act="silu",
+    tie_word_embeddings=False,
+    rope_theta=10000.0,
+)
+MODEL = lr.LlamaConfig(
+    vocab_size=24,
+    hidden_size=16,
+    intermediate_size=20,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    original_length=64,
+)
+
+
+def to_huggingface(params, fused=False):
+    """Our parameters under Hugging Face's names, in its layout; written apart from the code that reads them."""
+    layers, tensors = jax.tree.map(np.asarray, params["layers"]), {}
+    tensors["model.embed_tokens.weight"] = np.asarray(params["embed"]["embedding"])
+    tensors["model.norm.weight"] = np.asarray(params["final_norm"]["scale"])
+    if "lm_head" in params:
+        tensors["lm_head.weight"] = np.asarray(params["lm_head"]).T
+    for n in range(len(layers["mlp_norm"]["scale"])):
+        weight = {name: leaf["kernel"][n].T for part in ("attention", "mlp") for name, leaf in layers[part].items()}
+        prefix = f"model.layers.{n}."
+        if fused:
+            tensors[prefix + "self_attn.qkv_proj.weight"] = np.concatenate(
+                [weight["query"], weight["key"], weight["value"]]
+            )
+            tensors[prefix + "mlp.gate_up_proj.weight"] = np.concatenate([weight["gate"], weight["up"]])
+        else:
+            for name, ours in (("q", "query"), ("k", "key"), ("v", "value")):
+                tensors[prefix + f"self_attn.{name}_proj.weight"] = weight[ours]
+            tensors[prefix + "mlp.gate_proj.weight"] = weight["gate"]
+            tensors[prefix + "mlp.up_proj.weight"] = weight["up"]
+        tensors[prefix + "self_attn.o_proj.weight"] = weight["output"]
+        tensors[prefix + "mlp.down_proj.weight"] = weight["down"]
+        tensors[prefix + "input_layernorm.weight"] = layers["attention_norm"]["scale"][n]
+        tensors[prefix + "post_attention_layernorm.weight"] = layers["mlp_norm"]["scale"][n]
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def write(folder, config, tensors, files=1):
+    """A checkpoint folder; with several files they get an index."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    names = sorted(tensors)
+    if files == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    index = {}
+    for k in range(files):
+        index |= {name: f"model-{k}.safetensors" for name in names[k::files]}
+        save_file({name: tensors[name] for name in names[k::files]}, folder / f"model-{k}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def params():
+    """With norms that are not all ones, so that none can be mistaken for another."""
+    made = init_params(lr.Llama(MODEL), 0)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: np.asarray(rng.normal(size=leaf.shape), np.float32), made)
+
+
+def assert_same(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for (where, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=jax.tree_util.keystr(where))
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM"])
+@pytest.mark.parametrize("files", [1, 3])
+def test_every_number_arrives_where_it_belongs(params, tmp_path, architecture, files):
+    tensors = to_huggingface(params, fused=architecture.startswith("Phi3"))
+    write(tmp_path / "model", {**CONFIG, "architectures": [architecture]}, tensors, files)
+    config, found, tokenizer, table = lr.load_pretrained(tmp_path / "model")
+    assert config == MODEL and tokenizer is None
+    assert_same(found, params)
+    np.testing.assert_array_equal(table.boundaries, [64])
+    np.testing.assert_array_equal(table.select(64).lam, np.ones(4))
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_parameters_are_cut_over_the_mesh_as_they_are_read(params, tmp_path, is_fused):
+    architecture = "Phi3ForCausalLM" if is_fused else "LlamaForCausalLM"
+    write(tmp_path / "model", {**CONFIG, "architectures": [architecture]}, to_huggingface(params, is_fused))
+    found = lr.load_pretrained(tmp_path / "model", mesh=make_mesh(fsdp=2, tensor=2)).params
+    assert_same(found, params)
+    assert found["layers"]["mlp"]["up"]["kernel"].addressable_shards[0].data.shape == (3, 8, 10)
+    assert found["lm_head"].addressable_shards[0].data.shape == (8, 12)
+
+
+def test_a_mesh_that_does_not_fit_is_refused(params, tmp_path):
+    write(tmp_path / "model", CONFIG, to_huggingface(params))
+    with pytest.raises(ValueError, match="num_kv_heads = 2 is not a multiple of tensor = 4"):
+        lr.load_pretrained(tmp_path / "model", mesh=make_mesh(tensor=4))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_half_precision_is_cast_without_loss(params, tmp_path, dtype):
+    halved = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    write(tmp_path / "model", CONFIG, to_huggingface(halved))
+    assert_same(lr.load_pretrained(tmp_path / "model").params, jax.tree.map(lambda x: x.astype(np.float32), halved))
+
+
+def test_parameters_can_be_kept_in_bfloat16(params, tmp_path):
+    write(tmp_path / "model", CONFIG, to_huggingface(params))
+    config, found, *_ = lr.load_pretrained(tmp_path / "model", param_dtype="bfloat16", dtype="bfloat16")
+    assert config.param_dtype == "bfloat16"
+    assert_same(found, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params))
+
+
+def test_tied_embeddings_need_no_head_and_old_buffers_are_passed_over(params, tmp_path):
+    tied = {name: leaf for name, leaf in params.items() if name != "lm_head"}
+    tensors = to_huggingface(tied)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+    write(tmp_path / "model", {**CONFIG, "tie_word_embeddings": True}, tensors)
+    config, found, *_ = lr.load_pretrained(tmp_path / "model")
+    assert config.tie_embeddings
+    assert_same(found, tied)
+
+
+LONG = [1.0, 2.0, 3.0, 4.0]
+SCALINGS = {
+    "old": dict(rope_theta=5000.0, rope_scaling={"type": "linear", "factor": 4.0}),
+    "new": dict(rope_theta=None, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}),
+}
+
+
+@pytest.mark.parametrize("spelling", SCALINGS)
+def test_both_spellings_of_the_rotation_mean_the_same(tmp_path, spelling):
+    write(tmp_path / "model", {**CONFIG, **SCALINGS[spelling]}, {"x": np.zeros(1, np.float32)})
+    config, table = describe_pretrained(tmp_path / "model")
+    assert config.rope_theta == 5000.0 and config.original_length == 64
+    np.testing.assert_array_equal(table.select(64).lam, [4.0] * 4)
+
+
+def test_longrope_switches_strictly_above_the_original_length(tmp_path):
+    scaling = {"type": "su", "short_factor": [1.0] * 4, "long_factor": LONG}
+    changed = {**CONFIG, "rope_scaling": scaling, "original_max_position_embeddings": 16}
+    write(tmp_path / "model", changed, {"x": np.zeros(1, np.float32)})
+    config, table = describe_pretrained(tmp_path / "model")
+    assert config.original_length == 16
+    np.testing.assert_array_equal(table.select(16).lam, [1.0] * 4)
+    np.testing.assert_array_equal(table.select(17).lam, LONG)
+    np.testing.assert_allclose(table.factors.mscale, np.sqrt(1 + np.log(4) / np.log(16)), rtol=1e-6)
+
+
+def test_all_that_is_wrong_with_a_config_is_told_at_once(tmp_path):
+    wrong = dict(architectures=["GemmaForCausalLM"], hidden_act="gelu", attention_bias=True, num_hidden_layers=None)
+    write(tmp_path / "model", {**CONFIG, **wrong}, {"x": np.zeros(1, np.float32)})
+    with pytest.raises(ValueError) as error:
+        describe_pretrained(tmp_path / "model")
+    for told in ("GemmaForCausalLM", "hidden_act = 'gelu'", "attention_bias = True", "num_hidden_layers = None"):
+        assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type = 'dynamic' is not supported"),
+        (dict(rope_scaling={"type": "linear"}), "factor = None must be a positive number"),
+        (dict(partial_rotary_factor=0.75), "partial_rotary_factor = 0.75"),
+        (dict(quantization_config={"bits": 4}), "quantised weights"),
+        (dict(vocab_size="24"), "vocab_size = '24' must be a positive whole number"),
+    ],
+)
+def test_what_is_unsupported_is_named(tmp_path, change, told):
+    write(tmp_path / "model", {**CONFIG, **change}, {"x": np.zeros(1, np.float32)})
+    with pytest.raises(ValueError, match="model: .*" + told.replace("(", r"\(")):
+        describe_pretrained(tmp_path / "model")
+
+
+def test_all_that_is_wrong_with_tensors_is_told_at_once(params, tmp_path):
+    tensors = to_huggingface(params)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
+    tensors["model.norm.weight"] = np.zeros(17, np.float32)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.int8)
+    write(tmp_path / "model", CONFIG, tensors)
+    with pytest.raises(ValueError) as error:
+        lr.load_pretrained(tmp_path / "model")
+    for told in (
+        "1 missing tensors: model.layers.1.mlp.up_proj.weight",
+        "1 unexpected tensors: model.layers.0.self_attn.q_proj.bias",
+        "model.norm.weight has shape (17,), not (16,)",
+        "lm_head.weight has dtype I8",
+    ):
+        assert told in str(error.value)
+
+
+def test_pickled_weights_are_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(ValueError, match="pytorch_model.bin"):
+        lr.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"weight_map": {"model.norm.weight": "../secret.safetensors"}}', "outside of its folder"),
+        ('{"weight_map": {"model.norm.weight": "gone.safetensors"}}', "lacks gone.safetensors"),
+        ('{"weight_map": {"other": "model.safetensors"}}', "not in the files it names"),
+        ('{"weight_map": 3}', "no index"),
+        ("{", "no index"),
+    ],
+)
+def test_an_index_that_lies_is_refused(params, tmp_path, content, told):
+    write(tmp_path / "model", CONFIG, to_huggingface(params))
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=told):
+        lr.load_pretrained(tmp_path / "model")
+
+
+def test_a_damaged_file_is_refused(params, tmp_path):
+    path = write(tmp_path / "model", CONFIG, to_huggingface(params)) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="no sound safetensors file"):
+        lr.load_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.gguf"])
+def test_a_path_to_nowhere_is_told(tmp_path, name):
+    with pytest.raises(ValueError, match="does not exist"):
+        lr.load_pretrained(tmp_path / name)
+    with pytest.raises(ValueError):
+        load_tokenizer(tmp_path / name)
+
+
+def test_the_stack_of_layers_is_filled_in_place(params, tmp_path):
+    """A copy of a stack for every layer would cost twice its memory."""
+    write(tmp_path / "model", CONFIG, to_huggingface(params))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as: some donated buffers were not usable
+        read_params(tmp_path / "model", MODEL)

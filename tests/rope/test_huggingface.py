@@ -1,0 +1,115 @@
+"""Hugging Face's rope_parameters: there and back, and what has no place in them."""
+
+import json
+
+import numpy as np
+import pytest
+from reference import lam_llama3, lam_yarn, mscale_su, mscale_yarn
+
+from longrope_jax.rope import (
+    FactorTable,
+    RopeFactors,
+    from_huggingface,
+    linear,
+    not_carried,
+    to_huggingface,
+    two_lengths,
+    unscaled,
+)
+
+D, L = 8, 64
+LONG = np.array([1.0, 2.5, 30.0, 63.7], np.float32)
+
+
+def factors(lam, n_hat=0, mscale=1.0):
+    return RopeFactors(np.asarray(lam, np.float32), np.int32(n_hat), np.float32(mscale))
+
+
+@pytest.mark.parametrize("original", [L, 4096])
+def test_there_and_back_is_exact(original):
+    table = FactorTable.of({original: factors([1, 1.01, 1.1, 1.2], 0, 1.19), 64 * original: factors(LONG, 0, 1.19)})
+    parameters = json.loads(json.dumps(to_huggingface(table, original)))
+    assert parameters["rope_type"] == "longrope" and parameters["factor"] == 64
+    found = from_huggingface(parameters, D, 10000.0, 64 * original)
+    np.testing.assert_array_equal(found.boundaries, table.boundaries)
+    for leaf in ("lam", "n_hat", "mscale"):
+        np.testing.assert_array_equal(getattr(found.factors, leaf), getattr(table.factors, leaf))
+
+
+def test_one_set_of_factors_serves_all_lengths():
+    parameters = to_huggingface(FactorTable.of({8 * L: linear(D, 8)}), L)
+    assert parameters["short_factor"] == parameters["long_factor"] == [8.0] * 4
+    assert parameters["original_max_position_embeddings"] == L and parameters["factor"] == 8
+
+
+LOST = {
+    "start tokens": ({L: unscaled(D), 8 * L: factors(LONG, 4)}, r"start tokens \(n_hat = 0, 4\)"),
+    "lengths": ({L: unscaled(D), 2 * L: unscaled(D), 8 * L: factors(LONG)}, r"more than two lengths \(64, 128, 512\)"),
+    "temperature": ({L: unscaled(D), 8 * L: factors(LONG, 0, 1.2)}, r"temperatures .*\(mscale = 1, 1.2\)"),
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_what_can_t_be_carried_is_never_dropped_in_silence(lost):
+    entries, told = LOST[lost]
+    table = FactorTable.of(entries)
+    assert len(not_carried(table)) == 1
+    with pytest.raises(ValueError, match=told):
+        to_huggingface(table, L)
+
+
+def test_the_nearest_table_keeps_the_original_and_the_longest():
+    entries = {L: unscaled(D), 2 * L: linear(D, 2), 8 * L: factors(LONG, 4, 1.2)}
+    reduced = two_lengths(FactorTable.of(entries), L)
+    assert not not_carried(reduced)
+    np.testing.assert_array_equal(reduced.boundaries, [L, 8 * L])
+    np.testing.assert_array_equal(reduced.factors.lam, [np.ones(4), LONG])
+    np.testing.assert_array_equal(reduced.factors.mscale, np.float32([1.2, 1.2]))
+
+
+def test_ramps_are_those_of_the_reference():
+    ramp = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+    found = from_huggingface({"rope_type": "llama3", **ramp}, 16, 500000.0, 512)
+    np.testing.assert_allclose(found.factors.lam[0], lam_llama3(16, 500000.0, 8.0, 64), rtol=1e-6)
+    yarn = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 512, "beta_fast": 64}
+    found = from_huggingface(yarn, 16, 10000.0, 8192)
+    np.testing.assert_allclose(found.factors.lam[0], lam_yarn(16, 10000.0, 16.0, 512, beta_fast=64), rtol=1e-6)
+    np.testing.assert_allclose(found.factors.mscale, mscale_yarn(16.0), rtol=1e-6)
+
+
+def test_longrope_s_temperature_follows_from_the_scale_where_it_is_not_given():
+    parameters = {"type": "su", "short_factor": [1.0] * 4, "long_factor": LONG.tolist()}
+    found = from_huggingface({**parameters, "original_max_position_embeddings": 64}, D, 1e4, 512)
+    np.testing.assert_allclose(found.factors.mscale, mscale_su(8, 64), rtol=1e-6)
+
+
+WRONG = {
+    "type": ({"rope_type": "dynamic", "factor": 2.0}, "rope_type = 'dynamic' is not supported; known are default"),
+    "no factor": ({"rope_type": "linear"}, "factor = None must be a positive number for rope_type = 'linear'"),
+    "text": ({"rope_type": "linear", "factor": "2"}, "factor = '2' must be"),
+    "nan": ({"rope_type": "linear", "factor": float("nan")}, "factor = nan must be"),
+    "truncate": (
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "truncate": False},
+        "trunc",
+    ),
+    "short list": (
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0],
+            "long_factor": [1.0] * 4,
+            "original_max_position_embeddings": 8,
+        },
+        "short_factor must be a list of 4 numbers",
+    ),
+    "no room": (
+        {"type": "su", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4, "original_max_position_embeddings": 64},
+        "original_max_position_embeddings = 64 must be below max_position_embeddings = 64",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_nonsense_is_named(wrong):
+    parameters, told = WRONG[wrong]
+    with pytest.raises(ValueError, match=told):
+        from_huggingface(parameters, D, 10000.0, 64)
