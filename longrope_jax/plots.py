@@ -35,7 +35,6 @@ LABELS = {
     "unscaled": "unscaled",
 }
 
-
 _OTHER_COLORS = ("#8c564b", "#e377c2", "#bcbd22", "#17becf", "#ff7f0e", "#1a1a1a")
 _HEADROOM = 1.03  # a convergence plot goes this far above the best seed and below the best candidate
 
@@ -74,7 +73,7 @@ def perplexity_by_length(
         table: length (tokens) -> arm -> perplexity.
         controls: arms whose value at the original length is drawn across.
     """
-    figure, axes = _figure(7.2, 4.6)
+    figure, (axes,) = _panels(1, 4.0)
     lengths = sorted(table)
     for name, style in _styles(table[lengths[0]]).items():
         axes.plot(lengths, [table[length][name] for length in lengths], label=label(name), **style)
@@ -82,13 +81,9 @@ def perplexity_by_length(
         value = table[original_length][name]
         axes.axhline(value, color="black", linewidth=1, linestyle=linestyle, label=control_label(name))
     _mark_original_length(axes, original_length)
-    axes.set_xscale("log", base=2)
+    _length_axis(axes, lengths)
     axes.set_yscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(lengths))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
     _plain_numbers(axes.yaxis)
-    axes.set_xlabel("window length (tokens)")
     axes.set_ylabel("perplexity")
     axes.set_title("Perplexity by context length, the same tokens at every length")
     axes.legend(frameon=False, fontsize=8)
@@ -110,8 +105,7 @@ def nll_by_position(
             all methods alike; the difference is free of that.
         control_name: its label.
     """
-    figure = Figure(figsize=(7.2, 6.4), dpi=140, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    figure, (upper, lower) = _panels(2, 2.9, columns=1)
     middles = (np.arange(len(control)) + 0.5) * length / len(control)
     for name, style in _styles(curves).items():
         style = {**style, "marker": None}
@@ -121,7 +115,6 @@ def nll_by_position(
     lower.axhline(0, color="black", linestyle=":", linewidth=1)
     for axes in (upper, lower):
         _mark_original_length(axes, original_length)
-        axes.spines[["top", "right"]].set_visible(False)
     upper.set_yscale("log")
     _plain_numbers(upper.yaxis)
     upper.set_ylabel("perplexity")
@@ -137,8 +130,7 @@ def factors_by_pair(factors: Mapping[str, rope.RopeFactors], scale: float, base:
     """lam by rotary pair for several methods, and below it the wavelengths that they lead to, against the original
     length.
     """
-    figure = Figure(figsize=(7.2, 6.4), dpi=140, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    figure, (upper, lower) = _panels(2, 2.9, columns=1)
     for name, style in _styles(factors).items():
         lam = np.asarray(factors[name].lam)
         wavelengths = 2 * np.pi / rope.frequencies(2 * len(lam), base)
@@ -156,8 +148,6 @@ def factors_by_pair(factors: Mapping[str, rope.RopeFactors], scale: float, base:
     lower.set_yscale("log")
     lower.set_xlabel("rotary pair i")
     lower.set_ylabel("wavelength (tokens)")
-    for axes in (upper, lower):
-        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -169,7 +159,7 @@ def search_convergence(curve: Float[np.ndarray, "evaluations"], seeds: Mapping[s
         seeds: name -> NLL, None where it was not finite.
         population: where population 0 ends.
     """
-    figure, axes = _figure(7.2, 3.8)
+    figure, (axes,) = _panels(1, 3.2)
     seeds = {name: nll for name, nll in seeds.items() if nll is not None}
     ceiling = min(seeds.values(), default=curve[0])
     axes.plot(np.arange(1, len(curve) + 1), np.exp(curve), color=STYLES["longrope"]["color"], drawstyle="steps-post")
@@ -197,7 +187,7 @@ def _mark_original_length(axes, length: int) -> None:
 
 def factors_by_length(factors: Mapping[int, rope.RopeFactors], original_length: int) -> Figure:
     """lam by rotary pair for every length (tokens) of a factor table, a logarithmic axis."""
-    figure, axes = _figure(7.2, 4.2)
+    figure, (axes,) = _panels(1, 3.6)
     lengths = sorted(factors)
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(lengths)))
     shown = None
@@ -219,14 +209,8 @@ def factors_by_length(factors: Mapping[int, rope.RopeFactors], original_length: 
 
 def training_curves(stages: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Loss against step, a panel a stage: of the training batches and, where there is one, of held-out documents."""
-    columns = min(len(stages), 3)
-    rows = -(-len(stages) // columns)
-    figure = Figure(figsize=(7.2, 0.6 + 2.2 * rows), dpi=140, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels:
-        axes.set_visible(False)
-    for axes, (stage, records) in zip(panels, stages.items(), strict=False):
-        axes.set_visible(True)
+    figure, panels = _panels(len(stages), 2.2)
+    for axes, (stage, records) in zip(panels, stages.items(), strict=True):
         for key, name, color in (("loss", "training", "#1f77b4"), ("held_out_loss", "held out", "#d62728")):
             points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
             if points:
@@ -234,17 +218,69 @@ def training_curves(stages: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
         axes.set_title(stage, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)
     figure.supylabel("loss (nats per token)", fontsize=9)
     return figure
 
 
-def _figure(width: float, height: float):
-    figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def retrieval_by_length(
+    accuracy: Mapping[str, Mapping[int, tuple[float, float, float]]], original_length: int
+) -> Figure:
+    """Share of numbers found (LongRoPE fig. 4): arm -> length (tokens) -> the share and the ends of its interval."""
+    figure, (axes,) = _panels(1, 3.2)
+    for turn, (name, style) in enumerate(_styles(accuracy).items()):
+        lengths = np.array(sorted(accuracy[name]))
+        share, low, high = np.transpose([accuracy[name][length] for length in lengths])
+        lengths = lengths * 1.03 ** (turn - (len(accuracy) - 1) / 2)  # side by side, or intervals would hide each other
+        axes.plot(lengths, share, label=label(name), **style)
+        axes.vlines(lengths, low, high, color=style["color"], linewidth=1, alpha=0.6)
+    _mark_original_length(axes, original_length)
+    _length_axis(axes, sorted(set().union(*accuracy.values())))
+    axes.set_ylabel("share found, 95 % interval")
+    axes.set_title("Retrieval by length")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def retrieval_heatmap(
+    accuracy: Mapping[str, Float[np.ndarray, "depths lengths"]], lengths: Sequence[int], depths: Sequence[float]
+) -> Figure:
+    """Share of hidden numbers found by their depth (0 is the beginning) and by length (tokens), a panel an arm."""
+    figure, panels = _panels(len(accuracy), 0.7 + 0.26 * len(depths))
+    for axes, name in zip(panels, ordered(accuracy), strict=True):
+        percent = 100 * np.asarray(accuracy[name])
+        image = axes.imshow(percent, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        for (row, column), value in np.ndenumerate(percent):
+            color = "black" if value > 50 else "white"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right", fontsize=7)
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
+        axes.set_title(label(name), fontsize=9)
+    figure.supxlabel("length (tokens)", fontsize=9)
+    figure.supylabel("depth of the number", fontsize=9)
+    figure.colorbar(image, ax=panels, label="found (%)")
+    return figure
+
+
+def _panels(count: int, height: float, columns: int = 3):
+    """A figure and `count` panels, up to so many in a row, each so high (inches); of one column, with one x axis."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(7.2, 0.6 + height * rows), dpi=140, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=columns == 1 < count).ravel()
+    for number, axes in enumerate(panels):
+        axes.set_visible(number < count)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels[:count]
+
+
+def _length_axis(axes, lengths: Sequence[int]) -> None:
+    """Logarithmic, a tick a length."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xlabel("length (tokens)")
 
 
 def _start_tokens(factors: rope.RopeFactors) -> str:

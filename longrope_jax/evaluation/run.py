@@ -109,7 +109,7 @@ def run_evaluation(
     records.keep(path, lambda record: True)  # drops a line cut off by a kill
     done = {(r["length"], r["method"]): r for r in records.read(path) if r["stage"] == stage}
     # Arm by arm, so that only one model's parameters are in memory.
-    wanted = [(length, name) for name in _by_model(settings.arms) for length in sorted(settings.lengths)]
+    wanted = [(length, name) for name in by_model(settings.arms) for length in sorted(settings.lengths)]
     with (
         preemption.watch(),
         tqdm(wanted, desc=stage, unit="evaluation", dynamic_ncols=True, disable=not processes.is_first()) as bar,
@@ -146,7 +146,7 @@ def run_evaluation(
     return [done[key] for key in wanted]
 
 
-def _by_model(arms: dict[str, Arm]) -> Iterable[str]:
+def by_model(arms: dict[str, Arm]) -> Iterable[str]:
     """Names of the arms, those of one model side by side."""
     return sorted(
         arms, key=lambda name: list(dict.fromkeys(arm.model for arm in arms.values())).index(arms[name].model)

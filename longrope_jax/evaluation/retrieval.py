@@ -1,0 +1,185 @@
+"""Retrieval tests: does a model find a number that it read a long time ago? Scored from what it generates."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from etils import epath
+from tqdm import tqdm
+
+from longrope_jax.data.corpus import Document
+from longrope_jax.data.retrieval import Prompt, answer_room, needle, passkey
+from longrope_jax.data.tokenizer import Tokenizer
+from longrope_jax.evaluation.run import Arm, Subject, by_model, published_arms
+from longrope_jax.model import Llama
+from longrope_jax.model.decode import complete
+from longrope_jax.rope import FactorTable
+from longrope_jax.runtime import preemption, processes, records
+from longrope_jax.runtime.mesh import Layout
+
+TASKS = ("passkey", "needle")
+
+
+@dataclass(frozen=True)
+class RetrievalSettings:
+    """What has to be found, where, by whom.
+
+    Attributes:
+        lengths: tokens of prompt and answer together; the longest is the methods' target.
+        task: "passkey", a number in filler text, or "needle", one in the evaluation documents.
+        depths: where it is, shares of the text before the question; () draws one for every try, as for the paper's
+            passkey test.
+        arms: name -> model and factors.
+        tries: prompts for every length and depth, the same for all arms.
+        prompts_at_once: how many are answered in one batch.
+        seed: of the prompts.
+    """
+
+    lengths: tuple[int, ...]
+    task: str = "passkey"
+    depths: tuple[float, ...] = ()
+    arms: dict[str, Arm] = field(default_factory=published_arms)
+    tries: int = 10
+    prompts_at_once: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"lengths = {self.lengths} must be different positive numbers of tokens")
+        if self.task not in TASKS:
+            raise ValueError(f"task = {self.task!r} must be one of {', '.join(TASKS)}")
+        if any(not 0 <= depth <= 1 for depth in self.depths) or len(set(self.depths)) < len(self.depths):
+            raise ValueError(f"depths = {self.depths} must be different shares of the text, from 0 to 1")
+        if not self.arms:
+            raise ValueError("arms is empty; there is nothing to judge")
+        for name in ("tries", "prompts_at_once"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
+
+    @property
+    def places(self) -> tuple[float | None, ...]:
+        """The depths to go through; None is drawn."""
+        return self.depths or (None,)
+
+
+def make_prompts(
+    settings: RetrievalSettings, tokenizer: Tokenizer, documents: Sequence[Document], length: int, depth: float | None
+) -> list[Prompt]:
+    """The prompts of all tries for one length (prompt and answer, tokens) and depth; each has a seed of its own.
+
+    Raises:
+        ValueError: the length is too short for them, or longer than all documents.
+    """
+    room = answer_room(settings.task, tokenizer)
+    place = [] if depth is None else [settings.depths.index(depth)]
+    prompts = []
+    for attempt in range(settings.tries):
+        rng = np.random.default_rng([settings.seed, length, attempt, *place])
+        try:
+            if settings.task == "passkey":
+                prompts.append(passkey(length - room, tokenizer, rng, depth))
+            else:
+                chosen = float(rng.uniform()) if depth is None else depth
+                prompts.append(needle(length - room, chosen, tokenizer, rng, documents))
+        except ValueError as error:
+            raise ValueError(f"lengths: of {length} tokens {room} are for the answer, but {error}") from None
+    return prompts
+
+
+def is_found(text: str, answer: str) -> bool:
+    """Whether the first number in a generated text is the answer."""
+    first = re.search(r"\d+", text)
+    return first is not None and first[0] == answer
+
+
+def run_retrieval(
+    model: Llama,
+    layout: Layout,
+    subjects: dict[str, Subject],
+    settings: RetrievalSettings,
+    tokenizer: Tokenizer,
+    documents: Sequence[Document],
+    workdir: epath.Path,
+    stage: str,
+) -> list[dict[str, Any]]:
+    """One record for every (arm, length, depth): how many of the tries were hits, and what was generated.
+
+    Answers are greedy, with the factors that the arm has for prompt and answer together. Records are appended to
+    `workdir/retrieval.jsonl` as they are made; those that are there already are not made again.
+
+    Raises:
+        preemption.Preempted: the process was asked to stop; finished records are kept.
+    """
+    path = workdir / "retrieval.jsonl"
+    records.keep(path, lambda record: True)  # drops a line cut off by a kill
+    done = {(r["method"], r["length"], r["depth"]): r for r in records.read(path) if r["stage"] == stage}
+    # Arm by arm, so that only one model's parameters are in memory.
+    wanted = [
+        (name, length, depth)
+        for name in by_model(settings.arms)
+        for length in sorted(settings.lengths)
+        for depth in settings.places
+    ]
+    with (
+        preemption.watch(),
+        tqdm(wanted, desc=stage, unit="cell", dynamic_ncols=True, disable=not processes.is_first()) as bar,
+    ):
+        for name, length, depth in bar:
+            bar.set_postfix(length=length, arm=name, depth=depth)
+            if (name, length, depth) in done:
+                continue
+            params = None  # or the last arm's would stay while the next one's are loaded
+            params, table = subjects[name].params(), FactorTable.of({length: subjects[name].factors(length)})
+            prompts = make_prompts(settings, tokenizer, documents, length, depth)
+            began, texts = time.monotonic(), []
+            for first in range(0, len(prompts), settings.prompts_at_once):
+                if preemption.requested():
+                    raise preemption.Preempted(stage, f"{len(done)} of {len(wanted)} records are kept")
+                chosen = prompts[first : first + settings.prompts_at_once]
+                texts += _answers(model, layout, params, table, chosen, settings, tokenizer)
+            hits = [is_found(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)]
+            record = {
+                "stage": stage,
+                "task": settings.task,
+                "method": name,
+                "length": length,
+                "depth": depth,
+                "hits": sum(hits),
+                "tries": len(hits),
+                "answers": [prompt.answer for prompt in prompts],
+                "texts": texts,
+                "depths": [prompt.depth for prompt in prompts],
+                "starts": [prompt.start for prompt in prompts],
+                "seed": settings.seed,
+                "seconds": time.monotonic() - began,
+            }
+            records.append(path, [record])
+            done[name, length, depth] = record
+    return [done[key] for key in wanted]
+
+
+def _answers(
+    model: Llama,
+    layout: Layout,
+    params: dict,
+    table: FactorTable,
+    prompts: Sequence[Prompt],
+    settings: RetrievalSettings,
+    tokenizer: Tokenizer,
+) -> list[str]:
+    """What a model says to one batch of prompts."""
+    rows = [prompt.tokens for prompt in prompts]
+    rows += [rows[-1]] * (settings.prompts_at_once - len(rows))  # a smaller last batch would compile anew
+    with layout.active():
+        tokens = complete(model, params, table, rows, answer_room(settings.task, tokenizer), stops=tokenizer.stops)
+    return [tokenizer.decode(new) for new in tokens[: len(prompts)]]
+
+
+def accuracy(hits: int, tries: int) -> tuple[float, tuple[float, float]]:
+    """The share of hits and its 95 % interval (Wilson's score interval, right for few tries and for all or none)."""
+    interval = scipy.stats.binomtest(hits, tries).proportion_ci(0.95, method="wilson")
+    return hits / tries, (float(interval.low), float(interval.high))

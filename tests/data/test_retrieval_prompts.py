@@ -1,0 +1,237 @@
+import re
+import string
+
+import numpy as np
+import pytest
+import tokenizers
+
+from longrope_jax.data import retrieval
+from longrope_jax.data.corpus import Document
+from longrope_jax.data.retrieval import answer_room, needle, passkey
+from longrope_jax.data.subwords import SubwordTokenizer
+from longrope_jax.data.tokenizer import ByteTokenizer
+
+SENTENCES = [
+    "Version 3.14 is out. It has many new words",
+    "The cat sat there!",
+    "Did anybody see it?\nNo. ",
+    "One line\n",
+]
+
+
+def draw_text(seed, sentences=400):
+    return "".join(f"{sentence} " for sentence in np.random.default_rng(seed).choice(SENTENCES, sentences))
+
+
+TEXT = draw_text(0)
+
+
+def make_byte_level():
+    """Merges within words, digits by themselves, spaces before words: as GPT-2 and its heirs."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Digits(individual_digits=True), tokenizers.pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    train(tokenizer, tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    return SubwordTokenizer(tokenizer, {})
+
+
+def make_sentencepiece():
+    """Spaces are part of the words, and every text begins with one: as LLaMA-2. It has a BOS."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+    )
+    train(tokenizer, [*string.printable])
+    return SubwordTokenizer(tokenizer, {}, bos=1, eos=2)
+
+
+def train(tokenizer, alphabet):
+    more = (
+        f"{retrieval.FILLER} The pass key is 0123456789, {' '.join(retrieval.CITIES)}? Remember it: magic number; quiz."
+    )
+    tokenizer.train_from_iterator(
+        [TEXT, more * 5],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+
+
+TOKENIZERS = {"bytes": ByteTokenizer(), "byte level": make_byte_level(), "sentencepiece": make_sentencepiece()}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]
+
+
+def make_documents(tokenizer, text=TEXT):
+    return [Document("text", tokenizer.encode(text), len(text))]
+
+
+def make_passkey(tokenizer, length=600, seed=0, depth=None):
+    return passkey(length, tokenizer, np.random.default_rng(seed), depth)
+
+
+def make_needle(tokenizer, length=600, seed=0, depth=0.5, documents=None):
+    documents = make_documents(tokenizer) if documents is None else documents
+    return needle(length, depth, tokenizer, np.random.default_rng(seed), documents)
+
+
+BOTH = pytest.mark.parametrize("make", [make_passkey, make_needle])
+
+
+def test_these_tokenizers_are_different_and_reversible():
+    lengths = {name: len(tokenizer.encode(TEXT)) for name, tokenizer in TOKENIZERS.items()}
+    assert len(set(lengths.values())) == 3
+    for tokenizer in TOKENIZERS.values():
+        assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+@BOTH
+def test_the_length_is_exact(make, tokenizer):
+    for length in range(350, 420):
+        prompt = make(tokenizer, length, seed=length)
+        assert prompt.tokens.shape == (length,)
+        assert prompt.tokens.dtype == np.int32
+
+
+@BOTH
+def test_what_a_prompt_says(make, tokenizer):
+    prompt = make(tokenizer)
+    text = tokenizer.decode(prompt.tokens)
+    digits = {make_passkey: 5, make_needle: 7}[make]
+    assert re.fullmatch(rf"[1-9]\d{{{digits - 1}}}", prompt.answer)
+    assert text.startswith("There is ")
+    assert re.search(
+        r"\n ?What is the (pass key|magic number of (\w+))\?( The pass key| The magic number of \2) is$", text
+    )
+    sentence = {
+        make_passkey: rf"\n ?The pass key is {prompt.answer}\. Remember it\. {prompt.answer} is the pass key\.\n",
+        make_needle: rf"\n ?The magic number of \w+ is {prompt.answer}\.\n",
+    }[make]
+    assert len(re.findall(sentence, text)) == 1
+    asked = re.search(r"(pass key|number of \w+) is$", text)[0]
+    assert asked in text[: -len(asked)]  # the same city
+
+
+@BOTH
+def test_the_place_of_the_needle(make, tokenizer):
+    prompt = make(tokenizer, depth=0.5)
+    assert tokenizer.decode(prompt.tokens[prompt.start :]).lstrip().startswith("The ")
+    before = tokenizer.decode(prompt.tokens[: prompt.start])
+    assert re.search(r"[.!?\n] ?$", before), before[-20:]
+    assert not prompt.tokens[prompt.start - 1 :].tolist().count(tokenizer.bos)
+    assert abs(prompt.depth - 0.5) < 0.08
+
+
+@BOTH
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+def test_depth_is_the_share_of_the_text_before_it(make, tokenizer, depth):
+    prompt = make(tokenizer, 1500, depth=depth)
+    instruction = tokenizer.encode("There is", eos=False)
+    after = len(tokenizer.decode(prompt.tokens[prompt.start :]))
+    assert abs(prompt.depth - depth) < 0.03
+    assert prompt.tokens[: len(instruction)].tolist() == instruction.tolist()
+    if depth == 1:
+        assert after < 170  # nothing but the needle and the question
+    if depth == 0:
+        assert tokenizer.decode(prompt.tokens[: prompt.start]).endswith("about it.\n")
+
+
+def test_a_sentence_does_not_end_within_a_number(tokenizer):
+    text = "Version 3.14 is " * 30 + "out. And " + "Version 3.14 is " * 30
+    documents = make_documents(tokenizer, text)
+    room = len(documents[0].tokens) - 2
+    fixed = int(
+        re.search(r"fixed parts take (\d+)", str(pytest.raises(ValueError, make_needle, tokenizer, 1).value))[1]
+    )
+    for depth in (0.4, 0.6):
+        prompt = make_needle(tokenizer, room + fixed - 3, depth=depth, documents=documents)
+        assert tokenizer.decode(prompt.tokens[: prompt.start]).endswith("out.")
+
+
+def test_random_depths_are_spread(tokenizer):
+    depths = [make_passkey(tokenizer, 3000, seed).depth for seed in range(40)]
+    assert 0.35 < np.mean(depths) < 0.65
+    assert min(depths) < 0.15 < 0.85 < max(depths)
+
+
+@BOTH
+def test_the_seed_says_all(make, tokenizer):
+    one, same, other = make(tokenizer, seed=1), make(tokenizer, seed=1), make(tokenizer, seed=2)
+    np.testing.assert_array_equal(one.tokens, same.tokens)
+    assert one.answer == same.answer != other.answer
+
+
+@BOTH
+def test_the_answer_continues_the_prompt(make, tokenizer):
+    prompt = make(tokenizer)
+    whole = tokenizer.decode(np.concatenate([prompt.tokens, prompt.answer_tokens]))
+    assert whole == f"{tokenizer.decode(prompt.tokens)} {prompt.answer}"
+    assert len(prompt.answer_tokens) < answer_room("needle" if make is make_needle else "passkey", tokenizer)
+
+
+def test_the_passkey_is_surrounded_by_filler(tokenizer):
+    prompt = make_passkey(tokenizer, 2000, depth=0.5)
+    lines = [line.strip() for line in tokenizer.decode(prompt.tokens).split("\n")]
+    assert (" ".join([retrieval.FILLER] * 200)).startswith(lines[1])
+    assert (" ".join([retrieval.FILLER] * 200)).startswith(lines[1] + " " + lines[3])
+    assert min(len(lines[1]), len(lines[3])) > 500
+
+
+def test_the_needle_lies_in_a_stretch_of_a_document():
+    tokenizer, texts = ByteTokenizer(), [draw_text(seed, 200) for seed in range(3)]
+    documents = [Document(str(i), tokenizer.encode(text), len(text)) for i, text in enumerate(texts)]
+    chosen = set()
+    for seed in range(12):
+        text = tokenizer.decode(make_needle(tokenizer, 800, seed, documents=documents).tokens)
+        body = re.sub(r"\nThe magic number of \w+ is \d+\.\n", "", text.split("\n", 1)[1]).rsplit("\nWhat is", 1)[0]
+        [owner] = [i for i, whole in enumerate(texts) if body in whole]
+        chosen.add((owner, texts[owner].index(body)))
+    assert {owner for owner, _ in chosen} == {0, 1, 2}
+    assert len(chosen) == 12
+
+
+def test_a_document_of_just_the_length_will_do_without_its_markers():
+    tokenizer = ByteTokenizer()
+
+    def make(size):
+        return make_needle(tokenizer, 2000, seed=3, documents=make_documents(tokenizer, "x" * size))
+
+    message = r"none of 1 documents has the (\d+) tokens of text that a needle prompt of length = 2000 takes"
+    with pytest.raises(ValueError, match=message) as raised:
+        make(500)
+    room = int(re.search(message, str(raised.value))[1])
+    prompt = make(room)
+    assert len(prompt.tokens) == 2000
+    assert tokenizer.bos not in prompt.tokens[1:]
+    assert tokenizer.eos not in prompt.tokens
+    with pytest.raises(ValueError, match=f"the longest has {room - 1}$"):
+        make(room - 1)
+
+
+@BOTH
+def test_the_shortest_prompt(make, tokenizer):
+    with pytest.raises(ValueError, match="length = 12 tokens is too short for a .* prompt") as raised:
+        make(tokenizer, 12)
+    shortest = int(re.search(r"fixed parts take (\d+)", str(raised.value))[1])
+    assert len(make(tokenizer, shortest).tokens) == shortest
+    with pytest.raises(ValueError, match=f"length = {shortest - 1} tokens is too short"):
+        make(tokenizer, shortest - 1)
+
+
+@pytest.mark.parametrize("depth", [-0.1, 1.01, float("nan")])
+def test_bad_depths(depth):
+    with pytest.raises(ValueError, match="depth = .* must lie between 0 and 1"):
+        make_passkey(ByteTokenizer(), depth=depth)
+
+
+def test_a_very_long_prompt_is_made_quickly():
+    assert len(make_passkey(ByteTokenizer(), 2**21, depth=0.5).tokens) == 2**21
