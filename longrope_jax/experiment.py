@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from longrope_jax.data import corpus
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from longrope_jax.interop import load_tokenizer
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.sharding import check_mesh
 from longrope_jax.report import summarize, summary_tables, write_report
@@ -23,7 +24,7 @@ from longrope_jax.runtime import preemption, processes
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.runtime.records import finite, to_json, write_whole
 from longrope_jax.settings import parse
-from longrope_jax.stages import STAGES, Carried, Stage
+from longrope_jax.stages import STAGES, Carried, LoadSettings, Stage
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Experiment:
 
 
 def parse_experiment(config: ConfigDict) -> Experiment:
-    """Checks a config without touching data, devices or the work directory.
+    """Checks a config without touching data, devices or the work directory; a model's own description is read.
 
     Raises:
         ValueError: one line that names the field and what is wrong with it.
@@ -67,9 +68,12 @@ def parse_experiment(config: ConfigDict) -> Experiment:
             raise ValueError(f"config.stages: {name!r} is of no known kind; kinds are {', '.join(STAGES)}")
     if len(set(stages)) < len(stages):
         raise ValueError(f"config.stages = {tuple(stages)} names a stage twice; give the second one a suffix")
-    if _kind(stages[0]) != "pretrain":
+    if _kind(stages[0]) not in ("pretrain", "load"):
         raise ValueError(f"config.stages: {stages[0]!r} can't come first, it needs a model's parameters")
-    needed = {"stages", "model", "data", *stages}
+    is_loaded = _kind(stages[0]) == "load"
+    if is_loaded and "model" in config:
+        raise ValueError(f"config.model: the model is the one that config.{stages[0]}.path holds; leave it out")
+    needed = {"stages", "data", *stages} if is_loaded else {"stages", "model", "data", *stages}
     for key in config:
         if key not in needed | {"mesh"}:
             raise ValueError(
@@ -77,11 +81,12 @@ def parse_experiment(config: ConfigDict) -> Experiment:
             )
     for key in sorted(needed - set(config)):
         raise ValueError(f"config.{key} is missing")
+    settings = {name: parse(STAGES[_kind(name)].settings, config[name], name) for name in stages}
     experiment = Experiment(
-        parse(LlamaConfig, config.model, "model"),
+        _model_config(stages[0], settings[stages[0]]) if is_loaded else parse(LlamaConfig, config.model, "model"),
         parse(DataSettings, config.data, "data"),
         parse(MeshSettings, config.get("mesh", ConfigDict()), "mesh"),
-        {name: parse(STAGES[_kind(name)].settings, config[name], name) for name in stages},
+        settings,
     )
     for name, settings in experiment.stages.items():
         _naming_section(name, _stage(name).check, settings, experiment.model, _before(experiment.stages, name))
@@ -110,10 +115,12 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ca
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"work directory {workdir} can't be made: {error}") from None
-    carried = Carried(Llama(experiment.model), layout, _documents(experiment.data, workdir), workdir)
+    tokenizer = _tokenizer(experiment)
+    documents = _documents(experiment.data, tokenizer, workdir)
+    carried = Carried(Llama(experiment.model), layout, documents, tokenizer, workdir)
     try:
         for name, settings in experiment.stages.items():
-            _naming_section(name, _stage(name).check_data, settings, experiment.model, carried.documents)
+            _naming_section(name, _stage(name).check_data, settings, carried)
     except ValueError:
         if processes.is_first() and is_new:
             (workdir / "data").rmtree()  # so that a mended folder is looked at again
@@ -121,6 +128,25 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ca
     # Only now: a config that could not run must not keep a mended one out of its work directory.
     write_whole(workdir / "config.json", to_json(json.loads(config.to_json()), indent=1) + "\n")
     return experiment, carried
+
+
+def reopen(config: ConfigDict, workdir: epath.PathLike) -> Carried:
+    """What the finished stages of a work directory left, without its text and without doing anything.
+
+    Raises:
+        ValueError: a bad config, a work directory of another one, or one in which no model is finished.
+    """
+    experiment, workdir = parse_experiment(config), epath.Path(workdir)
+    _refuse_changed_stages(workdir, experiment)
+    layout = Layout.of(experiment.mesh)
+    carried = Carried(Llama(experiment.model), layout, {}, _tokenizer(experiment), workdir)
+    for name, settings in experiment.stages.items():
+        finished = _finished(workdir, name)
+        if finished.exists():
+            _stage(name).load(settings, carried, name, json.loads(finished.read_text()))
+    if not carried.trained:
+        raise ValueError(f"work directory {workdir} has no finished stage of this config that makes a model")
+    return carried
 
 
 def execute(experiment: Experiment, carried: Carried) -> epath.Path:
@@ -131,7 +157,7 @@ def execute(experiment: Experiment, carried: Carried) -> epath.Path:
             if preemption.requested():
                 raise preemption.Preempted(name, "the stages before it are finished")
             seconds[name] = _run_or_skip(name, experiment, carried)["seconds"]
-    report = summarize(experiment.model, carried.evaluations, carried.searches, seconds)
+    report = summarize(experiment.model, carried.evaluations, carried.retrievals, carried.searches, seconds)
     path = workdir / "report.md"
     if processes.is_first():
         write_report(workdir, experiment.model, report, carried.evaluations)
@@ -239,13 +265,32 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-def _documents(settings: DataSettings, workdir: epath.Path) -> dict[str, list[Document]]:
+def _model_config(name: str, settings: LoadSettings) -> LlamaConfig:
+    """The architecture of the model that a load stage names."""
+    try:
+        return settings.config
+    except (ValueError, OSError) as error:
+        raise ValueError(f"config.{name}: {error}") from None
+
+
+def _tokenizer(experiment: Experiment) -> Tokenizer:
+    """The first stage's: the model that it loads came with one, a model from scratch reads bytes."""
+    name, settings = next(iter(experiment.stages.items()))
+    if not isinstance(settings, LoadSettings):
+        return ByteTokenizer()
+    try:
+        return load_tokenizer(settings.path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"config.{name}: {error}") from None
+
+
+def _documents(settings: DataSettings, tokenizer: Tokenizer, workdir: epath.Path) -> dict[str, list[Document]]:
     source = corpus.folder_config(settings.folder, settings.suffix) if settings.folder else corpus.stdlib_config()
     if processes.is_first():
         corpus.build(source, workdir / "data")
     processes.wait_for_all("data")
     builder = corpus.build(source, workdir / "data")
-    return {split: corpus.documents(builder, split, ByteTokenizer()) for split in corpus.SPLITS}
+    return {split: corpus.documents(builder, split, tokenizer) for split in corpus.SPLITS}
 
 
 def _tell(line: str) -> None:

@@ -1,5 +1,7 @@
 """The command line: `python -m longrope_jax.main --config=FILE --workdir=DIR [--config.any.field=value]`.
 
+`--mode=generate --prompt_file=FILE` continues a text, with a model of the experiment's or `--pretrained=PATH`.
+
 Exit status: 0 done, 2 something that the user can mend, 75 (EX_TEMPFAIL) asked to stop and everything saved, 130
 interrupted from the keyboard.
 """
@@ -11,13 +13,34 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from longrope_jax import experiment
+from longrope_jax import experiment, generate
+from longrope_jax.model.decode import SWITCHES, Sampling
 from longrope_jax.runtime import processes
+from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.preemption import Preempted
 from longrope_jax.training.loop import Diverged
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the experiment makes is kept.")
+_MODE = flags.DEFINE_enum("mode", "run", ["run", "generate"], "Run the experiment, or write text with a model.")
+_PRETRAINED = flags.DEFINE_string(
+    "pretrained", None, "generate: a Hugging Face folder or .gguf file, for no experiment."
+)
+_MESH = flags.DEFINE_string("mesh", "data:1", "generate: devices for a pretrained model, such as seq:4,tensor:2.")
+_MODEL = flags.DEFINE_string("model", "", "generate: the stage whose model writes; the latest by default.")
+_FACTORS = flags.DEFINE_string(
+    "factors", "", "generate: a table, search or load stage, or a table's file for a pretrained model; by default what "
+    "the model was trained with."
+)  # fmt: skip
+_PROMPT_FILES = flags.DEFINE_multi_string("prompt_file", [], "generate: a text to go on from; several make a batch.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "generate: at most so many tokens a prompt.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "generate: 0 takes the likeliest token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "generate: draw from the k likeliest tokens only; 0 for all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "generate: draw from the likeliest tokens that have this share.")
+_SEED = flags.DEFINE_integer("seed", 0, "generate: of the draws.")
+_SWITCH = flags.DEFINE_enum(
+    "switch", "ahead", SWITCHES, "generate: factors of prompt and new tokens together, or of the length so far."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0 where several processes work together, or auto: ask the cluster."
 )
@@ -30,6 +53,9 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # libraries tell their life at INFO
     try:
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if _MODE.value == "generate":
+            return _generate()
+        _require(config=_CONFIG.value, workdir=_WORKDIR.value)
         prepared = experiment.prepare(_CONFIG.value, _WORKDIR.value)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(error)
@@ -43,6 +69,29 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def _generate() -> None:
+    settings = generate.GenerateSettings(
+        tuple(_PROMPT_FILES.value),
+        _MAX_NEW_TOKENS.value,
+        Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value),
+        _SEED.value,
+        _SWITCH.value,
+    )
+    _require(prompt_file=_PROMPT_FILES.value)
+    if _PRETRAINED.value:
+        writer = generate.from_path(_PRETRAINED.value, _FACTORS.value, MeshSettings(_MESH.value))
+    else:
+        _require(config=_CONFIG.value, workdir=_WORKDIR.value)
+        writer = generate.from_experiment(_CONFIG.value, _WORKDIR.value, _FACTORS.value, _MODEL.value)
+    generate.write(writer, settings)
+
+
+def _require(**given) -> None:
+    missing = [f"--{name}" for name, value in given.items() if not value]
+    if missing:
+        raise ValueError(f"--mode={_MODE.value} needs {' and '.join(missing)}")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -66,5 +115,4 @@ def _fail(error: Exception | str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -7,8 +7,11 @@ from etils import epath
 
 from longrope_jax import plots, rope
 from longrope_jax.evaluation.perplexity import DocumentNll, compare, perplexity
+from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.evaluation.run import EvaluationSettings
+from longrope_jax.markdown import picture, table
 from longrope_jax.model import LlamaConfig
+from longrope_jax.report_retrieval import retrieval_figure, retrieval_section, summarize_retrieval
 from longrope_jax.runtime import records
 from longrope_jax.runtime.records import to_json
 
@@ -16,12 +19,19 @@ Records = list[dict[str, Any]]
 Evaluations = dict[str, tuple[EvaluationSettings, Records]]
 """By evaluate stage: its settings and what `evaluation.run` made."""
 
+Retrievals = dict[str, tuple[RetrievalSettings, Records]]
+"""By retrieval stage: the same."""
+
 SUBJECT = "longrope"
 """The arm that the others are compared with, where there is one of that name."""
 
 
 def summarize(
-    config: LlamaConfig, evaluations: Evaluations, searches: Records, seconds: dict[str, float]
+    config: LlamaConfig,
+    evaluations: Evaluations,
+    retrievals: Retrievals,
+    searches: Records,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The content of report.json.
 
@@ -34,6 +44,7 @@ def summarize(
         "original_length": config.original_length,
         "perplexity": list(made.values())[-1]["perplexity"] if made else {},  # the last stage's is the final word
         "evaluations": made,
+        "retrieval": {stage: summarize_retrieval(*retrieval) for stage, retrieval in retrievals.items()},
         "search": searches,
         "seconds": seconds,
     }
@@ -81,6 +92,8 @@ def write_report(
     figures = {}
     for stage, (settings, evaluation) in evaluations.items():
         figures |= _evaluation_figures(config, report["evaluations"][stage], settings, evaluation, _suffix(stage))
+    for stage, retrieval in report["retrieval"].items():
+        figures[stage] = retrieval_figure(retrieval, config.original_length)
     for search in report["search"]:
         curve = np.array(search["curve"], float)
         name = f"convergence_{search['stage']}"
@@ -112,7 +125,7 @@ def _perplexity_table(evaluation: dict[str, Any], original: int) -> str:
         [plots.label(arm), *(f"{evaluation['perplexity'][n][arm]['ppl']:.2f}" for n in lengths)]
         for arm in plots.ordered(evaluation["perplexity"][lengths[0]])
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _suffix(stage: str) -> str:
@@ -131,10 +144,10 @@ def _training_curves(workdir: epath.Path) -> dict[str, Records]:
 def _evaluation_figures(config, result, settings, evaluation, suffix):
     figures = {}
     original = config.original_length
-    table = {int(n): {arm: e["ppl"] for arm, e in row.items()} for n, row in result["perplexity"].items()}
-    controls = [arm for arm in settings.controls if original in table and arm in table[original]]
-    figures[f"perplexity_by_length{suffix}"] = plots.perplexity_by_length(table, original, controls)
-    longest = max(table)
+    by_length = {int(n): {arm: e["ppl"] for arm, e in row.items()} for n, row in result["perplexity"].items()}
+    controls = [arm for arm in settings.controls if original in by_length and arm in by_length[original]]
+    figures[f"perplexity_by_length{suffix}"] = plots.perplexity_by_length(by_length, original, controls)
+    longest = max(by_length)
     curves = {r["method"]: r["nll_by_position"] for r in evaluation if r["length"] == longest}
     at_original = {r["method"]: r["nll_by_position"] for r in evaluation if r["length"] == original}
     if controls:
@@ -146,9 +159,9 @@ def _evaluation_figures(config, result, settings, evaluation, suffix):
     at_longest.pop("unscaled", None)
     if at_longest:
         figures[f"factors{suffix}"] = plots.factors_by_pair(at_longest, longest / original, config.rope_theta, original)
-    by_length = {n: factors for (arm, n), factors in sorted(used.items()) if arm == SUBJECT}
-    if len({factors.lam.tobytes() for factors in by_length.values()}) > 1:
-        figures[f"factors_by_length{suffix}"] = plots.factors_by_length(by_length, original)
+    chosen = {n: factors for (arm, n), factors in sorted(used.items()) if arm == SUBJECT}
+    if len({factors.lam.tobytes() for factors in chosen.values()}) > 1:
+        figures[f"factors_by_length{suffix}"] = plots.factors_by_length(chosen, original)
     return figures
 
 
@@ -164,12 +177,14 @@ def _markdown(config: LlamaConfig, report: dict[str, Any], evaluations: Evaluati
     )
     for stage, result in report["evaluations"].items():
         parts += _evaluation_section(stage, result, evaluations[stage][0], report["original_length"], figures)
+    for stage, retrieval in report["retrieval"].items():
+        parts += retrieval_section(stage, retrieval, stage)
     if "training" in figures:
-        parts += ["## Training\n", _picture("loss by step", "training")]
+        parts += ["## Training\n", picture("loss by step", "training")]
     for search in report["search"]:
         parts += _search(search)
     seconds = [[stage, f"{value:.1f}"] for stage, value in report["seconds"].items()]
-    return "\n".join([*parts, "## Seconds by stage\n", _table(["stage", "seconds"], seconds)])
+    return "\n".join([*parts, "## Seconds by stage\n", table(["stage", "seconds"], seconds)])
 
 
 def _evaluation_section(stage, result, settings, original, figures):
@@ -182,16 +197,16 @@ def _evaluation_section(stage, result, settings, original, figures):
         f"windows of every length up to {longest} tokens: every length scores the same tokens. The column of L is "
         "therefore the control for all longer ones: what a model does with disjoint windows of its original length.\n",
         _perplexity_table(result, original),
-        _picture("perplexity by length", f"perplexity_by_length{suffix}"),
-        _table(["", "factors", "model"], arms),
+        picture("perplexity by length", f"perplexity_by_length{suffix}"),
+        table(["", "factors", "model"], arms),
     ]
     if f"perplexity_by_position{suffix}" in figures:
-        parts.append(_picture("perplexity by position", f"perplexity_by_position{suffix}"))
+        parts.append(picture("perplexity by position", f"perplexity_by_position{suffix}"))
     if result["longrope_minus"]:
         parts += _comparisons(result, longest, original)
     for name, what in ((f"factors{suffix}", "rescale factors"), (f"factors_by_length{suffix}", "factors by length")):
         if name in figures:
-            parts.append(_picture(what, name))
+            parts.append(picture(what, name))
     return parts
 
 
@@ -214,16 +229,12 @@ def _comparisons(result, longest, original):
         controls = result["longrope_minus_disjoint_windows_of_original_length"].get(length, {})
         rows += [row(plots.control_label(arm), entry) for arm, entry in controls.items()]
         header = ["LongRoPE minus", "nats per token", "95 % interval", "perplexity lower by", "documents better"]
-        parts += [f"### LongRoPE against the others at {length} tokens\n", _table(header, rows)]
+        parts += [f"### LongRoPE against the others at {length} tokens\n", table(header, rows)]
     return [
         *parts,
         "Differences are paired by document; the interval is a bootstrap over documents. Where the difference to a "
         "control is positive, the model does not make use of the longer context.\n",
     ]
-
-
-def _picture(what: str, name: str) -> str:
-    return f"![{what}](figures/{name}.png)\n"
 
 
 def _search(search):
@@ -241,10 +252,3 @@ def _search(search):
         f"n_hat = {search['factors']['n_hat']}, lambda = {factors}\n",
         f"![search convergence](figures/convergence_{search['stage']}.png)\n",
     ]
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    rule = ["-" * width for width in widths]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, rule, *rows]]
-    return "".join(f"| {' | '.join(row)} |\n" for row in padded)

@@ -354,7 +354,7 @@ PROGRESSIVE_STAGES = ("pretrain", "search_4x", "finetune_a", "search_8x", "searc
 
 def test_a_progressive_run_reports_everything(progressive):
     content = json.loads((progressive / "report.json").read_text())
-    assert set(content) == {"original_length", "perplexity", "evaluations", "search", "seconds"}
+    assert set(content) == {"original_length", "perplexity", "evaluations", "retrieval", "search", "seconds"}
     assert set(content["seconds"]) == set(PROGRESSIVE_STAGES)
     (evaluation,) = content["evaluations"].values()
     assert evaluation["perplexity"] == content["perplexity"]
@@ -503,7 +503,11 @@ REFERENCES = {
     "model": ("finetune_a.model", "finetune_b", "finetune_a: model = 'finetune_b' is no stage before .* are pretrain"),
     "model that comes later": ("search_4x.model", "finetune_a", "search_4x: model = 'finetune_a' is no stage before"),
     "model of a table": ("table.model", "search_4x", "table: model = 'search_4x' is no stage .* pretrain, finetune_a"),
-    "factors": ("finetune_a.factors", "search_8x", "finetune_a: factors = 'search_8x' is neither a search or table"),
+    "factors": (
+        "finetune_a.factors",
+        "search_8x",
+        "finetune_a: factors = .search_8x. is neither a search, table or load",
+    ),
     "factors too short": ("finetune_a.length", 128, "finetune_a: length = 128 is beyond 64, up to which search_4x"),
     "table beyond": ("table.factors", ("search_1x", "search_4x", "search_4x"), "table: .*search_4x is good up to 64"),
     "table of unknown": ("table.factors", ("yern", "yarn", "yarn"), "table: factors = 'yern' is neither"),

@@ -3,11 +3,21 @@
 from longrope_jax.stages.carried import Carried
 from longrope_jax.stages.evaluate import EVALUATE
 from longrope_jax.stages.finetune import FINETUNE
-from longrope_jax.stages.kind import Stage, TableSettings
+from longrope_jax.stages.kind import LoadSettings, Stage, TableSettings
+from longrope_jax.stages.load import LOAD
 from longrope_jax.stages.pretrain import PRETRAIN
+from longrope_jax.stages.retrieval import RETRIEVAL
 from longrope_jax.stages.search import SEARCH
 from longrope_jax.stages.table import TABLE
 
-STAGES = {"pretrain": PRETRAIN, "search": SEARCH, "finetune": FINETUNE, "table": TABLE, "evaluate": EVALUATE}
+STAGES = {
+    "load": LOAD,
+    "pretrain": PRETRAIN,
+    "search": SEARCH,
+    "finetune": FINETUNE,
+    "table": TABLE,
+    "evaluate": EVALUATE,
+    "retrieval": RETRIEVAL,
+}
 
-__all__ = ["STAGES", "Carried", "Stage", "TableSettings"]
+__all__ = ["STAGES", "Carried", "LoadSettings", "Stage", "TableSettings"]

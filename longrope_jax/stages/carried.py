@@ -8,12 +8,13 @@ from typing import Any
 from etils import epath
 
 from longrope_jax.data.corpus import Document
+from longrope_jax.data.tokenizer import Tokenizer
+from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.evaluation.run import EvaluationSettings
 from longrope_jax.model import Llama
 from longrope_jax.rope import FactorTable, RopeFactors, Trained, extend, load_factors, save_factors, unscaled
 from longrope_jax.runtime import processes, records
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.training.loop import load_params
 
 BEST_SEED = "_best_seed"
 """Added to the name of a search: the best of what it started from, as a source of factors."""
@@ -28,22 +29,28 @@ class Carried:
     """What stages leave for the ones after them.
 
     Attributes:
+        tokenizer: makes the tokens of `documents`.
         trained: by the stages that make parameters, in order: what they trained with last.
-        steps: by the same: how many steps, which is the name of their last checkpoint.
-        factors: by search and table stages.
+        read_params: by the same: reads their parameters from where they are kept.
+        factors: by search, table and load stages.
+        targets: by search stage and the best seed of one: up to how many tokens its factors are good.
         searches: one summary a search stage.
         evaluations: by evaluate stage: its settings and its records.
+        retrievals: by retrieval stage: the same.
     """
 
     model: Llama
     layout: Layout
     documents: dict[str, list[Document]]
+    tokenizer: Tokenizer
     workdir: epath.Path
     trained: dict[str, Trained] = field(default_factory=dict)
-    steps: dict[str, int] = field(default_factory=dict)
+    read_params: dict[str, Callable[[], dict]] = field(default_factory=dict)
     factors: dict[str, RopeFactors | FactorTable] = field(default_factory=dict)
+    targets: dict[str, int] = field(default_factory=dict)
     searches: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, tuple[EvaluationSettings, list[dict[str, Any]]]] = field(default_factory=dict)
+    retrievals: dict[str, tuple[RetrievalSettings, list[dict[str, Any]]]] = field(default_factory=dict)
     _loaded: tuple[str, dict] | None = None
 
     def model_stage(self, name: str) -> str:
@@ -55,13 +62,23 @@ class Carried:
         stage = self.model_stage(stage)
         if self._loaded is None or self._loaded[0] != stage:
             self._loaded = None
-            self._loaded = stage, load_params(self.workdir, stage, self.model, self.layout, self.steps[stage])
+            self._loaded = stage, self.read_params[stage]()
         return self._loaded[1]
 
     def give_away_params(self, stage: str) -> dict:
         """The same to someone who overwrites them: they are not kept here."""
         params, self._loaded = self.params(stage), None
         return params
+
+    def table(self, source: str, model: str) -> FactorTable:
+        """Factors by length: a table or load stage's, a search's for all up to its target; "" for those that a stage's
+        model was last trained with.
+        """
+        if not source:
+            trained = self.trained[self.model_stage(model)]
+            return FactorTable.of({trained.length: trained.factors})
+        found = self.factors[source]
+        return found if isinstance(found, FactorTable) else FactorTable.of({self.targets[source]: found})
 
     def source(self, name: str, model: str, target: int) -> Callable[[int], RopeFactors]:
         """Length (tokens) -> the factors that a source of factors has for it, on a stage's model."""

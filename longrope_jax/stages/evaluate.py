@@ -8,7 +8,7 @@ from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime import records
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.stages.carried import DYNAMIC, Carried
-from longrope_jax.stages.kind import Before, Stage, TableSettings, factors_target, model_stage, sources
+from longrope_jax.stages.kind import Before, LoadSettings, Stage, TableSettings, factors_target, model_stage, sources
 
 
 def _check_evaluate(settings: EvaluationSettings, config: LlamaConfig, before: Before) -> None:
@@ -16,7 +16,7 @@ def _check_evaluate(settings: EvaluationSettings, config: LlamaConfig, before: B
     for name, arm in settings.arms.items():
         model_stage(arm.model, before, f"arms.{name}.model")
         target = factors_target(arm.factors, before, f"arms.{name}.factors", more=(DYNAMIC,))
-        is_table = isinstance(before.get(arm.factors), TableSettings)
+        is_table = isinstance(before.get(arm.factors), TableSettings | LoadSettings)
         if target is not None and (longest > target if is_table else longest != target):
             raise ValueError(
                 f"lengths = {settings.lengths} must end at {target}, which arms.{name}.factors = {arm.factors!r} is "
@@ -24,8 +24,9 @@ def _check_evaluate(settings: EvaluationSettings, config: LlamaConfig, before: B
             )
 
 
-def _check_evaluate_data(settings: EvaluationSettings, config: LlamaConfig, documents) -> None:
-    windows = fixed_windows(documents["evaluation"], max(settings.lengths), settings.documents, settings.seed)
+def _check_evaluate_data(settings: EvaluationSettings, carried: Carried) -> None:
+    documents = carried.documents["evaluation"]
+    windows = fixed_windows(documents, max(settings.lengths), settings.documents, settings.seed)
     if len(set(windows.names)) < 2:
         raise ValueError(
             f"only {windows.names[0]!r} has the {max(settings.lengths) + 1} tokens of a window; intervals need two "

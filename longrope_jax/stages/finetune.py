@@ -1,5 +1,6 @@
 """The stage `finetune`: a model learns a longer window."""
 
+from functools import partial
 from typing import Any
 
 from longrope_jax.data.windows import fixed_windows
@@ -9,6 +10,7 @@ from longrope_jax.runtime.mesh import Layout
 from longrope_jax.stages.carried import Carried, load_stage_factors, save_stage_factors
 from longrope_jax.stages.kind import Before, Stage, factors_target, model_stage, sources
 from longrope_jax.training.finetune import FinetuneSettings, finetune
+from longrope_jax.training.loop import load_params
 
 
 def _check_finetune(settings: FinetuneSettings, config: LlamaConfig, before: Before) -> None:
@@ -22,10 +24,10 @@ def _check_finetune(settings: FinetuneSettings, config: LlamaConfig, before: Bef
         raise ValueError(f"long_share = {settings.long_share} needs a length above the original, {settings.length}")
 
 
-def _check_finetune_data(settings: FinetuneSettings, config: LlamaConfig, documents) -> None:
-    settings.batches(documents["train"], config.original_length)
+def _check_finetune_data(settings: FinetuneSettings, carried: Carried) -> None:
+    settings.batches(carried.documents["train"], carried.tokenizer, carried.model.config.original_length)
     if settings.evaluate_every:
-        fixed_windows(documents["search"], settings.length, settings.held_out_documents, settings.seed)
+        fixed_windows(carried.documents["search"], settings.length, settings.held_out_documents, settings.seed)
 
 
 def _check_finetune_layout(settings: FinetuneSettings, config: LlamaConfig, layout: Layout) -> None:
@@ -46,6 +48,7 @@ def _run_finetune(settings: FinetuneSettings, carried: Carried, name: str) -> di
         factors,
         lambda: carried.give_away_params(start),
         carried.documents,
+        carried.tokenizer,
         carried.workdir,
         name,
     )
@@ -55,7 +58,9 @@ def _run_finetune(settings: FinetuneSettings, carried: Carried, name: str) -> di
 
 def _load_finetune(settings: FinetuneSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
     factors = load_stage_factors(carried, name)
-    carried.steps[name] = settings.steps
+    carried.read_params[name] = partial(
+        load_params, carried.workdir, name, carried.model, carried.layout, settings.steps
+    )
     carried.params(name)
     carried.trained[name] = Trained(settings.length, factors)  # last: a stage that has to run again is no model yet
 

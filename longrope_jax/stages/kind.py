@@ -2,12 +2,56 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from longrope_jax.rope import METHODS
+from longrope_jax.interop import describe_pretrained
+from longrope_jax.model import LlamaConfig
+from longrope_jax.model.attention import BACKENDS
+from longrope_jax.model.config import FLOAT_TYPES
+from longrope_jax.rope import METHODS, FactorTable
 from longrope_jax.search.run import SearchSettings
 from longrope_jax.stages.carried import BEST_SEED, ORIGINAL
 from longrope_jax.training.loop import LoopSettings
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """Whose pretrained model, and how to compute with it. As the first stage it also gives the tokenizer.
+
+    Attributes:
+        path: a Hugging Face folder (config.json, safetensors, tokenizer.json) or a GGUF file. The architecture and the
+            rotation come from there; the stage's name is a source of factors, those by length that it came with.
+        dtype: of activations and matrix products.
+        param_dtype: of parameters, whatever the files have.
+        attention: backend, see `model/attention.py`.
+    """
+
+    path: str
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    attention: str = "blockwise"
+
+    def __post_init__(self):
+        if not self.path:
+            raise ValueError("path is empty; give a Hugging Face folder or a .gguf file")
+        for name, known in (("dtype", FLOAT_TYPES), ("param_dtype", FLOAT_TYPES), ("attention", tuple(BACKENDS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's; raises ValueError where the path holds none that can be loaded."""
+        return self._described[0]
+
+    @property
+    def factors(self) -> FactorTable:
+        """The rotation that the model came with, by length."""
+        return self._described[1]
+
+    @cached_property
+    def _described(self) -> tuple[LlamaConfig, FactorTable]:
+        return describe_pretrained(self.path, dtype=self.dtype, param_dtype=self.param_dtype, attention=self.attention)
 
 
 @dataclass(frozen=True)
@@ -16,9 +60,9 @@ class TableSettings:
 
     Attributes:
         lengths: boundaries, tokens.
-        factors: for every boundary a search stage, the best seed that one started from ("search_best_seed"), "original"
-            for the pretrained rotation, or a method that extends the model to it (up to the length that it was tuned
-            at, any method means the factors it was tuned with).
+        factors: for every boundary a search stage, the best seed that one started from ("search_best_seed"), a load
+            stage for what the model came with, "original" for lam = 1, or a method that extends the model to it (up to
+            the length that it was tuned at, any method means the factors it was tuned with).
         model: the stage whose model the factors are for; "" is the latest before this one.
     """
 
@@ -44,7 +88,7 @@ class Stage:
     Attributes:
         settings: the class of its settings.
         check: (settings, model config, settings of the stages before) -> None, raises if they don't go together.
-        check_data: (settings, model config, documents by split) -> None, raises if the text does not suffice.
+        check_data: (settings, carried) -> None, raises if the text does not suffice.
         check_layout: (settings, model config, layout) -> None, raises if the work can't be spread over the devices.
         run: (settings, carried, name) -> summary, JSON-able, with its seconds; leaves the stage's results on disk.
         load: (settings, carried, name, summary) -> None, hands the results on, whether the stage has just run or did
@@ -67,7 +111,7 @@ def model_stage(name: str, before: Before, field_name: str = "model") -> str:
     Raises:
         ValueError: it names none that makes parameters.
     """
-    makers = [stage for stage, settings in before.items() if isinstance(settings, LoopSettings)]
+    makers = [stage for stage, settings in before.items() if isinstance(settings, LoopSettings | LoadSettings)]
     if name and name not in makers:
         raise ValueError(
             f"{field_name} = {name!r} is no stage before this one that makes parameters; those are {', '.join(makers)}"
@@ -89,11 +133,15 @@ def factors_target(source: str, before: Before, field_name: str, *, more: tuple[
         return settings.target_length
     if isinstance(settings, TableSettings):
         return settings.lengths[-1]
+    if isinstance(settings, LoadSettings):
+        return int(settings.factors.boundaries[-1])
     if source in METHODS or source in (ORIGINAL, *more):
         return None
-    stages = [name for name, s in before.items() if isinstance(s, SearchSettings | TableSettings)]
+    stages = [name for name, s in before.items() if isinstance(s, SearchSettings | TableSettings | LoadSettings)]
     known = ", ".join([*stages, *METHODS, ORIGINAL, *more])
-    raise ValueError(f"{field_name} = {source!r} is neither a search or table stage before this one nor one of {known}")
+    raise ValueError(
+        f"{field_name} = {source!r} is neither a search, table or load stage before this one nor one of {known}"
+    )
 
 
 def sources(names: tuple[str, ...], before: Before) -> list[str]:

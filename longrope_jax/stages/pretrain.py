@@ -1,5 +1,6 @@
 """The stage `pretrain`: a model from scratch."""
 
+from functools import partial
 from typing import Any
 
 from longrope_jax.data.batches import pretraining_batches
@@ -9,6 +10,7 @@ from longrope_jax.rope import Trained, unscaled
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.stages.carried import Carried
 from longrope_jax.stages.kind import Before, Stage
+from longrope_jax.training.loop import load_params
 from longrope_jax.training.pretrain import PretrainSettings, pretrain
 
 
@@ -17,8 +19,9 @@ def _check_pretrain(settings: PretrainSettings, config: LlamaConfig, before: Bef
         raise ValueError(f"model.vocab_size = {config.vocab_size} is below the tokenizer's {ByteTokenizer.vocab_size}")
 
 
-def _check_pretrain_data(settings: PretrainSettings, config: LlamaConfig, documents) -> None:
-    pretraining_batches(documents["train"], config.original_length, settings.batch, settings.seed)
+def _check_pretrain_data(settings: PretrainSettings, carried: Carried) -> None:
+    length = carried.model.config.original_length
+    pretraining_batches(carried.documents["train"], length, settings.batch, settings.seed)
 
 
 def _check_pretrain_layout(settings: PretrainSettings, config: LlamaConfig, layout: Layout) -> None:
@@ -33,7 +36,9 @@ def _run_pretrain(settings: PretrainSettings, carried: Carried, name: str) -> di
 
 def _load_pretrain(settings: PretrainSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
     config = carried.model.config
-    carried.steps[name] = settings.steps
+    carried.read_params[name] = partial(
+        load_params, carried.workdir, name, carried.model, carried.layout, settings.steps
+    )
     carried.params(name)
     carried.trained[name] = Trained(config.original_length, unscaled(config.head_dim))
 

@@ -21,8 +21,8 @@ def _check_search(settings: SearchSettings, config: LlamaConfig, before: Before)
     settings.space(config.original_length)
 
 
-def _check_search_data(settings: SearchSettings, config: LlamaConfig, documents) -> None:
-    fixed_windows(documents["search"], settings.target_length, settings.documents, settings.seed)
+def _check_search_data(settings: SearchSettings, carried: Carried) -> None:
+    fixed_windows(carried.documents["search"], settings.target_length, settings.documents, settings.seed)
 
 
 def _check_search_layout(settings: SearchSettings, config: LlamaConfig, layout: Layout) -> None:
@@ -75,6 +75,7 @@ def _run_search(settings: SearchSettings, carried: Carried, name: str) -> dict[s
 def _load_search(settings: SearchSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
     factors = carried.factors[name] = load_stage_factors(carried, name)
     carried.factors[name + BEST_SEED] = load_stage_factors(carried, name + BEST_SEED)
+    carried.targets |= {name: settings.target_length, name + BEST_SEED: settings.target_length}
     told = {"lam": factors.lam.tolist(), "n_hat": int(factors.n_hat), "mscale": float(factors.mscale)}
     carried.searches.append({"stage": name, **summary, "factors": told})
 

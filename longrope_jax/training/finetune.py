@@ -9,7 +9,7 @@ from etils import epath
 
 from longrope_jax.data.batches import finetuning_batches
 from longrope_jax.data.corpus import Document, tokens_per_byte
-from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.perplexity import by_document, token_nll
 from longrope_jax.model import Llama
@@ -58,16 +58,20 @@ class FinetuneSettings(LoopSettings):
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat = {self.remat!r} must be one of {', '.join(REMAT_POLICIES)}")
 
-    def batches(self, documents: Sequence[Document], original_length: int, share: tuple[int, int] = (0, 1)):
-        """What is trained on; raises ValueError where the text does not suffice."""
+    def batches(
+        self, documents: Sequence[Document], tokenizer: Tokenizer, original_length: int, share: tuple[int, int] = (0, 1)
+    ):
+        """What is trained on; raises ValueError where the text or the tokenizer does not suffice."""
+        if tokenizer.bos is None or tokenizer.eos is None:
+            raise ValueError("segments begin with BOS and end with EOS; the model's tokenizer does not have both")
         return finetuning_batches(
             documents,
             self.length,
             original_length,
             self.batch,
             self.seed,
-            bos=ByteTokenizer.bos,
-            eos=ByteTokenizer.eos,
+            bos=tokenizer.bos,
+            eos=tokenizer.eos,
             packed=self.packed,
             long_share=self.long_share,
             process=share,
@@ -81,6 +85,7 @@ def finetune(
     factors: RopeFactors,
     first_params: Callable[[], dict],
     documents: dict[str, Sequence[Document]],
+    tokenizer: Tokenizer,
     workdir: epath.Path,
     stage: str,
 ) -> float:
@@ -106,7 +111,7 @@ def finetune(
         tuned,
         layout,
         settings,
-        settings.batches(documents["train"], config.original_length, layout.share),
+        settings.batches(documents["train"], tokenizer, config.original_length, layout.share),
         FactorTable.of(entries),
         first_params,
         workdir,

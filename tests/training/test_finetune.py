@@ -11,6 +11,7 @@ import pytest
 
 import longrope_jax as lr
 from longrope_jax.data.corpus import Document
+from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.perplexity import token_nll
 from longrope_jax.rope import RopeFactors, unscaled
@@ -58,7 +59,9 @@ def first_params():
 
 def tune(documents, workdir, layout=None, **changes):
     settings = FinetuneSettings(**{**SETTINGS.__dict__, **changes})
-    finetune(MODEL, layout or Layout(), settings, FACTORS, first_params, documents, workdir, "finetune")
+    finetune(
+        MODEL, layout or Layout(), settings, FACTORS, first_params, documents, ByteTokenizer(), workdir, "finetune"
+    )
 
 
 @pytest.fixture(scope="module")

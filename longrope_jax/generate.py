@@ -1,0 +1,146 @@
+"""Text from a model: a pretrained one by its path, or one that an experiment has made (`--mode=generate`)."""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from longrope_jax import experiment
+from longrope_jax.data.tokenizer import Tokenizer
+from longrope_jax.interop import load_pretrained
+from longrope_jax.model import Llama
+from longrope_jax.model.decode import Sampling, generate
+from longrope_jax.rope import FactorTable, load_table
+from longrope_jax.runtime import processes
+from longrope_jax.runtime.mesh import Layout, MeshSettings
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What is written, and how it is drawn.
+
+    Attributes:
+        prompt_files: a text each; several are one batch.
+        max_new_tokens: at most so many a prompt; less where the model ends its text.
+        sampling: see `Sampling`.
+        seed: of the draws.
+        switch: see `model/decode.py`: "ahead" takes the factors of prompt and new tokens together, "running" those of
+            the length so far.
+    """
+
+    prompt_files: tuple[str, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    switch: str
+
+
+class Writer(NamedTuple):
+    """All that generation needs."""
+
+    model: Llama
+    params: dict
+    tokenizer: Tokenizer
+    table: FactorTable
+    layout: Layout
+
+
+def from_path(path: str, factors: str, mesh: MeshSettings) -> Writer:
+    """A Hugging Face folder or a GGUF file, with the rotation it came with or the table in a file.
+
+    Raises:
+        ValueError: it can't be loaded, or the factors don't fit.
+    """
+    layout = Layout.of(mesh)
+    config, params, tokenizer, table = load_pretrained(path, mesh=layout.mesh)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer")
+    return Writer(Llama(config), params, tokenizer, load_table(factors, config.head_dim) if factors else table, layout)
+
+
+def from_experiment(config: ConfigDict, workdir: epath.PathLike, factors: str, model: str) -> Writer:
+    """The model of a finished stage, with the factors of a table, search or load stage.
+
+    Args:
+        factors: the stage; "" is what the model was last trained with.
+        model: the stage; "" is the latest.
+
+    Raises:
+        ValueError: there is no such stage, or it has not finished.
+    """
+    carried = experiment.reopen(config, workdir)
+    for name, wanted, there in (("model", model, carried.trained), ("factors", factors, carried.factors)):
+        if wanted and wanted not in there:
+            raise ValueError(f"{name} = {wanted!r} is no finished stage of this work directory that has one; those "
+                             f"are {', '.join(there) or 'none'}")  # fmt: skip
+    table = carried.table(factors, model)
+    return Writer(carried.model, carried.params(model), carried.tokenizer, table, carried.layout)
+
+
+def write(writer: Writer, settings: GenerateSettings) -> list[str]:
+    """Generates and prints; one prompt's text appears as it is made. Returns what was added to every prompt.
+
+    Raises:
+        ValueError: a prompt is empty or not there, or is too long for the table of factors.
+    """
+    model, params, tokenizer, table, layout = writer
+    prompts = [_prompt(path, tokenizer) for path in settings.prompt_files]
+    with layout.active():
+        steps = generate(
+            model,
+            params,
+            table,
+            prompts,
+            settings.max_new_tokens,
+            sampling=settings.sampling,
+            stops=tokenizer.stops,
+            seed=settings.seed,
+            switch=settings.switch,
+        )
+        if len(prompts) == 1:
+            return ["".join(_show(_pieces((step[0] for step in steps), tokenizer)))]
+        rows = np.stack(list(steps), axis=1)
+    texts = [tokenizer.decode(row[row >= 0]) for row in rows]
+    _show(f"==> {path} <==\n{text}\n" for path, text in zip(settings.prompt_files, texts, strict=True))
+    return texts
+
+
+def _prompt(path: str, tokenizer: Tokenizer) -> Int[np.ndarray, "tokens"]:
+    try:
+        text = epath.Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"prompt_file = {path!r} can't be read: {error.strerror or error}") from None
+    return tokenizer.encode(text, bos=True, eos=False)
+
+
+def _pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Text as it grows. A character may take several tokens: what may still change is held back.
+
+    All tokens so far are decoded each time, as tokenizers treat the beginning of a text differently.
+    """
+    seen: list[int] = []
+    shown = ""
+    for token in tokens:
+        seen.append(token)
+        text = tokenizer.decode(np.array(seen))
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(np.array(seen, np.int64))[len(shown) :]
+
+
+def _show(texts: Iterable[str]) -> Sequence[str]:
+    """Prints them one after the other as they come, and returns them."""
+    shown = []
+    for text in texts:
+        if processes.is_first():
+            print(text, end="", flush=True)
+        shown.append(text)
+    if processes.is_first():
+        print(file=sys.stdout)
+    return shown

@@ -1,0 +1,70 @@
+"""The stage `load`: a pretrained model from a Hugging Face folder or a GGUF file."""
+
+import time
+from functools import partial
+from typing import Any
+
+import jax
+from etils import epath
+
+from longrope_jax.interop.pretrained import read_params
+from longrope_jax.model import LlamaConfig
+from longrope_jax.rope import Trained
+from longrope_jax.stages.carried import Carried
+from longrope_jax.stages.kind import Before, LoadSettings, Stage, nothing
+
+
+def _check_load(settings: LoadSettings, config: LlamaConfig, before: Before) -> None:
+    if settings.config != config:
+        raise ValueError(f"path = {settings.path!r} holds another architecture than the first stage's model")
+
+
+def _check_load_data(settings: LoadSettings, carried: Carried) -> None:
+    needed, there = carried.tokenizer.vocab_size, carried.model.config.vocab_size
+    if needed > there:
+        raise ValueError(f"path = {settings.path!r}: its tokenizer has {needed} tokens, its embedding only {there}")
+
+
+def _run_load(settings: LoadSettings, carried: Carried, name: str) -> dict[str, Any]:
+    """Reads it once, so that a damaged file stops the experiment here. Nothing is copied."""
+    began = time.monotonic()
+    _register(settings, carried, name)
+    sizes = jax.tree.map(lambda leaf: leaf.size, carried.params(name))
+    return {
+        "path": settings.path,
+        "parameters": sum(jax.tree.leaves(sizes)),
+        "files": _files(settings.path),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def _load_load(settings: LoadSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
+    if summary["files"] != _files(settings.path):
+        raise ValueError(f"{settings.path}: the files are not those that this work directory began with")
+    _register(settings, carried, name)
+
+
+def _register(settings: LoadSettings, carried: Carried, name: str) -> None:
+    table = settings.factors
+    carried.read_params[name] = partial(read_params, settings.path, carried.model.config, carried.layout.mesh)
+    carried.factors[name] = table
+    longest = int(table.boundaries[-1])
+    carried.trained[name] = Trained(longest, table.select(longest))
+
+
+def _files(path: str) -> dict[str, int]:
+    """Bytes by name of the files that hold the weights: enough to notice that they are others."""
+    path = epath.Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return {file.name: file.stat().length for file in files}
+
+
+LOAD = Stage(
+    LoadSettings,
+    _check_load,
+    _check_load_data,
+    nothing,
+    _run_load,
+    _load_load,
+    inputs=lambda settings, before: [],
+)

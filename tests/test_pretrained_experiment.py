@@ -1,0 +1,176 @@
+"""From a model of somebody else to a longer one: load, search, judge, retrieve, and write text with it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from interop.test_pretrained import CONFIG, to_huggingface, write
+from ml_collections import ConfigDict
+from tokenizers import decoders, pre_tokenizers
+
+import longrope_jax as lr
+from longrope_jax import experiment, generate
+from longrope_jax.evaluation.retrieval import RetrievalSettings
+from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.experiment import DataSettings
+from longrope_jax.model.decode import complete
+from longrope_jax.model.sampling import Sampling
+from longrope_jax.runtime.mesh import MeshSettings
+from longrope_jax.search.evolution import EvolutionSettings
+from longrope_jax.search.run import SearchSettings
+from longrope_jax.settings import section
+from longrope_jax.stages import LoadSettings, TableSettings
+from longrope_jax.training.step import init_params
+
+L, TARGET = 64, 512
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model that reads bytes, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    config = {**CONFIG, "vocab_size": len(vocab), "bos_token_id": 0, "eos_token_id": 1}
+    model = lr.LlamaConfig(len(vocab), 16, 20, 3, 4, 2, 8, L)
+    write(folder, config, to_huggingface(jax.tree.map(np.asarray, init_params(lr.Llama(model), 0))))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for k in range(12):
+        (folder / f"{k}.txt").write_text(f"Text {k}: " + "the quick brown fox, and a lazy dog. " * 30)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint, text):
+    arms = {"unscaled": Arm("unscaled"), "as_loaded": Arm("table"), "longrope": Arm("search")}
+    sections = dict(
+        load=LoadSettings(path=str(checkpoint)),
+        search=SearchSettings(
+            target_length=TARGET,
+            documents=1,
+            evolution=EvolutionSettings(population=6, mutations=2, crossovers=2, parents=3, iterations=1),
+        ),
+        table=TableSettings(lengths=(L, TARGET), factors=("load", "search")),
+        evaluate=EvaluationSettings(lengths=(L, TARGET), documents=2, arms=arms),
+        retrieval=RetrievalSettings(lengths=(TARGET,), arms={"longrope": Arm("table")}, tries=2, prompts_at_once=2),
+        data=DataSettings(folder=str(text)),
+    )
+    stages = tuple(name for name in sections if name != "data")
+    return ConfigDict(dict(stages=stages, **{name: section(settings) for name, settings in sections.items()}))
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("workdir")
+    experiment.run(config, path)
+    return path
+
+
+def test_a_loaded_model_goes_through_all_stages(workdir, checkpoint):
+    content = json.loads((workdir / "report.json").read_text())
+    assert set(content["perplexity"][str(TARGET)]) == {"unscaled", "as_loaded", "longrope"}
+    entry = content["retrieval"]["retrieval"]["accuracy"]["longrope"][str(TARGET)]
+    assert entry["tries"] == 2 and 0 <= entry["hits"] <= 2
+    report = (workdir / "report.md").read_text()
+    assert "## Retrieval: retrieval, passkey" in report and (workdir / "figures" / "retrieval.png").exists()
+    # The table's short entry is what the model came with, so at L nothing has changed.
+    assert content["perplexity"][str(L)]["as_loaded"] == content["perplexity"][str(L)]["unscaled"]
+    summary = json.loads((workdir / "stages" / "load.json").read_text())
+    assert summary["files"] == {"model.safetensors": (checkpoint / "model.safetensors").stat().st_size}
+
+
+def test_it_is_not_done_twice(config, workdir):
+    before = (workdir / "retrieval.jsonl").read_text(), (workdir / "search.jsonl").read_text()
+    experiment.run(config, workdir)
+    assert before == ((workdir / "retrieval.jsonl").read_text(), (workdir / "search.jsonl").read_text())
+
+
+def test_the_model_is_the_checkpoint_s_not_the_config_s(config):
+    with_model = ConfigDict(config.to_dict() | {"model": section(lr.LlamaConfig.preset("tiny"))})
+    with pytest.raises(ValueError, match="config.model: the model is the one that config.load.path holds"):
+        experiment.parse_experiment(with_model)
+
+
+@pytest.mark.parametrize(
+    ("path", "told"), [("/nowhere", "config.load: .*does not exist"), ("", "config.load: path is empty")]
+)
+def test_a_bad_path_is_told_before_any_work(config, path, told):
+    changed = ConfigDict(config.to_dict())
+    changed.load.path = path
+    with pytest.raises(ValueError, match=told):
+        experiment.parse_experiment(changed)
+
+
+def settings_for(*prompts, **changes):
+    return generate.GenerateSettings(
+        **{**dict(prompt_files=prompts, max_new_tokens=12, sampling=Sampling(), seed=0, switch="ahead"), **changes}
+    )
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    texts = {"a.txt": "The quick brown", "b.txt": "A lazy dog. " * 20}
+    for name, content in texts.items():
+        (tmp_path / name).write_text(content)
+    return [str(tmp_path / name) for name in texts]
+
+
+def test_text_is_written_from_a_path_and_from_a_work_directory(config, checkpoint, workdir, prompts, capsys):
+    loaded = generate.from_path(str(checkpoint), "", MeshSettings())
+    reopened = generate.from_experiment(config, workdir, "table", "")
+    short = prompts[:1]
+    (from_path,) = generate.write(loaded, settings_for(*short))
+    assert capsys.readouterr().out == from_path + "\n"
+    # 28 tokens are below L, where both have the factors that the model came with.
+    assert generate.write(reopened, settings_for(*short)) == [from_path]
+    both = generate.write(reopened, settings_for(*prompts))
+    assert both[0] == from_path
+    tokens = loaded.tokenizer.encode(Path(prompts[1]).read_text(), eos=False)
+    (wanted,) = complete(reopened.model, reopened.params, reopened.table, [tokens], 12, stops=loaded.tokenizer.stops)
+    assert both[1] == loaded.tokenizer.decode(wanted)
+    assert f"==> {prompts[1]} <==\n{both[1]}" in capsys.readouterr().out
+
+
+def test_what_can_t_be_written_is_told(config, checkpoint, workdir, prompts):
+    loaded = generate.from_path(str(checkpoint), "", MeshSettings())
+    with pytest.raises(ValueError, match="241 tokens and max_new_tokens = 12 make 253; .* ends at 64"):
+        generate.write(loaded, settings_for(prompts[1]))
+    with pytest.raises(ValueError, match="prompt_file = '/nowhere' can't be read"):
+        generate.write(loaded, settings_for("/nowhere"))
+    with pytest.raises(ValueError, match="factors = 'other' is no finished stage .* those are load, search"):
+        generate.from_experiment(config, workdir, "other", "")
+
+
+def test_pieces_are_whole_characters(checkpoint):
+    tokenizer = generate.from_path(str(checkpoint), "", MeshSettings()).tokenizer
+    tokens = tokenizer.encode("aé€", bos=False, eos=False)
+    assert list(generate._pieces(tokens, tokenizer)) == ["a", "é", "€", ""]
+
+
+def test_the_command_line_writes_and_explains(checkpoint, prompts):
+    command = [sys.executable, "-m", "longrope_jax.main", "--mode=generate"]
+
+    def run(*arguments):
+        return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    found = run(f"--pretrained={checkpoint}", f"--prompt_file={prompts[0]}", "--max_new_tokens=5")
+    assert found.returncode == 0 and found.stdout.endswith("\n") and len(found.stdout) > 1
+    missing = run(f"--pretrained={checkpoint}")
+    assert missing.returncode == 2 and missing.stderr.strip().endswith("--mode=generate needs --prompt_file")
