@@ -83,6 +83,12 @@ def test_likelihoods():
         assert result[1] == best
 
 
+def test_a_text_may_begin_without_bos():
+    model = HarnessModel(MODEL, make_params(), TOKENIZER, TABLE, bos=False)
+    [(found, _)] = model.loglikelihood([request("loglikelihood", "a question?", " an answer")], disable_tqdm=True)
+    np.testing.assert_allclose(found, direct([*b"a question? an answer"], 10)[0], rtol=1e-5)
+
+
 def test_whole_texts_in_windows():
     text = "".join(chr(97 + i % 26) for i in range(150))
     tokens = [256, *text.encode()]

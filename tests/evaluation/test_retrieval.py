@@ -146,8 +146,7 @@ def test_a_run_that_is_asked_to_stop_keeps_what_it_has(calls, tmp_path, monkeypa
     assert len(records.read(tmp_path / "retrieval.jsonl")) == 1
 
 
-@pytest.mark.parametrize("axes", ["data:1", "data:2"])
-def test_with_a_model(axes, tmp_path):
+def test_with_a_model_on_a_mesh(tmp_path):
     model = Llama(
         LlamaConfig(
             vocab_size=258, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=1, num_kv_heads=1,
@@ -158,7 +157,7 @@ def test_with_a_model(axes, tmp_path):
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((2, 4), np.int32), factors)["params"]
     settings = RetrievalSettings(lengths=(300,), arms={"good": Arm("linear")}, tries=3, prompts_at_once=2)
     subject = Subject(lambda: params, lambda length: factors)
-    [record] = run(tmp_path, settings, {"good": subject}, model, Layout.of(MeshSettings(axes)))
+    [record] = run(tmp_path, settings, {"good": subject}, model, Layout.of(MeshSettings("data:2")))
     prompts = [prompt.tokens for prompt in make_prompts(settings, TOKENIZER, DOCUMENTS, 300, None)]
     new = 300 - len(prompts[0])
     expected = complete(model, params, FactorTable.of({300: factors}), prompts[:2], new, stops=TOKENIZER.stops)
