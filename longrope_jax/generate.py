@@ -14,7 +14,7 @@ from longrope_jax import experiment
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.interop import load_pretrained
 from longrope_jax.model import Llama
-from longrope_jax.model.decode import Sampling, generate
+from longrope_jax.model.decode import Sampling, complete, generate
 from longrope_jax.rope import FactorTable, load_table
 from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import Layout, MeshSettings
@@ -90,22 +90,13 @@ def write(writer: Writer, settings: GenerateSettings) -> list[str]:
     """
     model, params, tokenizer, table, layout = writer
     prompts = [_prompt(path, tokenizer) for path in settings.prompt_files]
+    options = dict(sampling=settings.sampling, stops=tokenizer.stops, seed=settings.seed, switch=settings.switch)
     with layout.active():
-        steps = generate(
-            model,
-            params,
-            table,
-            prompts,
-            settings.max_new_tokens,
-            sampling=settings.sampling,
-            stops=tokenizer.stops,
-            seed=settings.seed,
-            switch=settings.switch,
-        )
         if len(prompts) == 1:
+            steps = generate(model, params, table, prompts, settings.max_new_tokens, **options)
             return ["".join(_show(_pieces((step[0] for step in steps), tokenizer)))]
-        rows = np.stack(list(steps), axis=1)
-    texts = [tokenizer.decode(row[row >= 0]) for row in rows]
+        rows = complete(model, params, table, prompts, settings.max_new_tokens, **options)
+    texts = [tokenizer.decode(row) for row in rows]
     _show(f"==> {path} <==\n{text}\n" for path, text in zip(settings.prompt_files, texts, strict=True))
     return texts
 
