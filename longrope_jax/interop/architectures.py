@@ -7,10 +7,9 @@ from absl import logging
 
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, from_huggingface
+from longrope_jax.rope.huggingface import rope_type
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM")
-# What the model can't do otherwise, with the one value (or nothing) that a config may have.
-_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
 _SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -18,6 +17,17 @@ _SIZES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
+_ORIGINAL = "original_max_position_embeddings"
+_WITH_ORIGINAL = ("llama3", "yarn", "longrope")
+
+
+class Rotation(NamedTuple):
+    """The rotation: factors by length, D, rope_theta, and the context before any extension (tokens)."""
+
+    table: FactorTable
+    head_dim: int
+    base: float
+    original_length: int
 
 
 class Origin(NamedTuple):
@@ -44,40 +54,46 @@ def parse_config(config: Mapping[str, Any], **changes: str) -> tuple[LlamaConfig
     Raises:
         ValueError: lists all that is unsupported, missing or makes no sense.
     """
-    problems = []
-    architectures = config.get("architectures") or [None]
-    if architectures[0] not in ARCHITECTURES:
+    problems: list[str] = []
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or architectures[0] not in ARCHITECTURES:
         problems.append(f"architectures = {architectures} is not supported; known are {', '.join(ARCHITECTURES)}")
-    rope = _rope(config)
-    for name, wanted in _FIXED.items():
-        value = config.get(name, rope.get(name))
-        if value is not None and value != wanted:
-            problems.append(f"{name} = {value!r} is not supported, only {wanted!r} is")
+    for name, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        problems += _unsupported(config, name, wanted)
     if config.get("quantization_config"):
         problems.append("quantization_config: quantised weights are not supported")
-    sizes = {}
-    for ours, theirs in {**_SIZES, "original_length": "max_position_embeddings"}.items():
-        sizes[ours] = config.get(theirs)
-        if not isinstance(sizes[ours], int) or isinstance(sizes[ours], bool) or sizes[ours] < 1:
-            problems.append(f"{theirs} = {sizes[ours]!r} must be a positive whole number")
-    if problems:
-        raise ValueError("; ".join(problems))
-    max_length = sizes.pop("original_length")
-    head_dim = config.get("head_dim") or sizes["hidden_size"] // sizes["num_heads"]
-    base = float(rope.get("rope_theta", 10000.0))
-    table = from_huggingface(rope, head_dim, base, max_length)
-    _tell_of_window(config.get("sliding_window"), max_length)
+    sizes = {ours: _size(config, theirs, problems) for ours, theirs in _SIZES.items()}
+    sizes["num_kv_heads"] = _size(config, "num_key_value_heads", problems, sizes["num_heads"] or 1)
+    if not _is_number(config.get("rms_norm_eps")):
+        problems.append(f"rms_norm_eps = {config.get('rms_norm_eps')!r} must be a positive number")
+    tied = config.get("tie_word_embeddings")
+    if tied not in (None, True, False):
+        problems.append(f"tie_word_embeddings = {tied!r} must be true or false")
+    rotation = _rotation(config, problems)
+    _refuse(problems)
+    _tell_of_window(config.get("sliding_window"), int(rotation.table.boundaries[-1]))
     model = LlamaConfig(
         **sizes,
-        num_kv_heads=config.get("num_key_value_heads") or sizes["num_heads"],
-        head_dim=head_dim,
-        original_length=int(rope.get("original_max_position_embeddings") or max_length),
-        rope_theta=base,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        head_dim=rotation.head_dim,
+        original_length=rotation.original_length,
+        rope_theta=rotation.base,
+        norm_eps=float(config["rms_norm_eps"]),
+        tie_embeddings=bool(tied),
         **changes,
     )
-    return model, table
+    return model, rotation.table
+
+
+def parse_rotation(config: Mapping[str, Any]) -> Rotation:
+    """What config.json says of the rotation alone; any architecture will do.
+
+    Raises:
+        ValueError: lists all that is unsupported, missing or makes no sense.
+    """
+    problems: list[str] = []
+    rotation = _rotation(config, problems)
+    _refuse(problems)
+    return rotation
 
 
 def origins(config: LlamaConfig, fused: bool) -> dict[str, Origin]:
@@ -122,17 +138,74 @@ def _in_layer(name: str) -> str:
     return f"model.layers.{{}}.{name}.weight"
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything about the rotation in the new spelling: what was beside `rope_scaling` is inside."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    for name in ("rope_theta", "original_max_position_embeddings"):
-        if rope.get(name) is None and config.get(name) is not None:
-            rope[name] = config[name]
+def _unsupported(config: Mapping[str, Any], name: str, wanted: Any) -> list[str]:
+    """What the model can't do otherwise: a problem where a config has another value."""
+    value = config.get(name)
+    return [] if value in (None, wanted) else [f"{name} = {value!r} is not supported, only {wanted!r} is"]
+
+
+def _rotation(config: Mapping[str, Any], problems: list[str]) -> Rotation | None:
+    """None, and more problems, where there are any (or were before)."""
+    max_length = _size(config, "max_position_embeddings", problems)
+    hidden, heads = (_size(config, name, problems) for name in ("hidden_size", "num_attention_heads"))
+    head_dim = _size(config, "head_dim", problems, hidden // heads if hidden and heads else 2)
+    if head_dim is not None and head_dim % 2:
+        problems.append(f"head_dim = {head_dim} must be even: rotary embedding turns pairs")
+    rope = _rope(config)
+    if not isinstance(rope, Mapping):
+        problems.append(f"rope_parameters = {rope!r} must be an object")
+        return None
+    for place in (config, rope):
+        problems += _unsupported(place, "partial_rotary_factor", 1.0)
+    original = _size(rope, _ORIGINAL, problems, max_length or 1)
+    base = rope.get("rope_theta", 10000.0)
+    if not _is_number(base) or not base > 1:
+        problems.append(f"rope_theta = {base!r} must be a number above 1")
+    if problems:
+        return None
+    try:
+        return Rotation(from_huggingface(rope, head_dim, float(base), max_length), head_dim, float(base), original)
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+
+
+def _rope(config: Mapping[str, Any]) -> Any:
+    """Everything about the rotation in the new spelling: what was beside `rope_scaling` is inside. Where a number is at
+    both places, which one counts is as in Transformers.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        return rope
+    beside = {name: config[name] for name in ("rope_theta", _ORIGINAL) if config.get(name) is not None}
+    rope = beside | {name: value for name, value in rope.items() if value is not None}
+    if rope_type(rope) in _WITH_ORIGINAL and _ORIGINAL in beside:
+        rope[_ORIGINAL] = beside[_ORIGINAL]
     return rope
 
 
-def _tell_of_window(window: int | None, max_length: int) -> None:
-    if window and window < max_length:
+def _size(config: Mapping[str, Any], name: str, problems: list[str], default: int | None = None) -> int | None:
+    """A positive whole number of a config; None, and a problem more, where it is none."""
+    value = config.get(name)
+    value = default if value is None else value
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31:
+        return value
+    problems.append(f"{name} = {value!r} must be a positive whole number")
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+
+
+def _refuse(problems: list[str]) -> None:
+    """Raises with all of them, each once."""
+    if problems:
+        raise ValueError("; ".join(dict.fromkeys(problems)))
+
+
+def _tell_of_window(window: Any, max_length: int) -> None:
+    if isinstance(window, int) and 0 < window < max_length:
         logging.warning(
             "sliding_window = %d of %d: attention is full here; up to %d tokens that is the same", window, max_length,
             window,

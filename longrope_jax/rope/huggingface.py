@@ -16,7 +16,7 @@ def from_huggingface(parameters: Mapping[str, Any] | None, head_dim: int, base: 
     """The factors that a config's `rope_parameters`, or the older `rope_scaling`, stands for.
 
     Types as Transformers defines them: default, linear, llama3, yarn, and longrope (once "su"), which has two entries:
-    the short factors up to and including `original_max_position_embeddings`, the long ones beyond.
+    the short factors up to and including `original_max_position_embeddings`, the long ones beyond (where there is any).
 
     Args:
         parameters: None, or with "rope_type" (once "type") and what that type needs.
@@ -28,6 +28,8 @@ def from_huggingface(parameters: Mapping[str, Any] | None, head_dim: int, base: 
         ValueError: an unknown type, or a number that is missing or makes no sense.
     """
     parameters = parameters or {}
+    if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
+        raise ValueError("rope_parameters must be one object for all layers, of numbers and lists")
     kind = rope_type(parameters)
     if kind not in TYPES:
         raise ValueError(f"rope_type = {kind!r} is not supported; known are {', '.join(TYPES)}")
@@ -35,10 +37,10 @@ def from_huggingface(parameters: Mapping[str, Any] | None, head_dim: int, base: 
         return FactorTable.of({max_length: unscaled(head_dim)})
     if kind == "longrope":
         return _longrope(parameters, head_dim, max_length)
-    scale = _number(parameters, "factor")
     if kind == "linear":
-        return FactorTable.of({max_length: linear(head_dim, scale)})
-    original = int(_number(parameters, "original_max_position_embeddings"))
+        return FactorTable.of({max_length: linear(head_dim, _number(parameters, "factor"))})
+    original = _original(parameters)
+    scale = _number(parameters, "factor", max_length / original if kind == "yarn" else None)
     if kind == "llama3":
         ramp = {name: _number(parameters, name) for name in ("low_freq_factor", "high_freq_factor")}
         return FactorTable.of({max_length: llama3(head_dim, scale, base, original, **ramp)})
@@ -61,31 +63,38 @@ def to_huggingface(table: FactorTable, original_length: int) -> dict[str, Any]:
     """
     lost = not_carried(table)
     if lost:
-        raise ValueError(f"Hugging Face's rope_parameters can't carry {'; '.join(lost)}")
+        raise ValueError(f"Hugging Face's rope_parameters can't carry {'; '.join(lost.values())}")
     lam = np.asarray(table.factors.lam, np.float32)
     boundaries = np.asarray(table.boundaries)
     original = int(boundaries[0]) if len(boundaries) > 1 else min(original_length, int(boundaries[0]))
-    return {
+    scale, mscale = int(boundaries[-1]) / original, float(table.factors.mscale[-1])
+    parameters = {
         "rope_type": "longrope",
         "short_factor": [float(value) for value in lam[0]],
         "long_factor": [float(value) for value in lam[-1]],
-        "factor": int(boundaries[-1]) / original,
+        "factor": scale,
         "original_max_position_embeddings": original,
-        "attention_factor": float(table.factors.mscale[-1]),
+        "attention_factor": mscale,
     }
+    if np.float32(mscale) != np.float32(longrope_mscale(scale, original)):
+        # vLLM and mlx-lm know the temperature by these names only, and have a default where they are missing.
+        parameters |= {"short_mscale": mscale, "long_mscale": mscale}
+    return parameters
 
 
-def not_carried(table: FactorTable) -> list[str]:
-    """What of a table has no place in `rope_parameters`, in words; nothing if it can be carried whole."""
-    lost = []
+def not_carried(table: FactorTable) -> dict[str, str]:
+    """What of a table has no place in `rope_parameters`: in words, by `start_tokens`, `lengths` and `temperatures`;
+    nothing if it can be carried whole.
+    """
+    lost = {}
     n_hat, mscale = np.asarray(table.factors.n_hat), np.asarray(table.factors.mscale, np.float32)
     if n_hat.any():
-        lost.append(f"start tokens (n_hat = {', '.join(map(str, n_hat))})")
+        lost["start_tokens"] = f"start tokens (n_hat = {', '.join(map(str, n_hat))})"
     if len(table.boundaries) > 2:
-        told = ", ".join(str(boundary) for boundary in table.boundaries)
-        lost.append(f"more than two lengths ({told})")
+        lost["lengths"] = f"more than two lengths ({', '.join(map(str, np.asarray(table.boundaries)))})"
     if len(set(mscale.tolist())) > 1:
-        lost.append(f"temperatures that differ by length (mscale = {', '.join(f'{value:g}' for value in mscale)})")
+        told = ", ".join(f"{value:g}" for value in mscale)
+        lost["temperatures"] = f"temperatures that differ by length (mscale = {told})"
     return lost
 
 
@@ -105,24 +114,25 @@ def two_lengths(table: FactorTable, original_length: int) -> FactorTable:
 
 def rope_type(parameters: Mapping[str, Any]) -> str:
     """The type under its present name."""
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    return {"su": "longrope", None: "default"}.get(kind, kind)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "su" or (kind == "yarn" and parameters.get("short_factor") is not None):
+        return "longrope"  # as Phi-3's first files called it
+    return kind
 
 
 def _longrope(parameters: Mapping[str, Any], head_dim: int, max_length: int) -> FactorTable:
-    original = int(_number(parameters, "original_max_position_embeddings"))
+    original = _original(parameters)
     scale = _number(parameters, "factor", max_length / original)
     mscale = np.float32(_number(parameters, "attention_factor", longrope_mscale(scale, original)))
-    entries = {}
-    for boundary, name in ((original, "short_factor"), (max_length, "long_factor")):
+    found = {}
+    for name in ("short_factor", "long_factor"):
         lam = parameters.get(name)
         if not isinstance(lam, list | tuple) or len(lam) != head_dim // 2 or not all(map(_is_number, lam)):
             raise ValueError(f"{name} must be a list of {head_dim // 2} numbers, half of the head dimension")
-        entries[boundary] = RopeFactors(np.asarray(lam, np.float32), np.int32(0), mscale)
-    if original >= max_length:
-        raise ValueError(f"original_max_position_embeddings = {original} must be below max_position_embeddings = "
-                         f"{max_length}, up to which the long factors are used")  # fmt: skip
-    return FactorTable.of(entries)
+        found[name] = RopeFactors(np.asarray(lam, np.float32), np.int32(0), mscale)
+    if original >= max_length:  # no sequence is long
+        return FactorTable.of({max_length: found["short_factor"]})
+    return FactorTable.of({original: found["short_factor"], max_length: found["long_factor"]})
 
 
 def _yarn_mscale(parameters: Mapping[str, Any], scale: float) -> float:
@@ -138,6 +148,13 @@ def _yarn_mscale(parameters: Mapping[str, Any], scale: float) -> float:
     return temperature(1)
 
 
+def _original(parameters: Mapping[str, Any]) -> int:
+    value = _number(parameters, "original_max_position_embeddings")
+    if value % 1:
+        raise ValueError(f"original_max_position_embeddings = {value} must be a whole number of tokens")
+    return int(value)
+
+
 def _number(parameters: Mapping[str, Any], name: str, default: float | None = None) -> float:
     value = parameters.get(name)
     if value is None and default is not None:
@@ -148,4 +165,4 @@ def _number(parameters: Mapping[str, Any], name: str, default: float | None = No
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31

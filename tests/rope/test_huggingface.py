@@ -43,9 +43,9 @@ def test_one_set_of_factors_serves_all_lengths():
 
 
 LOST = {
-    "start tokens": ({L: unscaled(D), 8 * L: factors(LONG, 4)}, r"start tokens \(n_hat = 0, 4\)"),
+    "start_tokens": ({L: unscaled(D), 8 * L: factors(LONG, 4)}, r"start tokens \(n_hat = 0, 4\)"),
     "lengths": ({L: unscaled(D), 2 * L: unscaled(D), 8 * L: factors(LONG)}, r"more than two lengths \(64, 128, 512\)"),
-    "temperature": ({L: unscaled(D), 8 * L: factors(LONG, 0, 1.2)}, r"temperatures .*\(mscale = 1, 1.2\)"),
+    "temperatures": ({L: unscaled(D), 8 * L: factors(LONG, 0, 1.2)}, r"temperatures .*\(mscale = 1, 1.2\)"),
 }
 
 
@@ -53,7 +53,7 @@ LOST = {
 def test_what_can_t_be_carried_is_never_dropped_in_silence(lost):
     entries, told = LOST[lost]
     table = FactorTable.of(entries)
-    assert len(not_carried(table)) == 1
+    assert list(not_carried(table)) == [lost]
     with pytest.raises(ValueError, match=told):
         to_huggingface(table, L)
 
@@ -83,6 +83,46 @@ def test_longrope_s_temperature_follows_from_the_scale_where_it_is_not_given():
     np.testing.assert_allclose(found.factors.mscale, mscale_su(8, 64), rtol=1e-6)
 
 
+def test_yarn_s_scale_follows_from_the_lengths_where_it_is_not_given():
+    found = from_huggingface({"rope_type": "yarn", "original_max_position_embeddings": 64}, 16, 1e4, 1024)
+    np.testing.assert_allclose(found.factors.lam[0], lam_yarn(16, 1e4, 16.0, 64), rtol=1e-6)
+    np.testing.assert_allclose(found.factors.mscale, mscale_yarn(16.0), rtol=1e-6)
+
+
+SU = {"type": "su", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": LONG.tolist()}
+
+
+@pytest.mark.parametrize("original", [64, 128])
+def test_longrope_without_room_for_long_sequences_has_short_factors_alone(original):
+    found = from_huggingface({**SU, "original_max_position_embeddings": original}, D, 1e4, 64)
+    np.testing.assert_array_equal(found.boundaries, [64])
+    np.testing.assert_array_equal(found.factors.lam, np.float32([SU["short_factor"]]))
+    np.testing.assert_array_equal(found.factors.mscale, [1.0])
+
+
+def test_a_type_that_is_nothing_is_not_given():
+    found = from_huggingface({"rope_type": None, "type": "linear", "factor": 2.0}, D, 1e4, 64)
+    np.testing.assert_array_equal(found.factors.lam, [[2.0] * 4])
+    np.testing.assert_array_equal(from_huggingface({"type": None}, D, 1e4, 64).factors.lam, [[1.0] * 4])
+
+
+def test_yarn_with_lists_of_factors_is_what_phi_3_once_called_longrope():
+    parameters = {**SU, "original_max_position_embeddings": 16}
+    as_su, as_yarn = (from_huggingface({**parameters, "type": kind}, D, 1e4, 64) for kind in ("su", "yarn"))
+    np.testing.assert_array_equal(as_yarn.factors.lam, as_su.factors.lam)
+    np.testing.assert_array_equal(as_yarn.factors.mscale, as_su.factors.mscale)
+
+
+@pytest.mark.parametrize(("mscale", "is_told"), [(1.2, True), (mscale_su(8, L), False)])
+def test_a_temperature_of_its_own_is_told_under_the_names_of_other_readers_too(mscale, is_told):
+    """They have the formula as their default, and know no attention_factor."""
+    table = FactorTable.of({L: factors(np.ones(4), 0, mscale), 8 * L: factors(LONG, 0, mscale)})
+    parameters = to_huggingface(table, L)
+    told = {name: parameters[name] for name in ("short_mscale", "long_mscale") if name in parameters}
+    assert told == (dict.fromkeys(["short_mscale", "long_mscale"], parameters["attention_factor"]) if is_told else {})
+    assert np.float32(parameters["attention_factor"]) == np.float32(mscale)
+
+
 WRONG = {
     "type": ({"rope_type": "dynamic", "factor": 2.0}, "rope_type = 'dynamic' is not supported; known are default"),
     "no factor": ({"rope_type": "linear"}, "factor = None must be a positive number for rope_type = 'linear'"),
@@ -101,9 +141,16 @@ WRONG = {
         },
         "short_factor must be a list of 4 numbers",
     ),
-    "no room": (
-        {"type": "su", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4, "original_max_position_embeddings": 64},
-        "original_max_position_embeddings = 64 must be below max_position_embeddings = 64",
+    "layers": ({"full_attention": {"rope_type": "default"}}, "one object for all layers"),
+    "list": ([1.0], "must be one object"),
+    "huge": ({"rope_type": "linear", "factor": 10**400}, "factor = 10+ must be a positive number"),
+    "half a token": (
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0.5},
+        "original_max_position_embeddings = 0.5 must be a whole number",
+    ),
+    "no factor of llama3": (
+        {"rope_type": "llama3", "original_max_position_embeddings": 8},
+        "factor = None must be a positive number for rope_type = 'llama3'",
     ),
 }
 
