@@ -1,12 +1,16 @@
 """Pretrained models: a Hugging Face folder or a GGUF file -> config, parameters, tokenizer and factors by length."""
 
 import json
+import math
+import mmap
+from collections.abc import Iterator
 from functools import partial
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
@@ -25,6 +29,8 @@ from longrope_jax.runtime import processes
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _BUFFER = "rotary_emb.inv_freq"  # computed, not learned; old files have it
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_AT_ONCE = 1 << 22  # numbers that are read at a time, beside what they are put into
 
 
 class Pretrained(NamedTuple):
@@ -84,6 +90,14 @@ def load_tokenizer(path: epath.PathLike) -> SubwordTokenizer:
     return tokenizer
 
 
+def stored_dtype(path: epath.PathLike) -> str:
+    """The `param_dtype` that keeps every number of a checkpoint: bfloat16 where all tensors are, else float32."""
+    _, make_source = _open(epath.Path(path))
+    tensors = make_source().shapes().items()
+    dtypes = {str(dtype) for name, (_, dtype) in tensors if not name.endswith(_BUFFER)}
+    return "bfloat16" if dtypes == {"bfloat16"} else "float32"
+
+
 def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = None) -> dict:
     """The parameters alone, for the config that `describe_pretrained` gives.
 
@@ -97,7 +111,7 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
         check_mesh(config, dict(mesh.shape))
     source = make_source()
     wanted = origins(config, fused=(content.get("architectures") or [""])[0] == "Phi3ForCausalLM")
-    problems = _problems(config, wanted, source)
+    problems = _problems(config, wanted, source) or _other_head(config, source)
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
     model = Llama(config)
@@ -163,8 +177,8 @@ def _problems(config: LlamaConfig, wanted: dict[str, Origin], source: TensorSour
     }
     there = {name: kind for name, kind in source.shapes().items() if not name.endswith(_BUFFER)}
     unexpected = sorted(there.keys() - expected.keys())
-    if config.tie_embeddings and "lm_head.weight" in unexpected:
-        unexpected.remove("lm_head.weight")  # some files repeat the embedding there
+    if config.tie_embeddings and _HEAD in unexpected:
+        unexpected.remove(_HEAD)  # some files repeat the embedding there
     found = {"missing": sorted(expected.keys() - there.keys()), "unexpected": unexpected}
     problems = [f"{len(names)} {kind} tensors: {', '.join(names)}" for kind, names in found.items() if names]
     for name in sorted(expected.keys() & there.keys()):
@@ -176,20 +190,52 @@ def _problems(config: LlamaConfig, wanted: dict[str, Origin], source: TensorSour
     return problems
 
 
+def _other_head(config: LlamaConfig, source: TensorSource) -> list[str]:
+    """A head that is there although it is tied has to be the embedding."""
+    shapes = source.shapes()
+    if not config.tie_embeddings or _HEAD not in shapes:
+        return []
+    whole = tuple(slice(0, size) for size in shapes[_EMBEDDING][0])
+    if shapes[_HEAD] == shapes[_EMBEDDING] and all(
+        np.array_equal(source.read(_HEAD, rows), source.read(_EMBEDDING, rows)) for rows in _row_blocks(whole)
+    ):
+        return []
+    return [f"{_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings = True; with false, both are used"]
+
+
 def _place(source: TensorSource, name: str, origin: Origin, like: jax.ShapeDtypeStruct, sharding: Sharding) -> Array:
     """A tensor on its devices, each of which asks for its part; our matrices are [in, out] but for the embedding."""
-    is_transposed = len(like.shape) == 2 and origin.tensor != "model.embed_tokens.weight"
+    is_transposed = len(like.shape) == 2 and origin.tensor != _EMBEDDING
+    first_row = 0 if origin.rows is None else origin.rows[0]
 
     def part(index):
-        slices = [slice(*where.indices(size)) for where, size in zip(index, like.shape, strict=True)]
-        slices = slices[::-1] if is_transposed else slices
-        if origin.rows is not None:
-            first = origin.rows[0]
-            slices[0] = slice(slices[0].start + first, slices[0].stop + first)
-        found = source.read(name, tuple(slices))
-        return (found.T if is_transposed else found).astype(like.dtype)
+        where = [slice(*axis.indices(size)) for axis, size in zip(index, like.shape, strict=True)]
+        found = _memory(tuple(axis.stop - axis.start for axis in where), like.dtype)
+        as_stored = found.T if is_transposed else found
+        rows, *columns = where[::-1] if is_transposed else where
+        start = first_row + rows.start
+        # Cast and transposed a few rows at a time: in whole it would be in memory twice.
+        for block, *rest in _row_blocks((slice(start, first_row + rows.stop), *columns)):
+            as_stored[block.start - start : block.stop - start] = source.read(name, (block, *rest))
+        return found
 
     return jax.make_array_from_callback(like.shape, sharding, part)
+
+
+def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Pages of its own: freed, they are the system's again at once (malloc holds on to tens of MB), and a CPU device
+    takes them over without a copy.
+    """
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype).reshape(shape)
+
+
+def _row_blocks(slices: tuple[slice, ...]) -> Iterator[tuple[slice, ...]]:
+    """The same part of a tensor, a few rows after the other."""
+    rows, *rest = slices
+    step = max(1, _AT_ONCE // math.prod(axis.stop - axis.start for axis in rest))
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop)), *rest
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -55,7 +55,7 @@ def _files_by_tensor(folder: epath.Path) -> dict[str, epath.Path]:
             pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
             also = f", only pickled weights ({', '.join(pickles)}), which can run code and are not read" * bool(pickles)
             raise ValueError(f"{folder} holds no .safetensors file{also}")
-        return {name: file for file in files for name in _names(file)}
+        return _once(files)
     try:
         files = json.loads(index.read_text())["weight_map"]
         named = sorted(set(files.values()))
@@ -64,6 +64,9 @@ def _files_by_tensor(folder: epath.Path) -> dict[str, epath.Path]:
     outside = [name for name in named if not isinstance(name, str) or epath.Path(name).name != name]
     if outside:
         raise ValueError(f"{index} names files outside of its folder: {', '.join(map(repr, outside))}")
+    others = [name for name in named if not name.endswith(".safetensors")]
+    if others:
+        raise ValueError(f"{index} names {', '.join(others)}; only .safetensors files are read")
     missing = [name for name in named if not (folder / name).exists()]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names")
@@ -72,6 +75,17 @@ def _files_by_tensor(folder: epath.Path) -> dict[str, epath.Path]:
     if absent:
         raise ValueError(f"{index}: {len(absent)} tensors are not in the files it names, first {absent[0]!r}")
     return {tensor: folder / name for tensor, name in files.items()}
+
+
+def _once(files: list[epath.Path]) -> dict[str, epath.Path]:
+    """Tensor -> the file it is in; ValueError where it is in two, as nothing says which one is meant."""
+    found: dict[str, epath.Path] = {}
+    for file in files:
+        for name in _names(file):
+            if name in found:
+                raise ValueError(f"{name} is in {found[name].name} and in {file.name}, and there is no {_INDEX}")
+            found[name] = file
+    return found
 
 
 def _names(file: epath.Path) -> list[str]:
