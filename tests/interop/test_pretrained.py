@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 import longrope_jax as lr
 from longrope_jax.interop import describe_pretrained, load_tokenizer, pretrained
 from longrope_jax.interop.pretrained import read_params, stored_dtype
+from longrope_jax.interop.tensors import FolderTensors
 from longrope_jax.model.sharding import make_mesh
 from longrope_jax.training.step import init_params
 
@@ -173,8 +174,16 @@ def test_a_tensor_that_is_read_a_few_rows_at_a_time_arrives_whole(params, tmp_pa
     architecture = "Phi3ForCausalLM" if is_fused else "LlamaForCausalLM"
     write(tmp_path / "model", {**CONFIG, "architectures": [architecture]}, to_huggingface(params, is_fused))
     monkeypatch.setattr(pretrained, "_AT_ONCE", 5 * 16)
+    read, sizes = FolderTensors.read, []
+
+    def watched(source, name, slices):
+        sizes.append(read(source, name, slices).size)
+        return read(source, name, slices)
+
+    monkeypatch.setattr(FolderTensors, "read", watched)
     assert_same(lr.load_pretrained(tmp_path / "model").params, params)
     assert_same(lr.load_pretrained(tmp_path / "model", mesh=make_mesh(fsdp=2, tensor=2)).params, params)
+    assert max(sizes) == 5 * 16
 
 
 FLOATS = [
