@@ -14,7 +14,7 @@ endif
 
 PROGRESSIVE ?= runs/progressive
 
-.PHONY: setup setup-dev quickstart progressive progressive_512x smollm2 test slow parity lint clean
+.PHONY: setup setup-dev quickstart progressive progressive_512x smollm2 test slow parity versus_pytorch lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -61,6 +61,10 @@ slow: setup-dev
 # Against Transformers on PyTorch; pip and a .venv of its own, as other installers may choose a build for GPUs.
 parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest -m parity
+
+# How fast a candidate is scored, beside Transformers on PyTorch: a few minutes.
+versus_pytorch: .venv-parity/installed
+	.venv-parity/bin/python experiments/benchmarks/versus_pytorch.py
 
 .venv-parity/installed: requirements.txt requirements-dev.txt requirements-parity.txt pyproject.toml
 	$(PYTHON) -m venv .venv-parity

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 BLOCK = 256  # tokens; two cores' caches hold a block's scores, and a TPU's tiles divide it
+_LARGE_BLOCK, _LARGE_FROM = 512, 4096  # of so long a sequence the diagonal is little, and larger products are faster
 MASKED = -1e30  # finite: a block whose every score is masked must not make NaN
 _NO_QUERY, _NO_KEY = np.int32(-1), np.int32(2**31 - 1)  # positions of padding: it sees nothing, nothing sees it
 
@@ -62,15 +63,15 @@ def blockwise(
     value: Array,
     positions: Array,
     segment_ids: Array | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Array:
-    """See `attention`. Reverse-mode derivatives only.
+    """See `attention`. Reverse-mode derivatives only. The block is chosen by the length if none is given.
 
     Time O(B H D T^2 / 2) for tokens in order; memory O(B H T D) forward and backward, plus a byte of bookkeeping
     for every pair of blocks, (T / block)^2. Padding to a multiple of the block is done here.
     """
     length = query.shape[1]
-    block = min(block, length)
+    block = min(block or (_LARGE_BLOCK if length >= _LARGE_FROM else BLOCK), length)
     return by_token(_blockwise(block, *in_blocks(block, query, key, value, Tokens(positions, segment_ids))), length)
 
 
