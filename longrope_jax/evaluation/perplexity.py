@@ -5,6 +5,7 @@ counts are reduced from there apart, never means of means.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -102,6 +103,13 @@ class DocumentNll(NamedTuple):
 def by_document(nll: Float[np.ndarray, "N T"]) -> DocumentNll:
     """Sums and counts of the scored tokens; nan marks a token that was not scored, such as padding."""
     return DocumentNll(np.nansum(nll, axis=1, dtype=np.float64), (~np.isnan(nll)).sum(1))
+
+
+def by_file(nll: DocumentNll, names: Sequence[str]) -> DocumentNll:
+    """Windows of one file are not independent samples of anything: they count as one document."""
+    files, which = np.unique(names, return_inverse=True)
+    counts = np.bincount(which, weights=nll.counts, minlength=len(files)).astype(int)
+    return DocumentNll(np.bincount(which, weights=nll.sums, minlength=len(files)), counts)
 
 
 def by_position(nll: Float[np.ndarray, "N T"], buckets: int) -> Float[np.ndarray, "buckets"]:

@@ -1,0 +1,48 @@
+"""What other factors cost: measured where they turn tokens otherwise, on the same windows."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import longrope_jax as lr
+from longrope_jax.data.corpus import Document
+from longrope_jax.data.windows import fixed_windows
+from longrope_jax.evaluation.substitution import Cost, changed_lengths, substitution_cost
+from longrope_jax.runtime.mesh import Layout, MeshSettings
+from longrope_jax.training.step import init_params
+
+CONFIG = lr.LlamaConfig(24, 16, 20, 2, 2, 2, 8, 16)
+PLAIN, WIDE = lr.rope.unscaled(8), lr.rope.linear(8, 4.0)
+FOUND = lr.FactorTable.of({16: PLAIN, 32: lr.rope.linear(8, 2.0), 64: WIDE.replace(n_hat=np.int32(8))})
+
+
+def test_only_lengths_that_are_turned_otherwise_count():
+    assert changed_lengths(FOUND, FOUND) == ()
+    assert changed_lengths(FOUND, lr.FactorTable.of({16: PLAIN, 64: WIDE})) == (32, 64)
+    assert changed_lengths(FOUND, lr.FactorTable.of({16: PLAIN, 64: WIDE.replace(n_hat=np.int32(8))})) == (32,)
+    idle = lr.FactorTable.of({16: PLAIN.replace(n_hat=np.int32(4)), 64: WIDE.replace(n_hat=np.int32(1))})
+    assert changed_lengths(idle, lr.FactorTable.of({16: PLAIN, 64: WIDE})) == ()
+    assert changed_lengths(lr.FactorTable.of({64: WIDE.replace(mscale=np.float32(2))}), FOUND) == (64,)
+
+
+def test_the_cost_is_that_of_the_same_tokens_with_both():
+    rng = np.random.default_rng(0)
+    sizes = (65, 65, 130)  # the last one gives two windows of 64
+    documents = [Document(f"d{k}", rng.integers(0, 24, size).astype(np.uint16), size) for k, size in enumerate(sizes)]
+    model = lr.Llama(CONFIG)
+    params = init_params(model, 0)
+    others = lr.FactorTable.of({16: PLAIN, 64: lr.rope.linear(8, 64.0)})
+    (cost,) = substitution_cost(model, Layout.of(MeshSettings()), params, FOUND, others, documents, (64,), 4)
+    assert (cost.length, cost.windows, cost.documents) == (64, 4, 3)
+
+    def nll(table, tokens):
+        tokens = jnp.asarray(tokens, jnp.int32)[None]
+        arguments = tokens[:, :-1], tokens[:, 1:], table.select(64)
+        return np.asarray(model.apply({"params": params}, *arguments, method="token_nll"), np.float64).mean()
+
+    windows = fixed_windows(documents, 64, 4, 0).tokens
+    wanted = [np.mean([nll(table, window) for window in windows]) for table in (FOUND, others)]
+    np.testing.assert_allclose([cost.found.nll, cost.others.nll], wanted, rtol=1e-6)
+    assert abs(wanted[0] - wanted[1]) > 1e-4
+    assert cost.difference.difference == pytest.approx(cost.others.nll - cost.found.nll, abs=1e-9)
+    assert Cost.from_record(cost.to_record()) == cost
