@@ -84,11 +84,12 @@ def to_huggingface(table: FactorTable, original_length: int) -> dict[str, Any]:
 
 def not_carried(table: FactorTable) -> dict[str, str]:
     """What of a table has no place in `rope_parameters`: in words, by `start_tokens`, `lengths` and `temperatures`;
-    nothing if it can be carried whole.
+    nothing if it can be carried whole. Position 0 is not turned by any factors, so a single start token is none.
     """
     lost = {}
     n_hat, mscale = np.asarray(table.factors.n_hat), np.asarray(table.factors.mscale, np.float32)
-    if n_hat.any():
+    is_rescaled = (np.asarray(table.factors.lam) != 1).any(-1)
+    if ((n_hat > 1) & is_rescaled).any():
         lost["start_tokens"] = f"start tokens (n_hat = {', '.join(map(str, n_hat))})"
     if len(table.boundaries) > 2:
         lost["lengths"] = f"more than two lengths ({', '.join(map(str, np.asarray(table.boundaries)))})"
