@@ -22,7 +22,7 @@ from longrope_jax.model.sharding import check_mesh
 from longrope_jax.report import summarize, summary_tables, write_report
 from longrope_jax.runtime import preemption, processes
 from longrope_jax.runtime.mesh import Layout, MeshSettings
-from longrope_jax.runtime.records import finite, to_json, write_whole
+from longrope_jax.runtime.records import finite, flat, to_json, write_whole
 from longrope_jax.settings import parse
 from longrope_jax.stages import STAGES, Carried, LoadSettings, Stage
 
@@ -157,7 +157,9 @@ def execute(experiment: Experiment, carried: Carried) -> epath.Path:
             if preemption.requested():
                 raise preemption.Preempted(name, "the stages before it are finished")
             seconds[name] = _run_or_skip(name, experiment, carried)["seconds"]
-    report = summarize(experiment.model, carried.evaluations, carried.retrievals, carried.searches, seconds)
+    report = summarize(
+        experiment.model, carried.evaluations, carried.retrievals, carried.searches, carried.exports, seconds
+    )
     path = workdir / "report.md"
     if processes.is_first():
         write_report(workdir, experiment.model, report, carried.evaluations)
@@ -220,8 +222,8 @@ def _refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
     differing = {}
     for name in experiment.stages:
         if _begun(workdir, name).exists():
-            there = _flat(json.loads(_begun(workdir, name).read_text()))
-            now = _flat(json.loads(to_json(_identity(name, experiment))))
+            there = flat(json.loads(_begun(workdir, name).read_text()))
+            now = flat(json.loads(to_json(_identity(name, experiment))))
             for key in sorted(there.keys() | now.keys()):
                 if there.get(key) != now.get(key):
                     differing[key] = f"{there.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} now"
@@ -241,8 +243,10 @@ def _identity(name: str, experiment: Experiment) -> dict[str, Any]:
     }
 
 
-_HOW = {"accumulate", "remat", "candidates_at_once", "documents_at_once", "tokens_at_once"}
-"""Fields about how devices do the work, not what the work is: they may change with the mesh."""
+_HOW = {"accumulate", "remat", "candidates_at_once", "documents_at_once", "tokens_at_once"} | {
+    f"allow_dropping_{what}" for what in ("start_tokens", "lengths", "temperatures")
+}
+"""Fields about how devices do the work, and what an export that has stopped may do: not what the work is."""
 
 
 def _begun(workdir: epath.Path, name: str) -> epath.Path:
@@ -257,12 +261,6 @@ def _before(stages: dict[str, Any], name: str) -> dict[str, Any]:
     """The stages that come before one."""
     names = list(stages)
     return {earlier: stages[earlier] for earlier in names[: names.index(name)]}
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def _model_config(name: str, settings: LoadSettings) -> LlamaConfig:

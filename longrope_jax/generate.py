@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 from longrope_jax import experiment
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.interop import load_pretrained
+from longrope_jax.interop.factor_files import factors_for
 from longrope_jax.model import Llama
 from longrope_jax.model.decode import Sampling, complete, generate
-from longrope_jax.rope import FactorTable, load_table
+from longrope_jax.rope import FactorTable
 from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 
@@ -51,7 +52,7 @@ class Writer(NamedTuple):
 
 
 def from_path(path: str, factors: str, mesh: MeshSettings) -> Writer:
-    """A Hugging Face folder or a GGUF file, with the rotation it came with or the table in a file.
+    """A Hugging Face folder or a GGUF file, with the rotation it came with or that of a file of factors.
 
     Raises:
         ValueError: it can't be loaded, or the factors don't fit.
@@ -60,7 +61,7 @@ def from_path(path: str, factors: str, mesh: MeshSettings) -> Writer:
     config, params, tokenizer, table = load_pretrained(path, mesh=layout.mesh)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer")
-    return Writer(Llama(config), params, tokenizer, load_table(factors, config.head_dim) if factors else table, layout)
+    return Writer(Llama(config), params, tokenizer, factors_for(factors, config) if factors else table, layout)
 
 
 def from_experiment(config: ConfigDict, workdir: epath.PathLike, factors: str, model: str) -> Writer:

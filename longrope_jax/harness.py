@@ -1,7 +1,7 @@
 """Benchmarks of a pretrained model: `python -m longrope_jax.harness --model=PATH --tasks=arc_challenge --output=FILE`.
 
 PATH is a Hugging Face folder or a GGUF file. Tasks are those of the lm-evaluation-harness, or YAML files in
-`--include_path`; `--factors` is a table of factors to use in the place of those that the model came with. Needs
+`--include_path`; `--factors` is a file with factors to use in the place of those that the model came with. Needs
 requirements-harness.txt.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 from etils import epath
 
 from longrope_jax.interop import describe_pretrained, load_pretrained
+from longrope_jax.interop.factor_files import factors_for
 from longrope_jax.model import Llama
 from longrope_jax.model.config import FLOAT_TYPES
-from longrope_jax.rope import load_table
 from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.runtime.records import to_json
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     layout = Layout.of(MeshSettings(axes=options.mesh))
     config, table = describe_pretrained(options.model, dtype=options.dtype)
     if options.factors:
-        table = load_table(options.factors, config.head_dim)
+        table = factors_for(options.factors, config)
     names = [name for name in options.tasks.split(",") if name]
     tasks = find_tasks(names, options.include_path)
     _, params, tokenizer, _ = load_pretrained(options.model, mesh=layout.mesh, dtype=options.dtype)
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("longrope_jax.harness", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="a Hugging Face folder or a .gguf file")
-    parser.add_argument("--factors", help="a table of factors by length, .json; instead of the model's own")
+    parser.add_argument("--factors", help="a table of factors by length, or a config.json; instead of the model's own")
     parser.add_argument("--tasks", required=True, help="names, with commas between them")
     parser.add_argument("--output", required=True, help="where the results go, .json")
     parser.add_argument("--num_fewshot", type=int, help="examples in the prompt; a task's own number if left out")

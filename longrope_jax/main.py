@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from longrope_jax import experiment, generate
+from longrope_jax.interop.export import CannotCarry
 from longrope_jax.model.decode import SWITCHES, Sampling
 from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import MeshSettings
@@ -29,8 +30,8 @@ _PRETRAINED = flags.DEFINE_string(
 _MESH = flags.DEFINE_string("mesh", "data:1", "generate: devices for a pretrained model, such as seq:4,tensor:2.")
 _MODEL = flags.DEFINE_string("model", "", "generate: the stage whose model writes; the latest by default.")
 _FACTORS = flags.DEFINE_string(
-    "factors", "", "generate: a table, search or load stage, or a table's file for a pretrained model; by default what "
-    "the model was trained with."
+    "factors", "", "generate: a table, search or load stage, or a file of factors for a pretrained model; by default "
+    "what the model was trained with."
 )  # fmt: skip
 _PROMPT_FILES = flags.DEFINE_multi_string("prompt_file", [], "generate: a text to go on from; several make a batch.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "generate: at most so many tokens a prompt.")
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
         _fail(error)
     try:
         experiment.execute(*prepared)
-    except (Diverged, FloatingPointError, OSError) as error:
+    except (CannotCarry, Diverged, FloatingPointError, OSError) as error:
         _fail(error)
     except Preempted as saved:
         print(f"\n{saved}", file=sys.stderr)

@@ -6,9 +6,11 @@ import numpy as np
 from etils import epath
 
 from longrope_jax import plots, rope
-from longrope_jax.evaluation.perplexity import DocumentNll, compare, perplexity
+from longrope_jax.evaluation.perplexity import compare, perplexity
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.evaluation.run import EvaluationSettings
+from longrope_jax.evaluation.run import EvaluationSettings, recorded_nll
+from longrope_jax.evaluation.substitution import Cost
+from longrope_jax.interop.model_card import cost_table
 from longrope_jax.markdown import picture, table
 from longrope_jax.model import LlamaConfig
 from longrope_jax.report_retrieval import retrieval_figure, retrieval_section, summarize_retrieval
@@ -31,12 +33,14 @@ def summarize(
     evaluations: Evaluations,
     retrievals: Retrievals,
     searches: Records,
+    exports: dict[str, dict[str, Any]],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The content of report.json.
 
     Args:
         searches: one dict a search stage: target_length, evaluations, seconds, best_nll, curve and more.
+        exports: the summary of every export stage.
         seconds: wall time by stage.
     """
     made = {stage: _evaluation(config, *evaluation) for stage, evaluation in evaluations.items()}
@@ -46,12 +50,13 @@ def summarize(
         "evaluations": made,
         "retrieval": {stage: summarize_retrieval(*retrieval) for stage, retrieval in retrievals.items()},
         "search": searches,
+        "exports": exports,
         "seconds": seconds,
     }
 
 
 def _evaluation(config: LlamaConfig, settings: EvaluationSettings, evaluation: Records) -> dict[str, Any]:
-    nll = {(r["length"], r["method"]): _by_file(r) for r in evaluation}
+    nll = {(r["length"], r["method"]): recorded_nll(r) for r in evaluation}
     lengths = sorted({length for length, _ in nll})
     arms = [arm for arm in settings.arms if (lengths[0], arm) in nll]
     original = config.original_length
@@ -72,16 +77,6 @@ def _evaluation(config: LlamaConfig, settings: EvaluationSettings, evaluation: R
                     arm: compare(mine, nll[original, arm])._asdict() for arm in controls
                 }
     return result
-
-
-def _by_file(record: dict[str, Any]) -> DocumentNll:
-    """Windows of one file are not independent samples of anything: they count as one document."""
-    files, which = np.unique(record["documents"], return_inverse=True)
-    sums = np.array([np.inf if value is None else value for value in record["nll_sums"]])
-    return DocumentNll(
-        np.bincount(which, weights=sums, minlength=len(files)),
-        np.bincount(which, weights=record["counts"], minlength=len(files)).astype(int),
-    )
 
 
 def write_report(
@@ -183,6 +178,8 @@ def _markdown(config: LlamaConfig, report: dict[str, Any], evaluations: Evaluati
         parts += ["## Training\n", picture("loss by step", "training")]
     for search in report["search"]:
         parts += _search(search)
+    for stage, export in report["exports"].items():
+        parts += _export(stage, export)
     seconds = [[stage, f"{value:.1f}"] for stage, value in report["seconds"].items()]
     return "\n".join([*parts, "## Seconds by stage\n", table(["stage", "seconds"], seconds)])
 
@@ -252,3 +249,17 @@ def _search(search):
         f"n_hat = {search['factors']['n_hat']}, lambda = {factors}\n",
         f"![search convergence](figures/convergence_{search['stage']}.png)\n",
     ]
+
+
+def _export(stage, export):
+    until = " and ".join(f"{length:,}" for length in export["lengths"])
+    parts = [
+        f"## Export: {stage}\n",
+        f"[{export['folder']}/]({export['folder']}/README.md): {export['architecture']}, {export['dtype']}, factors "
+        f"for up to {until} tokens.\n",
+    ]
+    if export["dropped"]:
+        parts.append(f"Dropped, as the format can't carry it: {'; '.join(export['dropped'].values())}.\n")
+    if export["costs"]:
+        parts.append(cost_table([Cost.from_record(record) for record in export["costs"]]))
+    return parts

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.windows import fixed_windows
-from longrope_jax.evaluation.perplexity import by_document, by_position, token_nll
+from longrope_jax.evaluation.perplexity import DocumentNll, by_document, by_file, by_position, token_nll
 from longrope_jax.model import Llama
 from longrope_jax.rope import METHODS, RopeFactors
 from longrope_jax.runtime import preemption, processes, records
@@ -151,3 +151,9 @@ def by_model(arms: dict[str, Arm]) -> Iterable[str]:
     return sorted(
         arms, key=lambda name: list(dict.fromkeys(arm.model for arm in arms.values())).index(arms[name].model)
     )
+
+
+def recorded_nll(record: dict[str, Any]) -> DocumentNll:
+    """The NLL by file of a record that `run_evaluation` made; no number (of a file of JSON) is an infinite one."""
+    sums = np.array([np.inf if value is None else value for value in record["nll_sums"]])
+    return by_file(DocumentNll(sums, np.asarray(record["counts"])), record["documents"])

@@ -73,11 +73,15 @@ def load_pretrained(path: epath.PathLike, *, mesh: Mesh | None = None, **changes
 
 def describe_pretrained(path: epath.PathLike, **changes: str) -> tuple[LlamaConfig, FactorTable]:
     """Architecture and rotation alone: no weight is read. Raises ValueError as `load_pretrained` does."""
-    config, _ = _open(epath.Path(path))
     try:
-        return parse_config(config, **changes)
+        return parse_config(read_config(path), **changes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_config(path: epath.PathLike) -> dict[str, Any]:
+    """What a folder's config.json says, or would say of a GGUF file; raises ValueError where there is none."""
+    return _open(epath.Path(path))[0]
 
 
 def load_tokenizer(path: epath.PathLike) -> SubwordTokenizer:

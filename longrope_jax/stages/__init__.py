@@ -2,6 +2,7 @@
 
 from longrope_jax.stages.carried import Carried
 from longrope_jax.stages.evaluate import EVALUATE
+from longrope_jax.stages.export import EXPORT, ExportSettings
 from longrope_jax.stages.finetune import FINETUNE
 from longrope_jax.stages.kind import LoadSettings, Stage, TableSettings
 from longrope_jax.stages.load import LOAD
@@ -18,6 +19,7 @@ STAGES = {
     "table": TABLE,
     "evaluate": EVALUATE,
     "retrieval": RETRIEVAL,
+    "export": EXPORT,
 }
 
-__all__ = ["STAGES", "Carried", "LoadSettings", "Stage", "TableSettings"]
+__all__ = ["STAGES", "Carried", "ExportSettings", "LoadSettings", "Stage", "TableSettings"]

@@ -37,6 +37,7 @@ class Carried:
         searches: one summary a search stage.
         evaluations: by evaluate stage: its settings and its records.
         retrievals: by retrieval stage: the same.
+        exports: one summary an export stage.
     """
 
     model: Llama
@@ -51,6 +52,7 @@ class Carried:
     searches: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, tuple[EvaluationSettings, list[dict[str, Any]]]] = field(default_factory=dict)
     retrievals: dict[str, tuple[RetrievalSettings, list[dict[str, Any]]]] = field(default_factory=dict)
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
     _loaded: tuple[str, dict] | None = None
 
     def model_stage(self, name: str) -> str:

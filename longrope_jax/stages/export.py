@@ -1,0 +1,244 @@
+"""The stage `export`: a model and its factors as a Hugging Face folder."""
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from absl import logging
+
+from longrope_jax.data.windows import fixed_windows
+from longrope_jax.evaluation.perplexity import Perplexity, perplexity
+from longrope_jax.evaluation.run import recorded_nll
+from longrope_jax.evaluation.substitution import Cost, changed_lengths, substitution_cost
+from longrope_jax.interop.export import CannotCarry, check_architecture, export_checkpoint, fit_to_format
+from longrope_jax.interop.model_card import Card, model_card
+from longrope_jax.model import LlamaConfig
+from longrope_jax.model.config import FLOAT_TYPES
+from longrope_jax.rope import FactorTable
+from longrope_jax.runtime import processes, records
+from longrope_jax.search.run import SearchSettings
+from longrope_jax.stages.carried import Carried
+from longrope_jax.stages.kind import (
+    Before,
+    LoadSettings,
+    Stage,
+    TableSettings,
+    factors_target,
+    model_stage,
+    nothing,
+    sources,
+)
+
+_RESULTS = ("parameters", "evaluations", "best_nll", "seconds")  # of a stage's summary, as far as it has them
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What is handed on to others, as the folder of the stage's name in the work directory.
+
+    The format has two sets of factors, up to and beyond one length, and no start tokens. What else the factors have
+    stops the export unless it may be dropped; what that costs is then measured on the evaluation documents.
+
+    Attributes:
+        factors: a table, search or load stage; "" for what the model was last trained with.
+        model: the stage whose parameters are exported; "" is the latest.
+        architecture: the class of Transformers that reads them, "LlamaForCausalLM", "MistralForCausalLM" or
+            "Phi3ForCausalLM". All are the same computation; llama.cpp converts factors by length from the last only.
+        dtype: "float32" or "bfloat16"; "" for that of the parameters.
+        allow_dropping_start_tokens: n_hat becomes 0.
+        allow_dropping_lengths: only the factors of the original length and of the longest remain.
+        allow_dropping_temperatures: that of the longest is used at all lengths.
+        cost_lengths: where the cost is measured, tokens; () for every boundary of the table up to which it changes.
+        cost_documents: on how many windows of each.
+        seed: of the windows.
+    """
+
+    factors: str = ""
+    model: str = ""
+    architecture: str = "LlamaForCausalLM"
+    dtype: str = ""
+    allow_dropping_start_tokens: bool = False
+    allow_dropping_lengths: bool = False
+    allow_dropping_temperatures: bool = False
+    cost_lengths: tuple[int, ...] = ()
+    cost_documents: int = 8
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.dtype not in ("", *FLOAT_TYPES):
+            raise ValueError(f"dtype = {self.dtype!r} must be one of {', '.join(FLOAT_TYPES)}, or empty")
+        if any(length < 1 for length in self.cost_lengths):
+            raise ValueError(f"cost_lengths = {self.cost_lengths} must be positive numbers of tokens")
+        if self.cost_documents < 2:
+            raise ValueError(f"cost_documents = {self.cost_documents} must be at least 2: intervals are over documents")
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """What may be dropped, by the keys of `rope.not_carried`."""
+        kinds = ("start_tokens", "lengths", "temperatures")
+        return tuple(kind for kind in kinds if getattr(self, f"allow_dropping_{kind}"))
+
+
+def _check_export(settings: ExportSettings, config: LlamaConfig, before: Before) -> None:
+    model_stage(settings.model, before)
+    check_architecture(settings.architecture, config)
+    if not settings.factors:
+        return
+    target = factors_target(settings.factors, before, "factors")
+    if target is None:
+        raise ValueError(f"factors = {settings.factors!r} must be a stage; a table stage makes one of a method")
+    if settings.cost_lengths and max(settings.cost_lengths) > target:
+        raise ValueError(f"cost_lengths = {settings.cost_lengths} goes beyond {target}, where {settings.factors} ends")
+    source = before.get(settings.factors)
+    if isinstance(source, LoadSettings):
+        fit_to_format(source.factors, config.original_length, settings.allowed)
+    if isinstance(source, TableSettings) and len(source.lengths) > 2 and "lengths" not in settings.allowed:
+        raise ValueError(
+            f"factors = {settings.factors!r} has the lengths {', '.join(map(str, source.lengths))}, and the format has "
+            "room for two; allow_dropping_lengths keeps those of the original length and of the longest"
+        )
+    if "start_tokens" not in settings.allowed:
+        _warn_of_start_tokens(settings, source, before)
+
+
+def _warn_of_start_tokens(settings: ExportSettings, source: Any, before: Before) -> None:
+    """What a search will find is not known yet; that it may find something which has no place is."""
+    names = source.factors if isinstance(source, TableSettings) else (settings.factors,)
+    searches = [name for name in names if isinstance(before.get(name), SearchSettings)]
+    if risky := [name for name in searches if max(before[name].n_hat, default=0) > 1]:
+        logging.warning(
+            "%s may find start tokens (n_hat > 0), which no Hugging Face folder can carry: the export would stop. Its "
+            "n_hat = (0,) leaves them out, allow_dropping_start_tokens drops them at a cost that is measured",
+            " and ".join(risky),
+        )  # fmt: skip
+
+
+def _check_export_data(settings: ExportSettings, carried: Carried) -> None:
+    if settings.allowed and settings.cost_lengths:
+        _check_cost_lengths(settings, carried, settings.cost_lengths)
+
+
+def _check_cost_lengths(settings: ExportSettings, carried: Carried, lengths: tuple[int, ...]) -> None:
+    try:
+        fixed_windows(carried.documents["evaluation"], max(lengths), settings.cost_documents, settings.seed)
+    except ValueError as error:
+        raise CannotCarry(
+            f"what is dropped would be measured at {max(lengths)} tokens, but {error}; give shorter cost_lengths"
+        ) from None
+
+
+def _run_export(settings: ExportSettings, carried: Carried, name: str) -> dict[str, Any]:
+    began = time.monotonic()
+    config = carried.model.config
+    found = carried.table(settings.factors, settings.model)
+    exported, dropped = fit_to_format(found, config.original_length, settings.allowed)
+    costs = _costs(settings, carried, found, exported) if dropped else []
+    if dropped and processes.is_first():
+        logging.warning("%s: dropped %s; %s", name, "; ".join(dropped.values()), _told(costs))
+    card = Card(
+        title=f"{config.original_length:,} to {int(exported.boundaries[-1]):,} tokens by LongRoPE",
+        config=config,
+        found=found,
+        carried=exported,
+        dropped=dropped,
+        costs=costs,
+        text="evaluation documents of the experiment, which neither training nor search has seen",
+        steps=_history(settings, carried, name),
+        perplexity=_evaluated(carried),
+    )
+    export_checkpoint(
+        carried.workdir / name,
+        config,
+        carried.params(settings.model),
+        exported,
+        carried.tokenizer,
+        model_card(card),
+        architecture=settings.architecture,
+        dtype=settings.dtype or None,
+    )
+    return {
+        "folder": name,
+        "architecture": settings.architecture,
+        "dtype": settings.dtype or config.param_dtype,
+        "lengths": [int(boundary) for boundary in exported.boundaries],
+        "dropped": dropped,
+        "costs": [cost.to_record() for cost in costs],
+        "seconds": time.monotonic() - began,
+    }
+
+
+def _costs(settings: ExportSettings, carried: Carried, found: FactorTable, exported: FactorTable) -> list[Cost]:
+    lengths = settings.cost_lengths or changed_lengths(found, exported)
+    if not lengths:
+        return []
+    _check_cost_lengths(settings, carried, lengths)
+    return substitution_cost(
+        carried.model,
+        carried.layout,
+        carried.params(settings.model),
+        found,
+        exported,
+        carried.documents["evaluation"],
+        lengths,
+        settings.cost_documents,
+        settings.seed,
+    )
+
+
+def _told(costs: list[Cost]) -> str:
+    """Costs in a line."""
+    changes = [f"{cost.found.ppl:.4f} to {cost.others.ppl:.4f} at {cost.length} tokens" for cost in costs]
+    return f"perplexity from {', '.join(changes)}" if changes else "no length gets other factors for it"
+
+
+def _evaluated(carried: Carried) -> dict[str, dict[int, Perplexity]]:
+    """What the latest evaluation says of every arm."""
+    if not carried.evaluations:
+        return {}
+    settings, made = list(carried.evaluations.values())[-1]
+    return {
+        arm: {record["length"]: perplexity(recorded_nll(record)) for record in made if record["method"] == arm}
+        for arm in settings.arms
+    }
+
+
+def _history(settings: ExportSettings, carried: Carried, name: str) -> dict[str, dict[str, Any]]:
+    """The stages that the model and its factors come from, in order: their settings, and what they took."""
+    steps: dict[str, dict[str, Any]] = {}
+
+    def add(stage: str) -> None:
+        if stage in steps:
+            return
+        begun = _recorded(carried, stage)
+        for earlier in begun[f"stages before {stage}"]:
+            add(earlier)
+        summary = json.loads((carried.workdir / "stages" / f"{stage}.json").read_text())
+        told = {key: value for key, value in records.flat(begun[stage]).items() if value not in ("", None)}
+        steps[stage] = told | {key: summary[key] for key in _RESULTS if key in summary}
+
+    for stage in _recorded(carried, name)[f"stages before {name}"]:
+        add(stage)
+    return steps
+
+
+def _recorded(carried: Carried, stage: str) -> dict[str, Any]:
+    """What was noted of a stage as it began: its settings, and the stages that it builds on."""
+    return json.loads((carried.workdir / "stages" / f"{stage}.begun.json").read_text())
+
+
+def _load_export(settings: ExportSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
+    if not (carried.workdir / name / "config.json").exists():
+        raise LookupError(f"{carried.workdir / name} is gone")
+    carried.exports[name] = summary
+
+
+EXPORT = Stage(
+    ExportSettings,
+    _check_export,
+    _check_export_data,
+    nothing,
+    _run_export,
+    _load_export,
+    inputs=lambda s, before: [model_stage(s.model, before), *sources((s.factors,), before)],
+)
