@@ -6,7 +6,7 @@
 LongRoPE's recipe (sec. 3.3) on a byte-level model of 0.57M parameters and the embedded corpus, L = 128: pretrain at L;
 search factors for 4L and 8L; fine-tune at 4L with its factors, put those of 8L on that model and tune on at 8L (the
 paper's intermediate step); search 64L on the tuned model, without further training; search L and 2L with a smaller
-maximum of lambda, so that short inputs recover; put all of them in a table by length; evaluate from L/2 to 64L.
+maximum of lambda, so that short inputs recover; put all of them in a table by length; evaluate from L/2 to 64L; export.
 
 Beside it what it has to be compared with: YaRN with as much fine-tuning, all of it at 8L, and a second extension on
 effective wavelengths of its own; and the model fine-tuned at L with as many tokens.
@@ -21,7 +21,7 @@ from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.run import SearchSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import TableSettings
+from longrope_jax.stages import ExportSettings, TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings
@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
         "table_yarn_mistral",
         "finetune_original",
         "evaluate",
+        "export",
     )
     config.model = section(LlamaConfig.preset("tiny"))
     config.data = section(DataSettings())
@@ -138,6 +139,11 @@ def get_config() -> ConfigDict:
                 "tuned_at_original": Arm("original", "finetune_original"),
             },
             controls=("original", "tuned_at_original"),
+        )
+    )
+    config.export = section(
+        ExportSettings(
+            factors="table_longrope", model="finetune_8x", allow_dropping_start_tokens=True, allow_dropping_lengths=True
         )
     )
     return config

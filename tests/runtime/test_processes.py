@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from longrope_jax.interop import load_pretrained
 from longrope_jax.runtime import processes
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +122,11 @@ def test_two_processes_do_a_whole_experiment_and_skip_what_is_done(tmp_path):
         for arm, entry in row.items():
             assert together[length][arm]["nll"] == pytest.approx(entry["nll"], rel=1e-3), (length, arm)
     told, again = two()
-    assert told.count("finished before, skipped") == 3
+    assert told.count("finished before, skipped") == 5
+    one, both = (load_pretrained(tmp_path / name / "export") for name in ("one", "two"))
+    assert both.config == one.config
+    for a, b in zip(jax.tree.leaves(both.params), jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
     assert again == together
 
 
