@@ -23,7 +23,7 @@ from longrope_jax.interop.gguf import open_gguf
 from longrope_jax.interop.gguf_tokenizer import gguf_tokenizer
 from longrope_jax.interop.tensors import FolderTensors, TensorSource
 from longrope_jax.model import Llama, LlamaConfig
-from longrope_jax.model.sharding import check_mesh, tree_shardings
+from longrope_jax.model.sharding import check_mesh, smallest_batch, tree_shardings
 from longrope_jax.rope import FactorTable, unscaled
 from longrope_jax.runtime import processes
 
@@ -119,7 +119,7 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
     model = Llama(config)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tokens = jax.ShapeDtypeStruct(smallest_batch(), jnp.int32)
     like = jax.eval_shape(model.init, jax.random.key(0), tokens, unscaled(config.head_dim))["params"]
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), like)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from longrope_jax.data.sequences import IGNORED, Batch
 from longrope_jax.model import Llama
-from longrope_jax.model.sharding import constrain, tree_shardings
+from longrope_jax.model.sharding import constrain, smallest_batch, tree_shardings
 from longrope_jax.rope import FactorTable, unscaled
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -107,12 +107,9 @@ def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTra
 def init_params(model: Llama, seed: int) -> dict:
     """Fresh parameters, made by one compiled function; under a mesh each device makes its own part only."""
     factors = unscaled(model.config.head_dim)
-    mesh = jax.sharding.get_abstract_mesh().shape
-    # The smallest batch that any mesh can split; what is in it does not matter.
-    smallest = (mesh.get("data", 1) * mesh.get("fsdp", 1), mesh.get("seq", 1))
 
     def init(key):
-        return _where_it_belongs(model.init(key, jnp.zeros(smallest, jnp.int32), factors)["params"])
+        return _where_it_belongs(model.init(key, jnp.zeros(smallest_batch(), jnp.int32), factors)["params"])
 
     return jax.jit(init)(jax.random.key(seed))
 
