@@ -184,6 +184,7 @@ def _run_or_skip(name: str, experiment: Experiment, carried: Carried) -> dict[st
     if processes.is_first():
         finished.parent.mkdir(exist_ok=True)
     write_whole(_begun(carried.workdir, name), to_json(_identity(name, experiment), indent=1) + "\n")
+    processes.wait_for_all(f"{name} begins")
     summary = finite(_stage(name).run(settings, carried, name))
     write_whole(finished, to_json(summary, indent=1) + "\n")
     processes.wait_for_all(name)
@@ -214,14 +215,15 @@ def _naming_section(name: str, check: Callable, *arguments) -> None:
 
 
 def _refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
-    """A stage that has begun keeps its settings, its model, its text and the stages that it builds on.
+    """A stage that has begun keeps its settings, its model, its text and the stages that it builds on; one that leaves
+    nothing until it has finished is bound from then on.
 
     Others may change, come or go, and so may the mesh and what else is only about how devices do the work: it changes
     results by no more than the order of sums does.
     """
     differing = {}
     for name in experiment.stages:
-        if _begun(workdir, name).exists():
+        if _begun(workdir, name).exists() and (_stage(name).resumes or _finished(workdir, name).exists()):
             there = flat(json.loads(_begun(workdir, name).read_text()))
             now = flat(json.loads(to_json(_identity(name, experiment))))
             for key in sorted(there.keys() | now.keys()):
@@ -243,10 +245,8 @@ def _identity(name: str, experiment: Experiment) -> dict[str, Any]:
     }
 
 
-_HOW = {"accumulate", "remat", "candidates_at_once", "documents_at_once", "tokens_at_once"} | {
-    f"allow_dropping_{what}" for what in ("start_tokens", "lengths", "temperatures")
-}
-"""Fields about how devices do the work, and what an export that has stopped may do: not what the work is."""
+_HOW = {"accumulate", "remat", "candidates_at_once", "documents_at_once", "tokens_at_once"}
+"""Fields about how devices do the work, not what the work is: they may change with the mesh."""
 
 
 def _begun(workdir: epath.Path, name: str) -> epath.Path:

@@ -1,12 +1,13 @@
 """What it costs to use other factors than those that were found: the price of a format that can't hold them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.windows import fixed_windows
+from longrope_jax.data.windows import Windows, fixed_windows
 from longrope_jax.evaluation.perplexity import (
     Comparison,
     Perplexity,
@@ -37,15 +38,18 @@ class Cost(NamedTuple):
     documents: int
 
     def to_record(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """As JSON can hold it, but for numbers that are infinite or nan."""
         parts = {name: getattr(self, name)._asdict() for name in ("found", "others", "difference")}
         return self._asdict() | parts
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Cost":
-        """The inverse of `to_record`."""
+        """The inverse of `to_record`; null stands for a number that is none."""
         kinds = {"found": Perplexity, "others": Perplexity, "difference": Comparison}
-        return cls(**record | {name: kind(**record[name]) for name, kind in kinds.items()})
+        return cls(**record | {name: kind(**_numbers(record[name])) for name, kind in kinds.items()})
+
+    def __str__(self) -> str:
+        return f"perplexity {self.found.ppl:.4f} becomes {self.others.ppl:.4f} at {self.length:,} tokens"
 
 
 def changed_lengths(found: FactorTable, others: FactorTable) -> tuple[int, ...]:
@@ -54,42 +58,65 @@ def changed_lengths(found: FactorTable, others: FactorTable) -> tuple[int, ...]:
     return tuple(length for length in lengths if not _same(found, others, length))
 
 
-def substitution_cost(
-    model: Llama,
-    layout: Layout,
-    params: dict,
+def cost_windows(
     found: FactorTable,
     others: FactorTable,
     documents: Sequence[Document],
     lengths: Sequence[int],
     count: int,
     seed: int = 0,
-) -> list[Cost]:
-    """Perplexity with both tables, at every length, on `count` windows of it.
+) -> dict[int, Windows]:
+    """What to measure on, by length: `count` windows at every one of `lengths`, or of `changed_lengths` if it is empty;
+    nothing where no length changes.
 
     Raises:
-        ValueError: no document is as long as one of the lengths.
+        ValueError: a length at which nothing changes or beyond the tables, or too little text: intervals are over
+            documents, so two have to be long enough.
     """
-    costs = []
+    changed = changed_lengths(found, others)
+    if not changed:
+        return {}
+    longest = int(found.boundaries[-1])
     for length in lengths:
-        windows = fixed_windows(documents, length, count, seed)
-        with_found, with_others = (
-            by_file(
-                by_document(token_nll(model, layout, params, table.select(length), windows.tokens, length)),
-                windows.names,
+        if not 1 <= length <= longest:
+            raise ValueError(
+                f"cost_lengths: {length} must be a number of tokens from 1 to {longest}, where factors end"
             )
+        if _same(found, others, length):
+            told = ", ".join(map(str, changed))
+            raise ValueError(f"cost_lengths: nothing changes at {length} tokens; it does up to {told}")
+    windows = {}
+    for length in dict.fromkeys(lengths or changed):
+        try:
+            windows[length] = fixed_windows(documents, length, count, seed)
+        except ValueError as error:
+            raise ValueError(f"what is dropped has to be measured, but {error}; give shorter cost_lengths") from None
+        if len(set(windows[length].names)) < 2:
+            raise ValueError(
+                f"what is dropped has to be measured, but only {windows[length].names[0]!r} has the {length + 1} "
+                "tokens of a window, and intervals need two documents; give more text or shorter cost_lengths"
+            )
+    return windows
+
+
+def substitution_cost(
+    model: Llama,
+    layout: Layout,
+    params: dict,
+    found: FactorTable,
+    others: FactorTable,
+    windows: dict[int, Windows],
+) -> list[Cost]:
+    """Perplexity with both tables on the same windows, by length. Costs two evaluations of every window."""
+    costs = []
+    for length, (tokens, names, _) in windows.items():
+        with_found, with_others = (
+            by_file(by_document(token_nll(model, layout, params, table.select(length), tokens, length)), names)
             for table in (found, others)
         )
-        difference = compare(with_others, with_found, seed)
+        difference = compare(with_others, with_found)
         costs.append(
-            Cost(
-                length,
-                perplexity(with_found),
-                perplexity(with_others),
-                difference,
-                len(windows.names),
-                len(with_found.sums),
-            )
+            Cost(length, perplexity(with_found), perplexity(with_others), difference, len(names), len(set(names)))
         )
     return costs
 
@@ -101,3 +128,9 @@ def _same(found: FactorTable, others: FactorTable, length: int) -> bool:
         return False
     is_rescaled = np.any(np.asarray(mine.lam) != 1)
     return not is_rescaled or max(int(mine.n_hat), 1) == max(int(theirs.n_hat), 1)
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """Null becomes nan, in pairs too."""
+    known = {name: math.nan if value is None else value for name, value in record.items()}
+    return known | {"ci95": tuple(math.nan if value is None else value for value in record["ci95"])}

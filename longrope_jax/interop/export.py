@@ -1,5 +1,6 @@
 """A model and its factors -> a Hugging Face folder that Transformers, vLLM and others read as it is."""
 
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -42,12 +43,21 @@ def fit_to_format(
 ) -> tuple[FactorTable, dict[str, str]]:
     """The table as `rope_parameters` can carry it, and what it lost: in words, by the keys of `not_carried`.
 
+    Neighbouring boundaries with the same factors are one.
+
     Args:
-        allowed: keys of what may be dropped.
+        allowed: names in `DROPPABLE`, of what may be dropped.
 
     Raises:
         CannotCarry: lists what else would be dropped.
+        ValueError: the factors end below the original length.
     """
+    if table.boundaries[-1] < original_length:
+        raise ValueError(
+            f"factors that end at {table.boundaries[-1]} tokens, below the original length, {original_length}, would "
+            "make the context shorter; they must reach it"
+        )
+    table = _merged(table)
     lost = not_carried(table)
     refused = [key for key in lost if key not in allowed]
     if refused:
@@ -56,6 +66,15 @@ def fit_to_format(
             f"dropped, at a cost that is then measured, with {', '.join(f'allow_dropping_{key}' for key in refused)}"
         )
     return (two_lengths(table, original_length) if lost else table), lost
+
+
+def _merged(table: FactorTable) -> FactorTable:
+    """Without boundaries at which nothing changes."""
+    entries = {int(boundary): table.select(int(boundary)) for boundary in table.boundaries}
+    for boundary, following in itertools.pairwise(list(entries)):
+        if all(map(np.array_equal, jax.tree.leaves(entries[boundary]), jax.tree.leaves(entries[following]))):
+            del entries[boundary]
+    return FactorTable.of(entries)
 
 
 def check_architecture(architecture: str, config: LlamaConfig) -> None:
@@ -74,7 +93,7 @@ def huggingface_config(
     config: LlamaConfig, table: FactorTable, architecture: str, dtype: str, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
     """config.json's content. `rope_scaling` and `rope_theta` say the same as `rope_parameters` once more, to readers
-    older than Transformers 5, which would take the model for one without an extension.
+    older than Transformers 5, which would take the model for one without an extension (those refuse Phi-3 with it).
 
     Args:
         table: of factors that the format can carry, see `fit_to_format`.
@@ -132,7 +151,8 @@ def export_checkpoint(
 ) -> None:
     """Writes a folder with safetensors, config.json, tokenizer, generation_config.json and README.md.
 
-    It appears under its name when it is whole; one that was there is replaced. Parameters are fetched from their
+    It appears under its name when it is whole (on an object store, as whole as copying one by one can be); an older
+    export that was there is replaced. Parameters are fetched from their
     devices tensor by tensor; of several processes, all have to call this, and the first writes. Memory of the host
     O(shard_bytes), of a device one tensor more.
 
@@ -144,13 +164,15 @@ def export_checkpoint(
         dtype: of the tensors, "float32" or "bfloat16"; None keeps that of the parameters, so that nothing is lost.
 
     Raises:
-        ValueError: the factors can't be carried whole, or the architecture does not fit.
+        ValueError: the factors can't be carried whole, the architecture does not fit, or the folder is there and is no
+            model's.
         OSError: the folder can't be written.
     """
     check_architecture(architecture, config)
     dtype = dtype or config.param_dtype
     content = huggingface_config(config, table, architecture, dtype, tokenizer)
     folder = epath.Path(folder)
+    check_replaceable(folder)
     partial = folder.parent / (folder.name + PARTIAL)
     files = {
         "config.json": _json(content),
@@ -158,18 +180,30 @@ def export_checkpoint(
         "README.md": card.encode(),
         **({} if tokenizer is None else tokenizer_files(tokenizer)),
     }
-    if processes.is_first():
-        if partial.exists():
+    try:
+        if processes.is_first():
+            if partial.exists():
+                partial.rmtree()
+            partial.mkdir(parents=True)
+            for name, data in files.items():
+                (partial / name).write_bytes(data)
+        _write_tensors(partial, _tensors(config, architecture), params, np.dtype(dtype), shard_bytes)
+    except OSError as error:
+        if processes.is_first() and partial.exists():
             partial.rmtree()
-        partial.mkdir(parents=True)
-        for name, data in files.items():
-            (partial / name).write_bytes(data)
-    _write_tensors(partial, _tensors(config, architecture), params, np.dtype(dtype), shard_bytes)
+        raise OSError(f"{folder} can't be written: {error.strerror or error}") from error
     if processes.is_first():
         if folder.exists():
             folder.rmtree()
         partial.rename(folder)
     processes.wait_for_all(f"export {folder.name}")
+
+
+def check_replaceable(folder: epath.Path) -> None:
+    """Raises ValueError if something is there that is neither empty nor a model's folder."""
+    is_model = folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
+    if folder.exists() and not is_model:
+        raise ValueError(f"{folder} is there, and is no model's folder that could be replaced")
 
 
 def _generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Factors by length from and to whatever files they are kept in: ours, CSV, and configs of Hugging Face."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from absl import logging
 from etils import epath
 
 from longrope_jax.interop.architectures import parse_rotation
@@ -20,6 +22,7 @@ from longrope_jax.rope import (
 from longrope_jax.rope.huggingface import rope_type
 
 KINDS = ("longrope_jax", "huggingface", "csv")
+_ORIGINAL = "original_max_position_embeddings"
 
 
 class Found(NamedTuple):
@@ -30,6 +33,14 @@ class Found(NamedTuple):
     table: FactorTable
     base: float | None
     original_length: int | None
+
+    def check(self) -> "Found":
+        """Returns self; raises ValueError if a number makes no sense."""
+        if self.base is not None and not (_is_number(self.base) and 1 < self.base < 1e30):
+            raise ValueError(f"rope_theta = {self.base!r} must be a number above 1")
+        if self.original_length is not None and not _is_length(self.original_length):
+            raise ValueError(f"original_length = {self.original_length!r} must be a positive number of tokens")
+        return self
 
 
 def read_factors(path: epath.PathLike, target_length: int | None = None, head_dim: int | None = None) -> Found:
@@ -49,23 +60,26 @@ def read_factors(path: epath.PathLike, target_length: int | None = None, head_di
     path = epath.Path(path)
     if not path.exists():
         raise ValueError(f"factors = {str(path)!r} do not exist")
-    content = _content(path)
-    if content is None or str(content.get("format", "")).startswith("longrope_jax."):
-        return _ours(path, content or {}, target_length, head_dim)
     try:
-        if "hidden_size" in content or "head_dim" in content:
+        content = _content(path)
+        if content is None or str(content.get("format", "")).startswith("longrope_jax."):
+            found = _ours(path, content or {}, target_length, head_dim)
+        elif target_length is not None:
+            raise ValueError(f"target_length = {target_length} is for a single set of factors; this file has its own")
+        elif "hidden_size" in content or "head_dim" in content:
             rotation = parse_rotation(content)
             found = Found(rotation.table, rotation.base, rotation.original_length)
         else:
-            found = _snippet(content.get("rope_parameters") or content.get("rope_scaling") or content)
+            found = _snippet(content)
         found.table.factors.check(head_dim, monotone="warn")
-        return found
+        return found.check()
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        told = str(error)
+        raise ValueError(told if told.startswith(str(path)) else f"{path}: {told}") from None
 
 
 def factors_for(path: epath.PathLike, config: LlamaConfig, target_length: int | None = None) -> FactorTable:
-    """The factors in a file, for a model.
+    """The factors in a file, for a model; a warning if they were made for another original length.
 
     Raises:
         ValueError: see `read_factors`; or they are for another head dimension or rope_theta.
@@ -73,31 +87,42 @@ def factors_for(path: epath.PathLike, config: LlamaConfig, target_length: int | 
     found = read_factors(path, target_length, config.head_dim)
     if found.base is not None and found.base != config.rope_theta:
         raise ValueError(f"{path}: factors for rope_theta = {found.base:g}; the model has {config.rope_theta:g}")
+    if found.original_length not in (None, config.original_length):
+        logging.warning(
+            "%s: factors for a model of %d tokens; this one was pretrained for %d", path, found.original_length,
+            config.original_length,
+        )  # fmt: skip
     return found.table
 
 
 def write_factors(path: epath.PathLike, found: Found, kind: str, length: int | None = None) -> None:
-    """Writes factors as one of `KINDS`.
+    """Writes factors as one of `KINDS`, to a file that is not there yet.
 
     Args:
-        kind: "huggingface" is an object with `rope_parameters` and the lengths that go with it, to be put into a
-            config.json; "csv" is one set.
+        kind: "longrope_jax" is a table; "huggingface" an object with `rope_parameters` and the lengths that go with it,
+            to be put into a config.json; "csv" one set.
         length: for a CSV, which set: that of a sequence of so many tokens; the longest by default.
 
     Raises:
         ValueError: says what the kind of file can't carry, or what has to be known for it.
     """
     path = epath.Path(path)
-    table = found.table
+    if kind not in KINDS:
+        raise ValueError(f"kind = {kind!r} must be one of {', '.join(KINDS)}")
+    suffix = ".csv" if kind == "csv" else ".json"
+    if path.suffix != suffix:
+        raise ValueError(f"{path}: factors of the kind {kind} are kept in a {suffix} file")
+    if path.exists():
+        raise ValueError(f"{path} is there; choose a new name")
+    if length is not None and kind != "csv":
+        raise ValueError(f"length = {length} chooses one set for a CSV; {kind} takes all")
     if kind == "longrope_jax":
         told = {"original_length": found.original_length, "rope_theta": found.base}
-        save_table(path, table, **{name: value for name, value in told.items() if value is not None})
+        save_table(path, found.table, **{name: value for name, value in told.items() if value is not None})
     elif kind == "csv":
-        save_factors(path, table.select(length or int(table.boundaries[-1])))
-    elif kind == "huggingface":
-        path.write_text(json.dumps(_for_config(found), indent=2, allow_nan=False) + "\n")
+        _write_csv(path, found.table, length)
     else:
-        raise ValueError(f"kind = {kind!r} must be one of {', '.join(KINDS)}")
+        path.write_text(json.dumps(_for_config(found), indent=2, allow_nan=False) + "\n")
 
 
 def _content(path: epath.Path) -> dict[str, Any] | None:
@@ -109,40 +134,56 @@ def _content(path: epath.Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"neither a .csv nor JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold an object")
+        raise ValueError("must hold an object")
     return content
 
 
 def _ours(path: epath.Path, content: dict[str, Any], target_length: int | None, head_dim: int | None) -> Found:
-    metadata = content.get("metadata", {})
-    metadata = metadata if isinstance(metadata, dict) else {}
-    model = metadata.get("model") if isinstance(metadata.get("model"), dict) else {}
+    metadata = _mapping(content.get("metadata"))
+    model = _mapping(metadata.get("model"))
     base = metadata.get("rope_theta", model.get("rope_theta"))
     original = metadata.get("original_length", model.get("original_length"))
     if "entries" in content:
+        if target_length is not None:
+            raise ValueError(f"target_length = {target_length} is for a single set of factors; this is a table")
         return Found(load_table(path, head_dim), base, original)
-    factors = load_factors(path, head_dim)
-    boundary = target_length or metadata.get("target_length")
-    if not isinstance(boundary, int):
-        raise ValueError(f"{path}: up to how many tokens are these factors good? Give a target_length")
-    return Found(FactorTable.of({boundary: factors}), base, original)
+    boundary = metadata.get("target_length") if target_length is None else target_length
+    if boundary is None:
+        raise ValueError("up to how many tokens are these factors good? Give a target_length")
+    if not _is_length(boundary):
+        raise ValueError(f"target_length = {boundary!r} must be a positive number of tokens")
+    return Found(FactorTable.of({boundary: load_factors(path, head_dim)}), base, original)
 
 
-def _snippet(rope: dict[str, Any]) -> Found:
-    """`rope_parameters` without a model; only factors in full say how many pairs a head has."""
+def _snippet(content: Mapping[str, Any]) -> Found:
+    """`rope_parameters` without a model, by themselves or beside the lengths that a config.json has; only factors in
+    full say how many pairs a head has.
+    """
+    rope = content.get("rope_scaling") or content.get("rope_parameters") or content
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters = {rope!r} must be an object")
     if rope_type(rope) != "longrope":
         raise ValueError(
             f"rope_type = {rope_type(rope)!r} needs head dimension and lengths of the model; give its whole config.json"
         )
-    lam, factor, original = (rope.get(n) for n in ("long_factor", "factor", "original_max_position_embeddings"))
-    numbers = all(isinstance(value, int | float) and 0 < value < 2**31 for value in (factor, original))
-    if not isinstance(lam, list) or not numbers:
-        raise ValueError("long_factor, factor and original_max_position_embeddings are needed, or a whole config.json")
-    base = rope.get("rope_theta")
-    table = from_huggingface(rope, 2 * len(lam), base or 10000.0, round(factor * original))
-    return Found(table, base, int(original))
+    original = content.get(_ORIGINAL, rope.get(_ORIGINAL))
+    if not _is_length(original):
+        raise ValueError(f"{_ORIGINAL} = {original!r} must be a positive number of tokens")
+    longest, factor = content.get("max_position_embeddings"), rope.get("factor")
+    if longest is None:
+        if not _is_number(factor) or not factor >= 1:
+            raise ValueError(f"factor = {factor!r} must be 1 or more, where there is no max_position_embeddings")
+        longest = round(factor * original)
+    if not _is_length(longest) or longest < original:
+        raise ValueError(f"max_position_embeddings = {longest!r} must be a number of tokens, {original} or more")
+    lam = rope.get("long_factor")
+    if not isinstance(lam, list):
+        raise ValueError(f"long_factor = {lam!r} must be a list of numbers, half of the head dimension")
+    base = rope.get("rope_theta", content.get("rope_theta"))
+    table = from_huggingface({**rope, _ORIGINAL: original}, 2 * len(lam), 10000.0, longest)
+    return Found(table, base, original)
 
 
 def _for_config(found: Found) -> dict[str, Any]:
@@ -153,6 +194,28 @@ def _for_config(found: Found) -> dict[str, Any]:
         rope = {**rope, "rope_theta": found.base}
     return {
         "max_position_embeddings": int(found.table.boundaries[-1]),
-        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        _ORIGINAL: rope[_ORIGINAL],
         "rope_parameters": rope,
     }
+
+
+def _write_csv(path: epath.Path, table: FactorTable, length: int | None) -> None:
+    length = int(table.boundaries[-1]) if length is None else length
+    if not _is_length(length):
+        raise ValueError(f"length = {length!r} must be a positive number of tokens")
+    save_factors(path, table.select(length))
+    if len(table.boundaries) > 1:
+        told = ", ".join(str(boundary) for boundary in table.boundaries)
+        logging.warning("%s has the factors of %d tokens alone, of those for %s", path, length, told)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ class Card:
     Attributes:
         title: the model's name.
         config: its architecture.
+        form: the class of Transformers that reads it, and the dtype of its tensors, in words.
         found: its factors by length.
         carried: those that are exported.
         dropped: what of the former has no place in the latter, in words, by kind.
@@ -30,10 +32,12 @@ class Card:
         text: which text it was measured on, in words.
         steps: how it was made: stages or sources by name, in order, with their settings or numbers.
         perplexity: of arms by length, as far as it was evaluated.
+        exported_arms: those of them that are this model with the factors that were found.
     """
 
     title: str
     config: LlamaConfig
+    form: str
     found: FactorTable
     carried: FactorTable
     dropped: Mapping[str, str] = field(default_factory=dict)
@@ -41,27 +45,33 @@ class Card:
     text: str = ""
     steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     perplexity: Mapping[str, Mapping[int, Perplexity]] = field(default_factory=dict)
+    exported_arms: Sequence[str] = ()
 
 
 def model_card(card: Card) -> str:
     """README.md, with the metadata that the Hugging Face hub reads."""
-    original, longest = card.config.original_length, int(card.carried.boundaries[-1])
+    config, original, longest = card.config, card.config.original_length, int(card.carried.boundaries[-1])
+    layers = "1 layer" if config.num_layers == 1 else f"{config.num_layers} layers"
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- longrope\n- long-context\n---\n",
         f"# {card.title}\n",
-        f"A language model of {card.config.num_layers} layers and head dimension {card.config.head_dim}, pretrained "
-        f"for {original:,} tokens, with rotary position embeddings rescaled for up to {longest:,} tokens "
-        f"({longest / original:g} times as many). Rescale factors: [LongRoPE]({PAPER}); made with longrope_jax "
-        f"{version('longrope_jax')}.\n",
+        f"A language model of {layers}, width {config.hidden_size} and {config.vocab_size:,} tokens in its vocabulary, "
+        f"pretrained for contexts of {original:,} tokens. Its rotary position embedding is rescaled for up to "
+        f"{longest:,}, in the format of [LongRoPE]({PAPER}), by longrope_jax {version('longrope_jax')}. Tensors: "
+        f"{card.form}. What the model that it was made from says of licence and training data holds for this one.\n",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained(".")  # or the name of this repository\n'
+        'model = AutoModelForCausalLM.from_pretrained(".")\n```\n',
         "## Context\n",
         _entries(card.carried),
+        *_switching(card),
         *_dropped(card),
         *_perplexity(card),
         *_steps(card),
         "## Rescale factors\n",
         "One for every rotary pair, high frequencies first; a pair's wavelength is multiplied by it. In config.json "
-        "they are `rope_parameters.short_factor` and `long_factor`; readers older than Transformers 5 find them in "
-        "`rope_scaling`.\n",
+        "they are `rope_parameters.short_factor` and `long_factor`, and once more in `rope_scaling` for readers older "
+        "than Transformers 5.\n",
         *(f"* {line}" for line in _lambdas(card.carried)),
     ]
     return "\n".join(parts) + "\n"
@@ -77,6 +87,25 @@ def _entries(table: FactorTable) -> str:
     return markdown_table(["sequences of", "factors", "attention temperature"], rows)
 
 
+def _switching(card: Card) -> list[str]:
+    """What a user of two sets of factors should know; other programs than ours don't tell it."""
+    boundaries = [int(boundary) for boundary in card.carried.boundaries]
+    if len(boundaries) < 2:
+        return []
+    notes = [
+        f"Sequences of up to {boundaries[0]:,} tokens have the short factors, longer ones the long; a batch has one "
+        f"set. Keys in a cache stay as they were rotated, so where a generated text grows beyond {boundaries[0]:,} "
+        "tokens, the classes of Transformers for Llama and Mistral need `use_cache=False`, or a fresh prompt, to stay "
+        "exact; its class for Phi-3 reads everything again. Serving engines may choose one set for all requests.\n"
+    ]
+    if boundaries[0] != card.config.original_length:
+        notes.append(
+            f"`original_max_position_embeddings` in config.json is where the factors change, {boundaries[0]:,} tokens, "
+            f"as the format has one number for both; the model was pretrained for {card.config.original_length:,}.\n"
+        )
+    return notes
+
+
 def _lambdas(table: FactorTable) -> list[str]:
     return [
         f"up to {int(boundary):,} tokens: {', '.join(f'{value:.4g}' for value in lam)}"
@@ -87,9 +116,9 @@ def _lambdas(table: FactorTable) -> list[str]:
 def _dropped(card: Card) -> list[str]:
     heading = "## What the format could not carry\n"
     if not card.dropped:
-        return [heading, "Nothing: these are the factors that the model was made and judged with.\n"]
+        return [heading, "Nothing: the factors above are those that were found or given.\n"]
     what = "; ".join(card.dropped.values())
-    parts = [heading, f"Dropped, on demand: {what}. The factors that were found:\n", _found(card.found)]
+    parts = [heading, f"Dropped, as was allowed: {what}. The factors before that:\n", _found(card.found)]
     if card.costs:
         parts += [
             f"What this costs, on {card.text}; nats per token, 95 % intervals over documents, paired:\n",
@@ -130,12 +159,15 @@ def _perplexity(card: Card) -> list[str]:
         return []
     lengths = sorted({length for row in card.perplexity.values() for length in row})
     rows = [
-        [arm, *(f"{row[length].ppl:.2f}" if length in row else "" for length in lengths)]
+        [
+            arm + " (this model)" * (arm in card.exported_arms),
+            *(f"{row[length].ppl:.2f}" if length in row else "" for length in lengths),
+        ]
         for arm, row in card.perplexity.items()
     ]
     return [
         "## Perplexity\n",
-        "By length of the window, on documents that neither training nor search has seen"
+        "A token, by length of the window, on documents that neither training nor search has seen"
         f"{', before anything was dropped' if card.dropped else ''}.\n",
         markdown_table(["", *(f"{length:,}" for length in lengths)], rows),
     ]
@@ -143,7 +175,14 @@ def _perplexity(card: Card) -> list[str]:
 
 def _steps(card: Card) -> list[str]:
     lines = [
-        f"* **{name}**: " + ", ".join(f"{key} = {value}" for key, value in settings.items())
+        f"* **{name}**: " + ", ".join(f"{key} = {_told(key, value)}" for key, value in settings.items())
         for name, settings in card.steps.items()
     ]
     return ["## How it was made\n", *lines, ""] if lines else []
+
+
+def _told(key: str, value: Any) -> str:
+    """A setting for strangers: numbers without noise, files without the folders of the machine they were on."""
+    if key == "path":
+        return PurePath(str(value)).name
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

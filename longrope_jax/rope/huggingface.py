@@ -9,6 +9,8 @@ import numpy as np
 from longrope_jax.rope.factors import FactorTable, RopeFactors
 from longrope_jax.rope.methods import linear, llama3, longrope_mscale, unscaled, yarn
 
+DROPPABLE = ("start_tokens", "lengths", "temperatures")
+"""What factors may have and `rope_parameters` have no place for."""
 TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -83,8 +85,8 @@ def to_huggingface(table: FactorTable, original_length: int) -> dict[str, Any]:
 
 
 def not_carried(table: FactorTable) -> dict[str, str]:
-    """What of a table has no place in `rope_parameters`: in words, by `start_tokens`, `lengths` and `temperatures`;
-    nothing if it can be carried whole. Position 0 is not turned by any factors, so a single start token is none.
+    """What of a table has no place in `rope_parameters`: in words, by the names in `DROPPABLE`; nothing if it can be
+    carried whole. Position 0 is not turned by any factors, so a single start token is none.
     """
     lost = {}
     n_hat, mscale = np.asarray(table.factors.n_hat), np.asarray(table.factors.mscale, np.float32)

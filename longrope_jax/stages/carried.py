@@ -74,10 +74,11 @@ class Carried:
 
     def table(self, source: str, model: str) -> FactorTable:
         """Factors by length: a table or load stage's, a search's for all up to its target; "" for those that a stage's
-        model was last trained with.
+        model was last trained with, or came with.
         """
-        if not source:
-            trained = self.trained[self.model_stage(model)]
+        source = source or self.model_stage(model)
+        if source not in self.factors:
+            trained = self.trained[source]
             return FactorTable.of({trained.length: trained.factors})
         found = self.factors[source]
         return found if isinstance(found, FactorTable) else FactorTable.of({self.targets[source]: found})

@@ -1,5 +1,6 @@
 """The stage `export`: a model and its factors as a Hugging Face folder."""
 
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -7,15 +8,15 @@ from typing import Any
 
 from absl import logging
 
-from longrope_jax.data.windows import fixed_windows
-from longrope_jax.evaluation.perplexity import Perplexity, perplexity
+from longrope_jax.evaluation.perplexity import perplexity
 from longrope_jax.evaluation.run import recorded_nll
-from longrope_jax.evaluation.substitution import Cost, changed_lengths, substitution_cost
+from longrope_jax.evaluation.substitution import Cost, cost_windows, substitution_cost
 from longrope_jax.interop.export import CannotCarry, check_architecture, export_checkpoint, fit_to_format
 from longrope_jax.interop.model_card import Card, model_card
 from longrope_jax.model import LlamaConfig
 from longrope_jax.model.config import FLOAT_TYPES
 from longrope_jax.rope import FactorTable
+from longrope_jax.rope.huggingface import DROPPABLE
 from longrope_jax.runtime import processes, records
 from longrope_jax.search.run import SearchSettings
 from longrope_jax.stages.carried import Carried
@@ -32,6 +33,8 @@ from longrope_jax.stages.kind import (
 
 _RESULTS = ("parameters", "evaluations", "best_nll", "seconds")  # of a stage's summary, as far as it has them
 
+_HOUSEKEEPING = ("dtype", "param_dtype", "attention", "log_every", "checkpoint_every")
+
 
 @dataclass(frozen=True)
 class ExportSettings:
@@ -41,7 +44,8 @@ class ExportSettings:
     stops the export unless it may be dropped; what that costs is then measured on the evaluation documents.
 
     Attributes:
-        factors: a table, search or load stage; "" for what the model was last trained with.
+        factors: a table, search or load stage; "" for what the model came with or was last trained with, at every
+            length.
         model: the stage whose parameters are exported; "" is the latest.
         architecture: the class of Transformers that reads them, "LlamaForCausalLM", "MistralForCausalLM" or
             "Phi3ForCausalLM". All are the same computation; llama.cpp converts factors by length from the last only.
@@ -75,31 +79,41 @@ class ExportSettings:
 
     @property
     def allowed(self) -> tuple[str, ...]:
-        """What may be dropped, by the keys of `rope.not_carried`."""
-        kinds = ("start_tokens", "lengths", "temperatures")
-        return tuple(kind for kind in kinds if getattr(self, f"allow_dropping_{kind}"))
+        """What may be dropped."""
+        return tuple(kind for kind in DROPPABLE if getattr(self, f"allow_dropping_{kind}"))
 
 
 def _check_export(settings: ExportSettings, config: LlamaConfig, before: Before) -> None:
-    model_stage(settings.model, before)
+    model = model_stage(settings.model, before)
     check_architecture(settings.architecture, config)
+    source = before[settings.factors or model] if settings.factors in ("", *before) else None
+    if isinstance(source, LoadSettings):
+        fit_to_format(source.factors, config.original_length, settings.allowed)
     if not settings.factors:
         return
     target = factors_target(settings.factors, before, "factors")
     if target is None:
         raise ValueError(f"factors = {settings.factors!r} must be a stage; a table stage makes one of a method")
+    if target < config.original_length:
+        raise ValueError(
+            f"factors = {settings.factors!r} end at {target} tokens, below the original length, "
+            f"{config.original_length}"
+        )
     if settings.cost_lengths and max(settings.cost_lengths) > target:
         raise ValueError(f"cost_lengths = {settings.cost_lengths} goes beyond {target}, where {settings.factors} ends")
-    source = before.get(settings.factors)
-    if isinstance(source, LoadSettings):
-        fit_to_format(source.factors, config.original_length, settings.allowed)
-    if isinstance(source, TableSettings) and len(source.lengths) > 2 and "lengths" not in settings.allowed:
+    # Neighbours from one stage are one; what methods make of different lengths differs.
+    if isinstance(source, TableSettings) and "lengths" not in settings.allowed and _entries(source, before) > 2:
         raise ValueError(
             f"factors = {settings.factors!r} has the lengths {', '.join(map(str, source.lengths))}, and the format has "
             "room for two; allow_dropping_lengths keeps those of the original length and of the longest"
         )
     if "start_tokens" not in settings.allowed:
         _warn_of_start_tokens(settings, source, before)
+
+
+def _entries(table: TableSettings, before: Before) -> int:
+    pairs = itertools.pairwise(table.factors)
+    return 1 + sum(first != second or first not in before for first, second in pairs)
 
 
 def _warn_of_start_tokens(settings: ExportSettings, source: Any, before: Before) -> None:
@@ -114,38 +128,28 @@ def _warn_of_start_tokens(settings: ExportSettings, source: Any, before: Before)
         )  # fmt: skip
 
 
-def _check_export_data(settings: ExportSettings, carried: Carried) -> None:
-    if settings.allowed and settings.cost_lengths:
-        _check_cost_lengths(settings, carried, settings.cost_lengths)
-
-
-def _check_cost_lengths(settings: ExportSettings, carried: Carried, lengths: tuple[int, ...]) -> None:
-    try:
-        fixed_windows(carried.documents["evaluation"], max(lengths), settings.cost_documents, settings.seed)
-    except ValueError as error:
-        raise CannotCarry(
-            f"what is dropped would be measured at {max(lengths)} tokens, but {error}; give shorter cost_lengths"
-        ) from None
-
-
 def _run_export(settings: ExportSettings, carried: Carried, name: str) -> dict[str, Any]:
     began = time.monotonic()
     config = carried.model.config
+    dtype = settings.dtype or config.param_dtype
     found = carried.table(settings.factors, settings.model)
     exported, dropped = fit_to_format(found, config.original_length, settings.allowed)
     costs = _costs(settings, carried, found, exported) if dropped else []
     if dropped and processes.is_first():
-        logging.warning("%s: dropped %s; %s", name, "; ".join(dropped.values()), _told(costs))
+        logging.warning(
+            "%s: dropped %s; %s", name, "; ".join(dropped.values()), "; ".join(map(str, costs)) or "no cost"
+        )
     card = Card(
-        title=f"{config.original_length:,} to {int(exported.boundaries[-1]):,} tokens by LongRoPE",
+        title=f"{config.original_length:,} to {int(exported.boundaries[-1]):,} tokens",
         config=config,
+        form=f"{settings.architecture}, {dtype}",
         found=found,
         carried=exported,
         dropped=dropped,
         costs=costs,
         text="evaluation documents of the experiment, which neither training nor search has seen",
-        steps=_history(settings, carried, name),
-        perplexity=_evaluated(carried),
+        steps=_history(carried, name),
+        **_evaluated(settings, carried),
     )
     export_checkpoint(
         carried.workdir / name,
@@ -155,12 +159,13 @@ def _run_export(settings: ExportSettings, carried: Carried, name: str) -> dict[s
         carried.tokenizer,
         model_card(card),
         architecture=settings.architecture,
-        dtype=settings.dtype or None,
+        dtype=dtype,
     )
     return {
         "folder": name,
         "architecture": settings.architecture,
-        "dtype": settings.dtype or config.param_dtype,
+        "dtype": dtype,
+        "files": sorted(path.name for path in (carried.workdir / name).iterdir()),
         "lengths": [int(boundary) for boundary in exported.boundaries],
         "dropped": dropped,
         "costs": [cost.to_record() for cost in costs],
@@ -169,41 +174,35 @@ def _run_export(settings: ExportSettings, carried: Carried, name: str) -> dict[s
 
 
 def _costs(settings: ExportSettings, carried: Carried, found: FactorTable, exported: FactorTable) -> list[Cost]:
-    lengths = settings.cost_lengths or changed_lengths(found, exported)
-    if not lengths:
+    documents = carried.documents["evaluation"]
+    try:
+        windows = cost_windows(
+            found, exported, documents, settings.cost_lengths, settings.cost_documents, settings.seed
+        )
+    except ValueError as error:
+        raise CannotCarry(str(error)) from None
+    if not windows:
         return []
-    _check_cost_lengths(settings, carried, lengths)
-    return substitution_cost(
-        carried.model,
-        carried.layout,
-        carried.params(settings.model),
-        found,
-        exported,
-        carried.documents["evaluation"],
-        lengths,
-        settings.cost_documents,
-        settings.seed,
-    )
+    return substitution_cost(carried.model, carried.layout, carried.params(settings.model), found, exported, windows)
 
 
-def _told(costs: list[Cost]) -> str:
-    """Costs in a line."""
-    changes = [f"{cost.found.ppl:.4f} to {cost.others.ppl:.4f} at {cost.length} tokens" for cost in costs]
-    return f"perplexity from {', '.join(changes)}" if changes else "no length gets other factors for it"
+def _evaluated(settings: ExportSettings, carried: Carried) -> dict[str, Any]:
+    """The latest evaluation of the exported model: every arm's perplexity by length, and which arms are the export."""
+    model = carried.model_stage(settings.model)
+    for evaluation, made in reversed(carried.evaluations.values()):
+        mine = [name for name, arm in evaluation.arms.items() if carried.model_stage(arm.model) == model]
+        if mine:
+            return {
+                "perplexity": {
+                    name: {r["length"]: perplexity(recorded_nll(r)) for r in made if r["method"] == name}
+                    for name in evaluation.arms
+                },
+                "exported_arms": [name for name in mine if evaluation.arms[name].factors == settings.factors],
+            }
+    return {}
 
 
-def _evaluated(carried: Carried) -> dict[str, dict[int, Perplexity]]:
-    """What the latest evaluation says of every arm."""
-    if not carried.evaluations:
-        return {}
-    settings, made = list(carried.evaluations.values())[-1]
-    return {
-        arm: {record["length"]: perplexity(recorded_nll(record)) for record in made if record["method"] == arm}
-        for arm in settings.arms
-    }
-
-
-def _history(settings: ExportSettings, carried: Carried, name: str) -> dict[str, dict[str, Any]]:
+def _history(carried: Carried, name: str) -> dict[str, dict[str, Any]]:
     """The stages that the model and its factors come from, in order: their settings, and what they took."""
     steps: dict[str, dict[str, Any]] = {}
 
@@ -214,7 +213,8 @@ def _history(settings: ExportSettings, carried: Carried, name: str) -> dict[str,
         for earlier in begun[f"stages before {stage}"]:
             add(earlier)
         summary = json.loads((carried.workdir / "stages" / f"{stage}.json").read_text())
-        told = {key: value for key, value in records.flat(begun[stage]).items() if value not in ("", None)}
+        settings = records.flat(begun[stage])
+        told = {key: value for key, value in settings.items() if value not in ("", None) and key not in _HOUSEKEEPING}
         steps[stage] = told | {key: summary[key] for key in _RESULTS if key in summary}
 
     for stage in _recorded(carried, name)[f"stages before {name}"]:
@@ -228,17 +228,19 @@ def _recorded(carried: Carried, stage: str) -> dict[str, Any]:
 
 
 def _load_export(settings: ExportSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
-    if not (carried.workdir / name / "config.json").exists():
-        raise LookupError(f"{carried.workdir / name} is gone")
+    lost = [file for file in summary["files"] if not (carried.workdir / name / file).exists()]
+    if lost:
+        raise LookupError(f"{carried.workdir / name} has lost {', '.join(lost)}")
     carried.exports[name] = summary
 
 
 EXPORT = Stage(
     ExportSettings,
     _check_export,
-    _check_export_data,
+    nothing,
     nothing,
     _run_export,
     _load_export,
     inputs=lambda s, before: [model_stage(s.model, before), *sources((s.factors,), before)],
+    resumes=False,
 )

@@ -94,6 +94,7 @@ class Stage:
         load: (settings, carried, name, summary) -> None, hands the results on, whether the stage has just run or did
             so before. Raises LookupError if they are not there any more.
         inputs: (settings, settings of the stages before) -> names of the stages whose results it takes.
+        resumes: whether it goes on from what it has left behind when it was stopped, rather than begin again.
     """
 
     settings: type
@@ -103,6 +104,7 @@ class Stage:
     run: Callable
     load: Callable
     inputs: Callable
+    resumes: bool = True
 
 
 def model_stage(name: str, before: Before, field_name: str = "model") -> str:

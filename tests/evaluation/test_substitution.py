@@ -1,14 +1,19 @@
 """What other factors cost: measured where they turn tokens otherwise, on the same windows."""
 
+import json
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import longrope_jax as lr
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.windows import fixed_windows
-from longrope_jax.evaluation.substitution import Cost, changed_lengths, substitution_cost
+from longrope_jax.evaluation.perplexity import Comparison, Perplexity
+from longrope_jax.evaluation.substitution import Cost, changed_lengths, cost_windows, substitution_cost
+from longrope_jax.interop.model_card import cost_table
 from longrope_jax.runtime.mesh import Layout, MeshSettings
+from longrope_jax.runtime.records import to_json
 from longrope_jax.training.step import init_params
 
 CONFIG = lr.LlamaConfig(24, 16, 20, 2, 2, 2, 8, 16)
@@ -32,7 +37,8 @@ def test_the_cost_is_that_of_the_same_tokens_with_both():
     model = lr.Llama(CONFIG)
     params = init_params(model, 0)
     others = lr.FactorTable.of({16: PLAIN, 64: lr.rope.linear(8, 64.0)})
-    (cost,) = substitution_cost(model, Layout.of(MeshSettings()), params, FOUND, others, documents, (64,), 4)
+    windows = cost_windows(FOUND, others, documents, (64,), 4)
+    (cost,) = substitution_cost(model, Layout.of(MeshSettings()), params, FOUND, others, windows)
     assert (cost.length, cost.windows, cost.documents) == (64, 4, 3)
 
     def nll(table, tokens):
@@ -40,9 +46,33 @@ def test_the_cost_is_that_of_the_same_tokens_with_both():
         arguments = tokens[:, :-1], tokens[:, 1:], table.select(64)
         return np.asarray(model.apply({"params": params}, *arguments, method="token_nll"), np.float64).mean()
 
-    windows = fixed_windows(documents, 64, 4, 0).tokens
-    wanted = [np.mean([nll(table, window) for window in windows]) for table in (FOUND, others)]
+    wanted = [np.mean([nll(table, window) for window in windows[64].tokens]) for table in (FOUND, others)]
     np.testing.assert_allclose([cost.found.nll, cost.others.nll], wanted, rtol=1e-6)
     assert abs(wanted[0] - wanted[1]) > 1e-4
     assert cost.difference.difference == pytest.approx(cost.others.nll - cost.found.nll, abs=1e-9)
     assert Cost.from_record(cost.to_record()) == cost
+
+
+def test_a_cost_that_is_no_number_survives_its_file():
+    """JSON has no nan and no infinity; a report is made from what was read back."""
+    nothing = Perplexity(math.inf, math.inf, (math.nan, math.nan))
+    difference = Comparison(math.inf, (math.nan, math.inf), -math.inf, 0.0)
+    record = json.loads(to_json(Cost(64, nothing, nothing, difference, 2, 2).to_record()))
+    assert "| 64     | nan " in cost_table([Cost.from_record(record)])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes", "told"),
+    [
+        ((16,), (200, 200), "nothing changes at 16 tokens; it does up to 32, 64"),
+        ((65,), (200, 200), "65 must be a number of tokens from 1 to 64"),
+        ((-1,), (200, 200), "-1 must be a number of tokens from 1 to 64"),
+        ((), (200, 60), "only 'd0' has the 65 tokens of a window, and intervals need two documents"),
+        ((), (30, 30), "what is dropped has to be measured, but none of 2 documents has the 33 tokens"),
+    ],
+)
+def test_where_it_can_t_be_measured_is_told(lengths, sizes, told):
+    documents = [Document(f"d{k}", np.zeros(size, np.uint16), size) for k, size in enumerate(sizes)]
+    with pytest.raises(ValueError, match=told):
+        cost_windows(FOUND, lr.FactorTable.of({16: PLAIN, 64: WIDE}), documents, lengths, 4)
+    assert cost_windows(FOUND, FOUND, documents, lengths, 4) == {}

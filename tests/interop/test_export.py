@@ -171,7 +171,34 @@ def test_nothing_is_dropped_unless_it_is_allowed():
     assert list(dropped) == ["start_tokens", "lengths", "temperatures"]
     changed = {64: SHORT.replace(mscale=np.float32(1.5)), 512: LONG.replace(mscale=np.float32(1.5))}
     assert_same_table(fitted, lr.FactorTable.of(changed))
-    assert fit_to_format(TABLE, 64, ()) == (TABLE, {})
+    assert_same_table(fit_to_format(TABLE, 64, ())[0], TABLE)
+    with pytest.raises(ValueError, match="end at 512 tokens, below the original length, 1024"):
+        fit_to_format(TABLE, 1024, ())
+
+
+def test_boundaries_at_which_nothing_changes_are_none():
+    table = lr.FactorTable.of({32: SHORT, 64: SHORT, 256: LONG, 512: LONG})
+    fitted, dropped = fit_to_format(table, 64, ())
+    assert_same_table(fitted, TABLE)
+    assert dropped == {}
+
+
+def test_only_a_model_s_folder_is_replaced(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is there, and is no model's folder"):
+        export_checkpoint(tmp_path / "a", WIDE, random_params(WIDE), TABLE, None, "")
+    assert (tmp_path / "a" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
+    def no_space(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save", no_space)
+    with pytest.raises(OSError, match="a can't be written: No space left on device"):
+        export_checkpoint(tmp_path / "a", WIDE, random_params(WIDE), TABLE, None, "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_start_tokens_that_change_nothing_are_not_in_the_way():

@@ -12,6 +12,11 @@ from longrope_jax.interop import huggingface
 from longrope_jax.interop.factor_files import Found, factors_for, read_factors, write_factors
 from longrope_jax.rope import save_factors, save_table
 
+SNIPPET = '{"rope_type": "longrope", "long_factor": [1, 2], "original_max_position_embeddings": 8}'
+TABLE_FILE = (
+    '{"format": "longrope_jax.factor_table", "entries": [{"boundary": 8, "lam": [1, 2], "n_hat": 0, "mscale": 1}], '
+    '"metadata": {%s}}'
+)
 ONE = lr.FactorTable.of({512: LONG})
 
 
@@ -40,17 +45,23 @@ def test_from_ours_to_a_config_and_back(tmp_path):
         assert (found.base, found.original_length) == (5e5, 64)
     (tmp_path / "alone.json").write_text(json.dumps(content["rope_parameters"]))
     assert_same_table(read_factors(tmp_path / "alone.json").table, TABLE)
+    # Phi-3's way: the lengths stand beside the factors.
+    beside = {"max_position_embeddings": 512, "original_max_position_embeddings": 64, "rope_theta": 5e5}
+    scaling = {key: content["rope_parameters"][key] for key in ("short_factor", "long_factor", "attention_factor")}
+    (tmp_path / "beside.json").write_text(json.dumps({**beside, "rope_scaling": {"type": "longrope", **scaling}}))
+    assert_same_table(read_factors(tmp_path / "beside.json").table, TABLE)
     run(tmp_path / "alone.json", back)
     found = read_factors(back)
     assert_same_table(found.table, TABLE)
     assert (found.base, found.original_length) == (5e5, 64)
 
 
-def test_a_csv_of_one_of_the_sets_and_back(tmp_path):
+def test_a_csv_of_one_of_the_sets_and_back(tmp_path, caplog):
     plain = lr.FactorTable.of({64: SHORT.replace(mscale=np.float32(1)), 512: LONG.replace(mscale=np.float32(1))})
     save_table(tmp_path / "table.json", plain)
     run(tmp_path / "table.json", tmp_path / "long.csv")
     run(tmp_path / "table.json", tmp_path / "short.csv", "--length=64")
+    assert "long.csv has the factors of 512 tokens alone, of those for 64, 512" in caplog.text
     for name, wanted in (("long", LONG), ("short", SHORT)):
         found = read_factors(tmp_path / f"{name}.csv", target_length=512, head_dim=8)
         np.testing.assert_array_equal(found.table.select(512).lam, wanted.lam)
@@ -87,9 +98,17 @@ def test_start_tokens_reach_a_csv_and_no_config_in_silence(tmp_path, capsys, cap
     ("content", "told"),
     [
         ("[1]", "must hold an object"),
-        ("{", "Expecting property name"),
+        ("{", "neither a .csv nor JSON: Expecting property name"),
         ('{"rope_type": "yarn", "factor": 2}', "rope_type = 'yarn' needs .* its whole config.json"),
-        ('{"rope_type": "longrope", "long_factor": [1, 2]}', "long_factor, factor and original_max_position"),
+        ('{"rope_type": "longrope", "long_factor": [1, 2]}', "original_max_position_embeddings = None"),
+        (SNIPPET, "factor = None must be 1 or more"),
+        (SNIPPET.replace("8}", '8, "factor": 0.5}'), "factor = 0.5 must be 1 or more"),
+        (SNIPPET.replace("8}", '8, "factor": "2"}'), "factor = '2' must be 1 or more"),
+        (SNIPPET.replace("8}", '8, "factor": 2}'), "short_factor must be a list of 2 numbers"),
+        ('{"rope_parameters": [1, 2]}', r"rope_parameters = \[1, 2\] must be an object"),
+        (TABLE_FILE % '"original_length": "x"', "original_length = 'x' must be a positive number"),
+        (TABLE_FILE % '"rope_theta": -1', "rope_theta = -1 must be a number above 1"),
+        (TABLE_FILE % '"rope_theta": "abc"', "rope_theta = 'abc' must be a number above 1"),
         ('{"format": "longrope_jax.factors", "lam": [1, 2], "n_hat": 0, "mscale": 1}', "Give a target_length"),
         ('{"format": "longrope_jax.factor_table", "entries": [{"boundary": "x"}]}', "boundary = 'x'"),
         ('{"vocab_size": 3}', "rope_type = 'default' needs head dimension"),
@@ -102,7 +121,10 @@ def test_what_is_no_file_of_factors_is_told_with_its_name(tmp_path, content, tol
         read_factors(tmp_path / "f.json")
 
 
-def test_factors_of_another_model_are_refused(tmp_path):
+def test_factors_of_another_model_are_refused(tmp_path, caplog):
+    save_table(tmp_path / "other.json", TABLE, original_length=32)
+    assert_same_table(factors_for(tmp_path / "other.json", MODEL), TABLE)
+    assert "factors for a model of 32 tokens; this one was pretrained for 64" in caplog.text
     save_table(tmp_path / "table.json", TABLE, rope_theta=5e5)
     with pytest.raises(ValueError, match="factors for rope_theta = 500000; the model has 10000"):
         factors_for(tmp_path / "table.json", MODEL)
@@ -117,5 +139,13 @@ def test_what_a_destination_needs_to_know_is_asked_for(tmp_path, capsys):
     save_factors(tmp_path / "one.json", LONG, target_length=512)
     assert "Give an original_length" in fails(capsys, tmp_path / "one.json", tmp_path / "r.json", "--to=huggingface")
     assert "mscale of 1.125; write a .json" in fails(capsys, tmp_path / "one.json", tmp_path / "one.csv")
+    assert "one.json is there; choose a new name" in fails(capsys, tmp_path / "one.json", tmp_path / "one.json")
+    assert "kept in a .json file" in fails(capsys, tmp_path / "one.json", tmp_path / "a.txt")
+    assert "kept in a .csv file" in fails(capsys, tmp_path / "one.json", tmp_path / "a.json", "--to=csv")
+    assert "length = 64 chooses one set" in fails(capsys, tmp_path / "one.json", tmp_path / "a.json", "--length=64")
+    assert "'-3' must be a positive whole" in fails(capsys, tmp_path / "one.json", tmp_path / "a.csv", "--length=-3")
+    assert "rope_theta = -1" in fails(capsys, tmp_path / "one.json", tmp_path / "a.json", "--rope_theta=-1")
+    save_table(tmp_path / "table.json", TABLE)
+    assert "this is a table" in fails(capsys, tmp_path / "table.json", tmp_path / "a.json", "--target_length=64")
     with pytest.raises(ValueError, match="kind = 'xml' must be one of longrope_jax, huggingface, csv"):
         write_factors(tmp_path / "x", Found(TABLE, None, None), "xml")

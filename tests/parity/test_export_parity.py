@@ -53,6 +53,20 @@ def test_greedy_tokens_agree_on_both_sides_of_the_switch(exported, length):
     assert list(found) == wanted[0, length:].tolist()
 
 
+def test_greedy_tokens_across_the_switch_agree_where_the_cache_is_read_again(exported):
+    """Transformers keeps the keys of its cache as they were rotated, but for Phi-3's class; ours are made anew."""
+    theirs, params = exported
+    prompt = np.random.default_rng(3).integers(0, WIDE.vocab_size, 55).astype(np.int32)
+    tokens = torch.as_tensor(prompt, dtype=torch.int64)[None]
+    options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=24, do_sample=False)
+    with torch.inference_mode():
+        exact = theirs.generate(tokens, use_cache=False, **options)[0, 55:].tolist()
+        cached = theirs.generate(tokens, **options)[0, 55:].tolist()
+    (found,) = complete(lr.Llama(WIDE), params, TABLE, [prompt], 24, switch="running")
+    assert list(found) == exact
+    assert (cached == exact) == (type(theirs).__name__ == "Phi3ForCausalLM")
+
+
 def test_the_tokenizer_of_bytes(tmp_path):
     config = lr.LlamaConfig.preset("tiny", num_layers=1)
     table = lr.FactorTable.of({128: lr.rope.unscaled(32)})

@@ -16,6 +16,7 @@ from longrope_jax.experiment import DataSettings
 from longrope_jax.interop import huggingface
 from longrope_jax.interop.export import CannotCarry, export_checkpoint
 from longrope_jax.rope import load_table, save_table
+from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.search.run import SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.stages import ExportSettings, LoadSettings, TableSettings
@@ -64,16 +65,16 @@ def test_an_experiment_ends_with_a_folder_that_holds_its_model_and_factors(check
     assert_same(found.params, lr.load_pretrained(checkpoint).params)
     assert_same_table(found.factors, load_table(tmp_path / "factors" / "table.json"))
     card = (tmp_path / "export" / "README.md").read_text()
-    assert "# 32 to 128 tokens by LongRoPE" in card and "Nothing: these are the factors" in card
-    assert f"* **load**: path = {checkpoint}" in card and "* **table**: lengths = [32, 128]" in card
+    assert "# 32 to 128 tokens" in card and "Nothing: the factors above" in card
+    assert "* **load**: path = model" in card and "* **table**: lengths = [32, 128]" in card
     perplexity = json.loads((tmp_path / "report.json").read_text())["perplexity"]
-    assert f"{perplexity['128']['longrope']['ppl']:.2f}" in card
+    assert f"{perplexity['128']['longrope']['ppl']:.2f}" in card and "longrope (this model)" in card
     assert "## Export: export" in (tmp_path / "report.md").read_text()
     # Finished, it is not made again; gone, it is.
     (tmp_path / "export" / "README.md").write_text("touched")
     experiment.run(config, tmp_path)
     assert (tmp_path / "export" / "README.md").read_text() == "touched"
-    (tmp_path / "export" / "config.json").unlink()
+    (tmp_path / "export" / "model.safetensors").unlink()
     experiment.run(config, tmp_path)
     assert (tmp_path / "export" / "README.md").read_text() == card
 
@@ -82,12 +83,14 @@ def test_what_was_found_stops_the_export_until_it_may_be_dropped_and_then_its_co
     checkpoint, text, tmp_path, caplog
 ):
     table = TableSettings(lengths=(L, TARGET), factors=("load", "linear"))
-    experiment.run(config_of(checkpoint, text, table), tmp_path)
+    before = config_of(checkpoint, text, table)
+    before.stages = ("load", "table", "evaluate")
+    del before["export"]
+    experiment.run(before, tmp_path)
     # As if a search had found start tokens.
     path = tmp_path / "factors" / "table.json"
     found = load_table(path)
     save_table(path, lr.FactorTable.of({L: found.select(L), TARGET: found.select(TARGET).replace(n_hat=np.int32(8))}))
-    (tmp_path / "export" / "config.json").unlink()
     with pytest.raises(CannotCarry, match=r"start tokens \(n_hat = 0, 8\).*allow_dropping_start_tokens"):
         experiment.run(config_of(checkpoint, text, table), tmp_path)
     experiment.run(config_of(checkpoint, text, table, allow_dropping_start_tokens=True), tmp_path)
@@ -96,9 +99,37 @@ def test_what_was_found_stops_the_export_until_it_may_be_dropped_and_then_its_co
     assert cost["length"] == TARGET and cost["found"]["ppl"] != cost["others"]["ppl"]
     told = f"{cost['found']['ppl']:.4f}"
     card, report = ((tmp_path / name).read_text() for name in ("export/README.md", "report.md"))
-    assert told in card and "Dropped, on demand: start tokens (n_hat = 0, 8)" in card
+    assert told in card and "Dropped, as was allowed: start tokens (n_hat = 0, 8)" in card
     assert told in report and "before anything was dropped" in card
-    assert f"dropped start tokens (n_hat = 0, 8); perplexity from {told}" in caplog.text
+    assert f"dropped start tokens (n_hat = 0, 8); perplexity {told} becomes" in caplog.text
+
+
+def test_what_stops_an_export_can_be_mended_in_the_same_work_directory(checkpoint, text, tmp_path):
+    table = TableSettings(lengths=(L, 2 * L, 2048), factors=("load", "linear", "linear"))
+    config = config_of(checkpoint, text, table, allow_dropping_lengths=True, cost_documents=40)
+    del config["evaluate"]
+    config.stages = ("load", "table", "export")
+    config.table.lengths = (L, 1024, 2048)
+    with pytest.raises(CannotCarry, match="none of .* documents has the 1025 tokens .* shorter cost_lengths"):
+        experiment.run(config, tmp_path)
+    config.export.cost_lengths = (128,)
+    experiment.run(config, tmp_path)
+    (cost,) = json.loads((tmp_path / "report.json").read_text())["exports"]["export"]["costs"]
+    assert cost["length"] == 128
+
+
+def test_without_factors_all_that_the_model_came_with_goes_on(checkpoint, text, tmp_path):
+    table = lr.FactorTable.of({L: lr.rope.unscaled(8), TARGET: lr.rope.linear(8, 4.0)})
+    export_checkpoint(tmp_path / "model", MODEL, init_params(lr.Llama(MODEL), 0), table, ByteTokenizer(), "")
+    config = config_of(tmp_path / "model", text, TableSettings(lengths=(L,), factors=("load",)), factors="")
+    config.stages = ("load", "export")
+    for name in ("table", "evaluate"):
+        del config[name]
+    config.mesh = section(MeshSettings(axes="fsdp:2,tensor:2"))
+    experiment.run(config, tmp_path / "run")
+    found = lr.load_pretrained(tmp_path / "run" / "export")
+    assert_same_table(found.factors, table)
+    assert_same(found.params, lr.load_pretrained(tmp_path / "model").params)
 
 
 def test_more_than_two_lengths_are_refused_at_once_and_measured_where_they_are_lost(checkpoint, text, tmp_path):
@@ -115,6 +146,7 @@ BEFORE = {
     "pretrain": PretrainSettings(steps=1, batch=1),
     "search": SearchSettings(target_length=TARGET),
     "table": TableSettings(lengths=(L, TARGET), factors=("original", "search")),
+    "short": TableSettings(lengths=(L // 2,), factors=("original",)),
 }
 
 
@@ -124,6 +156,7 @@ BEFORE = {
         ({"factors": "yarn"}, "factors = 'yarn' must be a stage; a table stage makes one of a method"),
         ({"factors": "nothing"}, "factors = 'nothing' is neither a search"),
         ({"model": "search"}, "model = 'search' is no stage before"),
+        ({"factors": "short"}, "factors = 'short' end at 16 tokens, below the original length, 32"),
         ({"architecture": "Phi3ForCausalLM"}, "heads as wide as the model"),
         ({"cost_lengths": (4 * TARGET,)}, r"cost_lengths = \(512,\) goes beyond 128, where table ends"),
         ({"cost_lengths": (0,)}, r"cost_lengths = \(0,\) must be positive"),
@@ -165,20 +198,26 @@ def test_the_command_line_exports_a_model_with_other_factors(checkpoint, text, f
     assert_same(found.params, lr.load_pretrained(checkpoint).params)
     np.testing.assert_array_equal(found.factors.select(TARGET).lam, 4)
     card = (tmp_path / "new" / "README.md").read_text()
-    assert "on 1.txt, 2.txt" in card and f"* **factors**: path = {tmp_path / 'table.json'}" in card
+    assert "on 1.txt, 2.txt" in card and "* **factors**: path = table.json" in card
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ([], "allow_dropping_start_tokens"),
-        (["--allow_dropping_start_tokens"], "has to be measured, at 128 tokens: give --text"),
+        (["--allow_dropping_start_tokens"], "has to be measured: give --text"),
         (["--allow_dropping_start_tokens", "--text", "/nowhere.txt"], "/nowhere.txt"),
-        (["--allow_dropping_start_tokens", "--cost_lengths", "4096", "--text", "1.txt"], "shorter --cost_lengths"),
+        (["--allow_dropping_start_tokens", "--cost_lengths", "4096", "--text", "1.txt"], "tokens from 1 to 128"),
+        (["--allow_dropping_start_tokens", "--cost_lengths", "0", "--text", "1.txt"], "'0' must be a positive"),
+        (["--allow_dropping_start_tokens", "--cost_documents=-1"], "'-1' must be a positive"),
+        (["--allow_dropping_start_tokens", "--text", "1.txt", "./1.txt"], "intervals need two documents"),
+        (["--target_length=64"], "this is a table"),
+        (["--arch=Phi3ForCausalLM"], "unrecognized arguments: --arch"),
         (["--architecture=Phi3ForCausalLM"], "heads as wide as the model"),
         (["--factors=/nowhere"], "'/nowhere' do not exist"),
         (["--output=/nowhere/new"], "lies in no directory that is there"),
-        (["--output={full}"], "is there and not empty"),
+        (["--output={full}"], "must be a new folder"),
+        (["--output="], "output = '' must be a new folder"),
     ],
 )
 def test_what_can_t_be_exported_is_one_line_and_leaves_nothing(
