@@ -31,8 +31,8 @@ from longrope_jax.stages.kind import (
     sources,
 )
 
-_RESULTS = ("parameters", "evaluations", "best_nll", "seconds")  # of a stage's summary, as far as it has them
-
+# What a card tells of a stage's summary, as far as it has it, and what it leaves out of its settings.
+_RESULTS = ("parameters", "evaluations", "best_nll", "seconds")
 _HOUSEKEEPING = ("dtype", "param_dtype", "attention", "log_every", "checkpoint_every")
 
 
@@ -189,8 +189,10 @@ def _costs(settings: ExportSettings, carried: Carried, found: FactorTable, expor
 def _evaluated(settings: ExportSettings, carried: Carried) -> dict[str, Any]:
     """The latest evaluation of the exported model: every arm's perplexity by length, and which arms are the export."""
     model = carried.model_stage(settings.model)
-    for evaluation, made in reversed(carried.evaluations.values()):
-        mine = [name for name, arm in evaluation.arms.items() if carried.model_stage(arm.model) == model]
+    for stage, (evaluation, made) in reversed(carried.evaluations.items()):
+        inputs = _recorded(carried, stage)[f"stages before {stage}"]
+        latest = [name for name in carried.trained if name in inputs][-1]  # what an arm that names no model meant then
+        mine = [name for name, arm in evaluation.arms.items() if (arm.model or latest) == model]
         if mine:
             return {
                 "perplexity": {
