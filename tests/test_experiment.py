@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import hurry
 import jax
 import numpy as np
 import pytest
@@ -538,7 +539,7 @@ def test_a_command_that_is_asked_to_stop_exits_with_75_and_goes_on(config, tmp_p
         f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({config.to_dict()})\n"
     )
     line = [sys.executable, "-m", "longrope_jax.main", f"--config={path}", f"--workdir={workdir}"]
-    quickly = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+    quickly = hurry.environment(devices=1)
     process = subprocess.Popen(
         line, cwd=ROOT, env=quickly, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )

@@ -1,12 +1,12 @@
 """Two processes on one machine, talking through CPU collectives, train as one process does."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import hurry
 import jax
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def start(workdir, axes, coordinator="none", count=1, index=0, devices=1):
     workdir.mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(workdir), axes, coordinator, str(count), str(index)],
-        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env=hurry.environment(devices),
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -97,7 +97,7 @@ def run_command(workdir, *processes):
         subprocess.Popen(
             [sys.executable, "-m", "longrope_jax.main", f"--workdir={workdir}", *SMALL, *flags],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": ""},
+            env=hurry.environment(devices=1),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,0 +1,22 @@
+"""Programs of tests are compiled in a hurry: nearly all the time of the tests is the compiler's.
+
+Without LLVM's optimisations, and without the newer emitters of fused loops, which take half of the time that is left.
+"""
+
+import os
+
+FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+
+
+def flags(devices: int) -> str:
+    """For so many simulated devices."""
+    return " ".join([*FLAGS, f"--xla_force_host_platform_device_count={devices}"])
+
+
+def environment(devices: int) -> dict[str, str]:
+    """For a process of its own."""
+    return {**os.environ, "XLA_FLAGS": flags(devices)}
