@@ -149,7 +149,7 @@ def train(
                 is_stopped = preemption.requested() and step < settings.steps
                 if step % settings.log_every == 0 or is_saved or is_stopped:
                     scalars = _scalars(result, batch.tokens.shape[1], bits_per_nat)
-                    scalars["parameter_norm"] = float(optax.global_norm(state.params))
+                    scalars["parameter_norm"] = float(_norm(state.params))
                     _refuse_nonsense(stage, step, scalars, checkpoints)
                 if step % settings.log_every == 0 or is_saved:
                     now = time.monotonic()
@@ -200,6 +200,9 @@ def _restored(checkpoints, step, model, layout, optimizer, table) -> tuple[Train
     )
     optimizer_items = items["optimizer"]
     return TrainState(optimizer_items["step"], items["params"], optimizer_items["state"]), items["factors"], record
+
+
+_norm = jax.jit(optax.global_norm)  # a program for all leaves, not several for each
 
 
 def _scalars(result: StepResult, length: int, bits_per_nat: float) -> dict[str, float]:
