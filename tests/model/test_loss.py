@@ -101,14 +101,14 @@ def test_a_bfloat16_models_gradients_of_embedding_and_head_are_summed_in_float32
 
     def gradients(dtype):
         model = Llama(LlamaConfig(vocab_size=19, original_length=2048, dtype=dtype, **sizes))
-        params = model.init(jax.random.key(1), tokens[:, :8], rope.unscaled(8))["params"]
+        params = jax.jit(model.init)(jax.random.key(1), tokens[:, :8], rope.unscaled(8))["params"]
 
         def total(params):
             factors = rope.unscaled(8)
             nll = model.apply({"params": params}, tokens[:, :-1], tokens[:, 1:], factors, method="token_nll")
             return nll.sum()
 
-        found = jax.grad(total)(params)
+        found = jax.jit(jax.grad(total))(params)
         return found["embed"]["embedding"][3], found["lm_head"][:, 3]
 
     for exact, rounded in zip(gradients("float32"), gradients("bfloat16"), strict=True):
