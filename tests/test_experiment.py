@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from longrope_jax import experiment, report, rope
+from longrope_jax import experiment, rope
 from longrope_jax.evaluation import run as evaluation_run
 from longrope_jax.evaluation.run import Arm, EvaluationSettings, published_arms
 from longrope_jax.experiment import DataSettings
@@ -66,7 +66,7 @@ def make_config(folder, **sections):
     return ConfigDict(dict(stages=("pretrain", *sections), **made))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(folder):
     return make_config(
         folder,
@@ -75,6 +75,14 @@ def config(folder):
             lengths=(8, 16, 32, 64), documents=3, arms={**published_arms(), "longrope": Arm("search")}
         ),
     )
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A finished run of it. Copy it before you change anything."""
+    workdir = tmp_path_factory.mktemp("finished")
+    experiment.run(config, workdir)
+    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -139,17 +147,14 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_leaves_all_that_is_promised(config, tmp_path):
-    workdir = tmp_path / "run"
-    report_path = experiment.run(config, workdir)
-    assert report_path == workdir / "report.md"
+def test_a_run_leaves_all_that_is_promised(finished):
     for name in ("config.json", "metrics.jsonl", "search.jsonl", "evaluation.jsonl", "factors/search.json"):
-        assert (workdir / name).stat().st_size > 0
+        assert (finished / name).stat().st_size > 0
     for name in ("pretrain", "search"):
-        assert any((workdir / "checkpoints" / name).iterdir())
-    assert any((workdir / "tensorboard").iterdir())
+        assert any((finished / "checkpoints" / name).iterdir())
+    assert any((finished / "tensorboard").iterdir())
 
-    content = json.loads((workdir / "report.json").read_text())
+    content = json.loads((finished / "report.json").read_text())
     assert set(content["perplexity"]) == {"8", "16", "32", "64"}
     for row in content["perplexity"].values():
         assert {"unscaled", "linear", "ntk", "yarn", "longrope"} <= set(row)
@@ -162,22 +167,22 @@ def test_a_run_leaves_all_that_is_promised(config, tmp_path):
     assert 0 < search["objective_seconds"] < search["seconds"]
     assert set(content["seconds"]) == {"pretrain", "search", "evaluate"}
 
-    factors = rope.load_factors(workdir / "factors" / "search.json", head_dim=8)
-    metadata = rope.load_metadata(workdir / "factors" / "search.json")
+    factors = rope.load_factors(finished / "factors" / "search.json", head_dim=8)
+    metadata = rope.load_metadata(finished / "factors" / "search.json")
     assert metadata["original_length"] == LENGTH and metadata["target_length"] == TARGET
-    entries = [json.loads(line) for line in (workdir / "search.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (finished / "search.jsonl").read_text().splitlines()]
     best = min(entries, key=lambda entry: entry["nll"])
     np.testing.assert_allclose(factors.lam, best["lam"], atol=1e-6)
     assert factors.n_hat == best["n_hat"]
 
-    text = report_path.read_text()
-    figures = sorted(path.name for path in (workdir / "figures").iterdir())
+    text = (finished / "report.md").read_text()
+    figures = sorted(path.name for path in (finished / "figures").iterdir())
     assert len(figures) == 5 and all(f"figures/{name}" in text for name in figures)
     longrope = content["perplexity"]["64"]["longrope"]["ppl"]
     assert f"{longrope:.2f}" in text
 
     # Evaluation documents are not search documents, nor training ones.
-    files = json.loads(next((workdir / "data").rglob("metadata.json")).read_text())["files"]
+    files = json.loads(next((finished / "data").rglob("metadata.json")).read_text())["files"]
     assert set(content["evaluations"]["evaluate"]["documents"]) <= set(files["evaluation"])
     assert not set(files["evaluation"]) & (set(files["search"]) | set(files["train"]))
 
@@ -190,18 +195,15 @@ def forbid_work(monkeypatch):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("a finished stage ran again"))
 
 
-def test_a_finished_run_is_not_run_again(config, tmp_path, monkeypatch, capsys):
-    experiment.run(config, tmp_path)
-    before = contents(tmp_path)
+def test_a_finished_run_is_not_run_again(config, finished, tmp_path, monkeypatch, capsys):
+    workdir = Path(shutil.copytree(finished, tmp_path / "copied"))
     forbid_work(monkeypatch)
-    capsys.readouterr()
-    experiment.run(config, tmp_path)
+    assert experiment.run(config, workdir) == workdir / "report.md"
     assert capsys.readouterr().out.count("finished before") == 3
-    assert contents(tmp_path) == before
+    assert contents(workdir) == contents(finished)
 
 
-def test_two_identical_runs_are_identical_and_so_is_one_stopped_in_every_stage(config, tmp_path, monkeypatch):
-    experiment.run(config, tmp_path / "a")
+def test_two_identical_runs_are_identical_and_so_is_one_stopped_in_every_stage(config, finished, tmp_path, monkeypatch):
     for module, function, after in [
         (loop, "train_step", 6),
         (search_run, "perplexity_objective", 12),
@@ -211,9 +213,9 @@ def test_two_identical_runs_are_identical_and_so_is_one_stopped_in_every_stage(c
             original = getattr(module, function)
             stop = _stop_scoring if function == "perplexity_objective" else _stop
             patch.setattr(module, function, stop(original, after))
-            experiment.run(config, tmp_path / "b")
-    experiment.run(config, tmp_path / "b")
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+            experiment.run(config, tmp_path)
+    experiment.run(config, tmp_path)
+    assert contents(tmp_path) == contents(finished)
 
 
 def _stop(function, after):
@@ -313,7 +315,7 @@ def test_a_mended_folder_is_looked_at_again(config, tmp_path):
 
 def test_windows_of_one_file_count_as_one_document():
     record = {"documents": ["a", "b", "a"], "nll_sums": [1.0, 2.0, 4.0], "counts": [10, 20, 30]}
-    nll = report._by_file(record)
+    nll = evaluation_run.recorded_nll(record)
     np.testing.assert_array_equal(nll.sums, [5.0, 2.0])
     np.testing.assert_array_equal(nll.counts, [40, 20])
 
@@ -338,11 +340,10 @@ def test_a_seed_without_a_finite_score_does_not_spoil_a_run(config, tmp_path, mo
     assert json.loads((tmp_path / "report.json").read_text())["search"][0]["seeds"]["linear"] is None
 
 
-def test_another_config_is_refused_with_the_fields_that_differ(config, tmp_path):
-    experiment.run(config, tmp_path)
+def test_another_config_is_refused_with_the_fields_that_differ(config, finished):
     other = change(change(config, "search.documents", 3), "pretrain.steps", 9)
     with pytest.raises(ValueError) as caught:
-        experiment.run(other, tmp_path)
+        experiment.prepare(other, finished)
     message = str(caught.value)
     assert "pretrain.steps (8 there, 9 now)" in message and "search.documents (2 there, 3 now)" in message
     assert "model." not in message
@@ -355,7 +356,9 @@ PROGRESSIVE_STAGES = ("pretrain", "search_4x", "finetune_a", "search_8x", "searc
 
 def test_a_progressive_run_reports_everything(progressive):
     content = json.loads((progressive / "report.json").read_text())
-    assert set(content) == {"original_length", "perplexity", "evaluations", "retrieval", "search", "seconds"}
+    assert set(content) == {
+        "original_length", "perplexity", "evaluations", "exports", "retrieval", "search", "seconds"
+    }  # fmt: skip
     assert set(content["seconds"]) == set(PROGRESSIVE_STAGES)
     (evaluation,) = content["evaluations"].values()
     assert evaluation["perplexity"] == content["perplexity"]
