@@ -1,6 +1,7 @@
 """Two processes on one machine, talking through CPU collectives, train as one process does."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def run_command(workdir, *processes):
         subprocess.Popen(
             [sys.executable, "-m", "longrope_jax.main", f"--workdir={workdir}", *SMALL, *flags],
             cwd=ROOT,
-            env=hurry.environment(devices=1),
+            env={**os.environ, "XLA_FLAGS": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
