@@ -178,7 +178,7 @@ def export_checkpoint(
         "config.json": _json(content),
         "generation_config.json": _json(_generation_config(tokenizer)),
         "README.md": card.encode(),
-        **({} if tokenizer is None else tokenizer_files(tokenizer)),
+        **({} if tokenizer is None else tokenizer_files(tokenizer, int(table.boundaries[-1]))),
     }
     try:
         if processes.is_first():

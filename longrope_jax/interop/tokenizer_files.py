@@ -1,6 +1,7 @@
 """The files by which others know a tokenizer of ours."""
 
 import json
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -9,13 +10,22 @@ from longrope_jax.data.subwords import SubwordTokenizer
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 
 _BOS, _EOS = "<s>", "</s>"
+_CONFIG = "tokenizer_config.json"
 
 
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, bytes]:
     """Name -> content of what Transformers needs to make the same tokens: those that a tokenizer was read from, or
     for bytes a vocabulary of all of them.
+
+    Args:
+        longest: tokens of the longest context. Where the files say that texts are cut at less, they say this.
     """
-    return tokenizer.files if isinstance(tokenizer, SubwordTokenizer) else _byte_files()
+    files = tokenizer.files if isinstance(tokenizer, SubwordTokenizer) else _byte_files()
+    config = json.loads(files.get(_CONFIG, b"{}"))
+    limit = config.get("model_max_length")
+    if isinstance(limit, int) and limit < longest:
+        files = {**files, _CONFIG: _json({**config, "model_max_length": longest})}
+    return files
 
 
 def _byte_files() -> dict[str, bytes]:
@@ -34,8 +44,11 @@ def _byte_files() -> dict[str, bytes]:
         "bos_token": _BOS,
         "eos_token": _EOS,
     }
-    files = {"tokenizer.json": made.to_str(), "tokenizer_config.json": json.dumps(config, indent=1) + "\n"}
-    return {name: content.encode() for name, content in files.items()}
+    return {"tokenizer.json": made.to_str().encode(), _CONFIG: _json(config)}
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def _spelling() -> list[str]:

@@ -243,4 +243,9 @@ def test_a_tokenizer_s_files_go_on(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (source / name).read_bytes()
     again = load_tokenizer(tmp_path / "a")
+    # But where texts would be cut at the old context.
+    named = {"bos_token": "<s>", "model_max_length": 64}
+    (source / "tokenizer_config.json").write_text(json.dumps(named))
+    export_checkpoint(tmp_path / "b", config, params, TABLE, load_tokenizer(source), "")
+    assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text()) == {**named, "model_max_length": 512}
     assert (again.bos, again.eos, again.stops) == (tokenizer.bos, tokenizer.eos, tokenizer.stops) == (2, 3, (3,))
