@@ -31,6 +31,7 @@ STAGES = (
     "table_yarn",
     "finetune_original",
     "evaluate",
+    "export",
 )
 SMALL = {
     "stages": STAGES,
@@ -105,7 +106,7 @@ def progress(workdir):
 
 
 def results(workdir):
-    """All that a run is about: metrics without speed, candidates, evaluations, factors, and every parameter."""
+    """All that a run is about: metrics without speed, candidates, evaluations, factors, parameters and the export."""
     content = {}
     for name in ("metrics", "search", "evaluation"):
         lines = [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
@@ -113,6 +114,8 @@ def results(workdir):
         content[name] = [{k: v for k, v in line.items() if k not in timing} for line in lines]
     for path in sorted((workdir / "factors").iterdir()):
         content[path.name] = json.loads(path.read_text())
+    content["export"] = {path.name: path.read_bytes() for path in (workdir / "export").iterdir()}
+    del content["export"]["README.md"]  # has the seconds that stages took
     for name in STAGES:
         if name.startswith(("pretrain", "finetune")):
             with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
