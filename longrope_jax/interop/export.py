@@ -1,4 +1,4 @@
-"""A model and its factors -> a Hugging Face folder that Transformers, vLLM and others read as it is."""
+"""A model and its factors -> a Hugging Face folder, which Transformers reads as it is."""
 
 import itertools
 import json
