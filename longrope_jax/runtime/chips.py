@@ -1,4 +1,4 @@
-"""What accelerators can do at best, as their makers state it: the bounds that measurements and estimates are held to."""
+"""What accelerators can do at best, as their makers state it: bounds that measurements and estimates are held to."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Chip:
         peak_flops: bfloat16 products, per second.
         hbm_bytes: memory.
         hbm_bandwidth: bytes per second.
-        link_bandwidth: bytes per second, one way, over one of the links to a neighbour; 0 where there are no such links.
+        link_bandwidth: bytes per second, one way, over one of the links to neighbours; 0 where there are no such links.
         torus: number of dimensions of the network, two links in each.
     """
 
