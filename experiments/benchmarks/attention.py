@@ -3,19 +3,22 @@
 python experiments/benchmarks/attention.py
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from timing import median_seconds
 
-from longrope_jax.model.attention import BACKENDS
+from longrope_jax.model.attention import attention
 
+BACKENDS = ("dense", "blockwise")
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64  # SmolLM2-135M
 DENSE_UP_TO = 4096
 
 
 def functions(backend: str):
     """Forward, and the gradients of a scalar of the output with respect to query, key and value; both jitted."""
-    attend = BACKENDS[backend]
+    attend = partial(attention, backend=backend)
     loss = lambda q, k, v, positions: jnp.sum(jnp.sin(attend(q, k, v, positions)))  # noqa: E731
     return jax.jit(attend), jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
 

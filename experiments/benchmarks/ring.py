@@ -10,7 +10,8 @@ import numpy as np
 
 from longrope_jax.data.sequences import Batch
 from longrope_jax.model import Llama, LlamaConfig
-from longrope_jax.model.attention import BLOCK, Tokens, key_blocks
+from longrope_jax.model.blocks import Tokens, key_blocks
+from longrope_jax.model.blockwise import BLOCK
 from longrope_jax.model.ring import zigzag
 from longrope_jax.rope import FactorTable, unscaled
 from longrope_jax.runtime.mesh import Layout, MeshSettings

@@ -112,7 +112,7 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
     path = epath.Path(path)
     content, make_source = _open(path)
     if mesh is not None:
-        check_mesh(config, dict(mesh.shape))
+        check_mesh(config, dict(mesh.shape), mesh.devices.flat[0].platform)
     source = make_source()
     wanted = origins(config, fused=(content.get("architectures") or [""])[0] == "Phi3ForCausalLM")
     problems = _problems(config, wanted, source) or _other_head(config, source)

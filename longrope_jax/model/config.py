@@ -51,7 +51,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
-    attention: str = "blockwise"
+    attention: str = "auto"
     remat: str = "none"
 
     def __post_init__(self):
@@ -68,7 +68,7 @@ class LlamaConfig:
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps = {self.norm_eps} must be above 0")
         for name, known in (
-            ("attention", tuple(BACKENDS)),
+            ("attention", BACKENDS),
             ("remat", REMAT_POLICIES),
             ("dtype", FLOAT_TYPES),
             ("param_dtype", FLOAT_TYPES),

@@ -15,16 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from longrope_jax.model.attention import (
-    BLOCK,
-    MASKED,
-    PARTIAL_BACKENDS,
-    Tokens,
-    attention,
-    by_token,
-    correction,
-    in_blocks,
-)
+from longrope_jax.model.attention import PARTIAL_BACKENDS, attention, partial_backend, running_on
+from longrope_jax.model.blocks import MASKED, Tokens, by_token, correction, in_blocks
 from longrope_jax.model.sharding import batch_axis, partition_spec, shards
 
 
@@ -81,17 +73,11 @@ def _attend(backend: str, devices: int, query: Array, key: Array, value: Array, 
     """What each device does with its shards, shaped like `ring_attention`'s arguments."""
     if devices == 1:
         return attention(query, key, value, *tokens, backend)
+    backend = partial_backend(backend, running_on())
     length = query.shape[1]
-    block = _block(length)
+    # Half a shard is cut evenly: it is as long a run of text as a zigzag has.
+    block = PARTIAL_BACKENDS[backend].choose_block(length, 2, query.shape[3], query.dtype)
     return by_token(_ring(backend, devices, block, *in_blocks(block, query, key, value, tokens)), length)
-
-
-def _block(length: int) -> int:
-    """Half a shard is cut evenly: a block with tokens of both chunks of a zigzag would span most of the sequence, and
-    few blocks could be skipped.
-    """
-    half = -(-length // 2)
-    return -(-half // -(-half // BLOCK))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -103,7 +89,7 @@ def _ring(
 
 
 def _ring_fwd(backend, devices, block, query, key, value, queries, keys):
-    forward, _ = PARTIAL_BACKENDS[backend]
+    forward = PARTIAL_BACKENDS[backend].forward
 
     def merge_in(travelling, merged):
         return _merge(merged, forward(block, query, *travelling[:2], queries, travelling[2], jnp.float32))
@@ -123,7 +109,7 @@ def _ring_fwd(backend, devices, block, query, key, value, queries, keys):
 
 def _ring_bwd(backend, devices, block, saved, d_out):
     query, key, value, queries, keys, out, log_sum = saved
-    _, backward = PARTIAL_BACKENDS[backend]
+    backward = PARTIAL_BACKENDS[backend].backward
     softmax = log_sum, correction(d_out, out), d_out
 
     def add(travelling, arrived, d_query):

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, Shaped
 
-from longrope_jax.model.attention import PARTIAL_BACKENDS
+from longrope_jax.model.attention import check_platform, partial_backend
 from longrope_jax.model.config import LlamaConfig
 
 AXES = ("data", "fsdp", "seq", "tensor")
@@ -136,8 +136,8 @@ def tree_shardings(mesh: Mesh, tree: PyTree) -> PyTree[NamedSharding]:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def check_mesh(config: LlamaConfig, mesh_shape: dict[str, int]) -> None:
-    """Can a model be cut over a mesh with these sizes of all four axes?
+def check_mesh(config: LlamaConfig, mesh_shape: dict[str, int], platform: str) -> None:
+    """Can a model be cut over a mesh with these sizes of all four axes, of devices of this platform?
 
     Raises:
         ValueError: lists all that is wrong.
@@ -147,9 +147,10 @@ def check_mesh(config: LlamaConfig, mesh_shape: dict[str, int]) -> None:
         if getattr(config, field) % _pieces(logical_axis, mesh_shape):
             sizes = " * ".join(f"{axis} = {mesh_shape[axis]}" for axis in _MESH_AXES[logical_axis])
             problems.append(f"{field} = {getattr(config, field)} is not a multiple of {sizes}")
-    if mesh_shape["seq"] > 1 and config.attention not in PARTIAL_BACKENDS:
-        known = ", ".join(PARTIAL_BACKENDS)
-        problems.append(f"attention = {config.attention!r} needs whole sequences; with seq > 1 choose one of {known}")
+    try:
+        (partial_backend if mesh_shape["seq"] > 1 else check_platform)(config.attention, platform)
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         raise ValueError("this model does not fit the mesh: " + "; ".join(problems))
 

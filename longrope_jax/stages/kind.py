@@ -30,12 +30,12 @@ class LoadSettings:
     path: str
     dtype: str = "float32"
     param_dtype: str = "float32"
-    attention: str = "blockwise"
+    attention: str = "auto"
 
     def __post_init__(self):
         if not self.path:
             raise ValueError("path is empty; give a Hugging Face folder or a .gguf file")
-        for name, known in (("dtype", FLOAT_TYPES), ("param_dtype", FLOAT_TYPES), ("attention", tuple(BACKENDS))):
+        for name, known in (("dtype", FLOAT_TYPES), ("param_dtype", FLOAT_TYPES), ("attention", BACKENDS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
 

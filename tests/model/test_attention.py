@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 import reference
 
-from longrope_jax.model.attention import BLOCK, Tokens, attention, blockwise, dense, key_blocks, query_blocks
+from longrope_jax.model.attention import PARTIAL_BACKENDS, attention, dense, whole
+from longrope_jax.model.blocks import Tokens, key_blocks, query_blocks
+from longrope_jax.model.blockwise import BLOCK
 
 BLOCK_FOR_TESTS = 8
-BACKENDS = {"dense": dense, "blockwise": partial(blockwise, block=BLOCK_FOR_TESTS)}
+BACKENDS = {
+    "dense": dense,
+    "blockwise": partial(whole, PARTIAL_BACKENDS["blockwise"], block=BLOCK_FOR_TESTS),
+    "splash": partial(whole, PARTIAL_BACKENDS["splash_interpreted"]),
+}
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 8
 
 
@@ -73,13 +79,14 @@ def test_backends_agree_with_the_float64_reference_and_in_gradients_with_each_ot
     qkv = make_qkv(where[0].shape[1])
     d_out = make_qkv(where[0].shape[1], seed=1)[0]
     wanted = reference.attention(*qkv, *where)
-    by_blocks = forward_and_gradients(BACKENDS["blockwise"], qkv, where, d_out)
     at_once = forward_and_gradients(BACKENDS["dense"], qkv, where, d_out)
     assert relative_error(at_once[0], wanted) < 1e-6
-    assert relative_error(by_blocks[0], wanted) < 1e-6
-    for got, expected in zip(by_blocks[1:], at_once[1:], strict=True):
-        # One token has weight 1 whatever its query and key: their gradients are 0 but for rounding.
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=5e-6 * max(1, np.abs(expected).max()))
+    for name in ("blockwise", "splash"):
+        by_blocks = forward_and_gradients(BACKENDS[name], qkv, where, d_out)
+        assert relative_error(by_blocks[0], wanted) < 1e-6
+        for got, expected in zip(by_blocks[1:], at_once[1:], strict=True):
+            # One token has weight 1 whatever its query and key: their gradients are 0 but for rounding.
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=5e-6 * max(1, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
@@ -99,7 +106,7 @@ def test_gradients_agree_with_finite_differences_of_the_float64_reference(backen
         assert np.sum(np.asarray(gradient, np.float64) * direction) == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+@pytest.mark.parametrize("backend", ["auto", "dense", "blockwise", "splash_interpreted"])
 def test_attention_dispatches_with_the_default_block(backend):
     where = packed(50, BLOCK)
     qkv = make_qkv(50 + BLOCK)
@@ -206,6 +213,7 @@ def compile_gradient(backend, length):
 
 def test_blockwise_memory_is_linear_in_length_forward_and_backward():
     short, long = 16_384, 32_768
+    blockwise = partial(whole, PARTIAL_BACKENDS["blockwise"])
     programs = {length: compile_gradient(blockwise, length) for length in (short, long)}
     assert hlo.temporary_bytes(programs[long]) <= 2.0 * hlo.temporary_bytes(programs[short])
     for length, program in programs.items():

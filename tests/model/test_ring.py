@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from longrope_jax.model import Llama, LlamaConfig, loss, ring
-from longrope_jax.model.attention import Tokens, attention, dense, key_blocks
+from longrope_jax.model import Llama, LlamaConfig, blockwise, loss
+from longrope_jax.model.attention import attention, dense
+from longrope_jax.model.blocks import Tokens, key_blocks
 from longrope_jax.model.ring import ring_attention, zigzag
 from longrope_jax.model.sharding import make_mesh, partition_spec, tree_shardings
 from longrope_jax.rope import RopeFactors, unscaled
@@ -37,7 +38,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def several_blocks_a_shard(monkeypatch):
-    monkeypatch.setattr(ring, "BLOCK", 4)
+    monkeypatch.setattr(blockwise, "BLOCK", 4)
 
 
 def packed(*lengths):
@@ -169,7 +170,7 @@ def block_pairs(order, shards, block):
 
 def test_zigzag_gives_all_devices_the_same_work():
     n, block = 4, 4
-    assert ring._block(16) == block
+    assert blockwise.choose_block(16, 2, DIM, np.float32) == block
     in_order = block_pairs(np.arange(64), n, block)
     assert in_order == [10, 26, 42, 58]
     assert block_pairs(zigzag(64, n), n, block) == [sum(in_order) // n] * n

@@ -133,23 +133,24 @@ def sizes(**changes):
 
 
 def test_a_mesh_that_divides_everything_is_accepted():
-    check_mesh(TINY, sizes(data=3, fsdp=4, seq=5, tensor=2))
-    check_mesh(dataclasses.replace(TINY, attention="dense"), sizes(data=8))
+    check_mesh(TINY, sizes(data=3, fsdp=4, seq=5, tensor=2), "cpu")
+    check_mesh(dataclasses.replace(TINY, attention="dense"), sizes(data=8), "cpu")
+    check_mesh(dataclasses.replace(TINY, attention="splash"), sizes(seq=4), "tpu")
 
 
 def test_all_that_does_not_fit_the_mesh_is_listed():
     config = dataclasses.replace(TINY, attention="dense", vocab_size=33)
     with pytest.raises(ValueError, match="does not fit the mesh") as error:
-        check_mesh(config, sizes(fsdp=5, seq=2, tensor=16))
+        check_mesh(config, sizes(fsdp=5, seq=2, tensor=16), "cpu")
     for problem in (
         "num_heads = 4 is not a multiple of tensor = 16",
         "num_kv_heads = 2 is not a multiple of tensor = 16",
         "intermediate_size = 24 is not a multiple of tensor = 16",
         "vocab_size = 33 is not a multiple of tensor = 16",
         "hidden_size = 16 is not a multiple of fsdp = 5",
-        "attention = 'dense' needs whole sequences; with seq > 1 choose one of blockwise",
+        "attention = 'dense' needs whole sequences; cut over devices (seq > 1) they take blockwise, splash_interpreted",
     ):
         assert problem in str(error.value)
     with pytest.raises(ValueError) as error:
-        check_mesh(TINY, sizes(tensor=4))
+        check_mesh(TINY, sizes(tensor=4), "cpu")
     assert str(error.value) == "this model does not fit the mesh: num_kv_heads = 2 is not a multiple of tensor = 4"
