@@ -1,7 +1,7 @@
 """Tokens in files, read where they are sliced: documents of any number and length cost no memory.
 
 A folder holds for every split shards, `<split>-00000-of-00002.array_record`, and one index, `<split>.json`. A document
-is one record after the other of `RECORD` tokens each, the last one shorter, as little-endian integers.
+is one record after the other of as many tokens each, the last one shorter, as little-endian integers.
 """
 
 import json
@@ -18,9 +18,6 @@ from jaxtyping import UInt
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.files import local_copy
 
-RECORD = 16384
-"""Tokens of a record: what is read to get at any one of them."""
-
 
 def token_type(vocab_size: int) -> np.dtype:
     """The smaller of two types that hold every id."""
@@ -30,9 +27,9 @@ def token_type(vocab_size: int) -> np.dtype:
 class Shard:
     """A file of records, opened when one is asked for. Threads may share it."""
 
-    def __init__(self, file: epath.Path, size: int, dtype: np.dtype):
-        """Args: the file, the bytes that it must have, the type of its tokens."""
-        self.dtype = dtype
+    def __init__(self, file: epath.Path, size: int, dtype: np.dtype, record: int):
+        """Args: the file, the bytes that it must have, the type of its tokens and how many of them are a record."""
+        self.dtype, self.record = dtype, record
         self._file, self._size = file, size
         self._reader, self._lock = None, threading.Lock()
 
@@ -73,9 +70,10 @@ class StoredTokens:
             return np.asarray(self)[where]
         if stop <= start:
             return np.zeros(0, self.dtype)
-        first = start // RECORD
-        records = self._shard.records(self._first + first, self._first + -(-stop // RECORD))
-        return records[start - first * RECORD : stop - first * RECORD]
+        size = self._shard.record
+        first = start // size
+        records = self._shard.records(self._first + first, self._first + -(-stop // size))
+        return records[start - first * size : stop - first * size]
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self[:], dtype)
@@ -87,14 +85,13 @@ class StoredDocuments(Sequence[Document]):
     def __init__(self, folder: epath.Path, split: str):
         """Reads the index of a split that is finished."""
         index = json.loads((folder / f"{split}.json").read_text())
-        dtype = np.dtype(index["dtype"])
-        shards = index["shards"]
-        self._shards = [Shard(folder / shard["file"], shard["bytes"], dtype) for shard in shards]
+        dtype, record, shards = np.dtype(index["dtype"]), index["record"], index["shards"]
+        self._shards = [Shard(folder / shard["file"], shard["bytes"], dtype, record) for shard in shards]
         self._names = _distinct([name for shard in shards for name in shard["names"]])
         self._lengths = _joined([shard["tokens"] for shard in shards])
         self._sizes = _joined([shard["sizes"] for shard in shards])
         self._ends = np.cumsum([len(shard["names"]) for shard in shards])
-        records = [np.cumsum([0, *(-(-np.asarray(shard["tokens"], int) // RECORD))])[:-1] for shard in shards]
+        records = [np.cumsum([0, *(-(-np.asarray(shard["tokens"], int) // record))])[:-1] for shard in shards]
         self._first_records = _joined(records)
 
     def __len__(self) -> int:

@@ -90,7 +90,8 @@ def open_directory(directory: epath.PathLike, text_feature: str) -> OpenDataset:
 
 def _text_feature(features: tfds.features.FeaturesDict, wanted: str) -> str:
     texts = [name for name, feature in features.items() if isinstance(feature, tfds.features.Text)]
-    strings = [name for name, feature in features.items() if feature.shape == () and np.dtype(feature.np_dtype).kind == "O"]
+    scalars = [name for name, feature in features.items() if feature.shape == ()]
+    strings = [name for name in scalars if np.dtype(features[name].np_dtype).kind == "O"]
     if wanted:
         if wanted not in strings:
             raise ValueError(f"text_feature = {wanted!r} is no text of the dataset; those are {', '.join(strings)}")

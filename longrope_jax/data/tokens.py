@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from longrope_jax.data.files import new_file
 from longrope_jax.data.sources import Texts
-from longrope_jax.data.stored import RECORD, token_type
+from longrope_jax.data.stored import token_type
 from longrope_jax.data.tokenizer import Tokenizer
 
+RECORD = 16384  # tokens: what is read to get at any one of them
 _SHARD_BYTES = 1 << 26  # of text: a minute or two of a tokenizer's time
 _THREADS = os.cpu_count() or 1
 
@@ -69,9 +70,8 @@ def finish(folder: epath.Path, split: str, texts: Texts, tokenizer: Tokenizer, a
         "tokens": sum(sum(shard["tokens"]) for shard in shards),
         "text_bytes": sum(sum(shard["sizes"]) for shard in shards),
     }
-    dtype = token_type(tokenizer.vocab_size).str
-    content = {**about, "tokenizer": tokenizer.identity, "dtype": dtype, **totals, "shards": shards}
-    _write_json(folder / f"{split}.json", content)
+    form = {"tokenizer": tokenizer.identity, "dtype": token_type(tokenizer.vocab_size).str, "record": RECORD}
+    _write_json(folder / f"{split}.json", {**about, **form, **totals, "shards": shards})
     for note in notes:
         note.unlink()
 
