@@ -41,12 +41,14 @@ class OpenDataset:
             yield name or f"{split}/{number}", _as_bytes(example[self._text])
 
     def _examples(self, split: str, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        if not len(numbers):
+            return
         if self._is_array_record:
             if split not in self._sources:
                 self._sources[split] = self._builder.as_data_source(split)
             for number in numbers:
                 yield number, self._sources[split][number]
-        elif len(numbers):
+        else:
             # One file at a time: only so the order is that of the numbers.
             in_order = tfds.ReadConfig(interleave_cycle_length=1)
             stretch = f"{split}[{numbers[0]}:{numbers[-1] + 1}]"
@@ -89,8 +91,8 @@ def open_directory(directory: epath.PathLike, text_feature: str) -> OpenDataset:
 
 
 def _text_feature(features: tfds.features.FeaturesDict, wanted: str) -> str:
-    texts = [name for name, feature in features.items() if isinstance(feature, tfds.features.Text)]
-    scalars = [name for name, feature in features.items() if feature.shape == ()]
+    texts = [name for name, feature in sorted(features.items()) if isinstance(feature, tfds.features.Text)]
+    scalars = [name for name, feature in sorted(features.items()) if feature.shape == ()]
     strings = [name for name in scalars if np.dtype(features[name].np_dtype).kind == "O"]
     if wanted:
         if wanted not in strings:
