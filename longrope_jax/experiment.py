@@ -212,10 +212,8 @@ def _refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
 
 def _identity(name: str, experiment: Experiment) -> dict[str, Any]:
     """All that the results of a stage depend on, with the names that fields have in a config."""
-    sections = {
-        section: {field: value for field, value in asdict(settings).items() if field not in _HOW}
-        for section, settings in _settings_of(name, experiment).items()
-    }
+    sections = {section: asdict(settings) for section, settings in _settings_of(name, experiment).items()}
+    sections[name] = {field: value for field, value in sections[name].items() if field not in _HOW}
     inputs = _stage(name).inputs(experiment.stages[name], _before(experiment.stages, name))
     return sections | {f"stages before {name}": inputs}
 
@@ -235,9 +233,9 @@ def _as_if_now(begun: dict[str, Any], name: str, experiment: Experiment) -> dict
     known = {key: value for key, value in begun.items() if key in sections or not text.is_text_section(key)}
     for section, settings in sections.items():
         defaults = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
-        defaults = json.loads(to_json({field: value for field, value in defaults.items() if field not in _HOW}))
+        kept = {field: value for field, value in defaults.items() if section != name or field not in _HOW}
         if section in known:
-            known[section] = defaults | known[section]
+            known[section] = json.loads(to_json(kept)) | known[section]
     return known
 
 

@@ -100,6 +100,17 @@ def _forget_if_changed(settings: DataSettings, folder: epath.Path, workdir: epat
     processes.wait_for_all(f"source of {folder.name}")
 
 
+def _refuse_changed_files(settings: DataSettings, folder: epath.Path, workdir: epath.Path) -> None:
+    """A split that is asked for later is cut from the same documents as the others were; text files were kept."""
+    if sources.built_folder(settings, workdir / "data").exists() or not (folder / "source.json").exists():
+        return
+    if json.loads((folder / "source.json").read_text())["listing"] != sources.listing(settings.folder):
+        raise ValueError(
+            f"the files of {settings.folder} are not those that a stage has begun with; text that has changed needs a "
+            "section of its own"
+        )
+
+
 def _tokenize(
     settings: DataSettings, folder: epath.Path, stages: dict[str, list[str]], tokenizer: Tokenizer, workdir: epath.Path
 ) -> None:
@@ -111,6 +122,7 @@ def _tokenize(
         splits = sources.open_source(settings, workdir / "data")
     processes.wait_for_all(f"data of {folder.name}")
     splits = splits or sources.open_source(settings, workdir / "data")
+    _refuse_changed_files(settings, folder, workdir)
     for split, names in stages.items():
         if not len(splits[split]):
             raise ValueError(
