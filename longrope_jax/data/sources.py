@@ -3,9 +3,11 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import grain
+from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from longrope_jax.data import corpus
@@ -120,9 +122,12 @@ def _of_dataset(dataset: OpenDataset, settings: DataSettings, is_built: bool = F
 
 def _of_records(files: Sequence[epath.Path], settings: DataSettings) -> dict[str, Texts]:
     """Plain array_record files, each record a text."""
-    sources = [grain.sources.ArrayRecordDataSource([str(file)]) for file in files]
-    names = [f"{file.name}/{i}" for file, source in zip(files, sources, strict=True) for i in range(len(source))]
-    records = grain.sources.ArrayRecordDataSource([str(file) for file in files])
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # of a thousand files on an object store every one takes its time
+        counts = list(pool.map(_count, files))
+    names = [f"{file.name}/{i}" for file, count in zip(files, counts, strict=True) for i in range(count)]
+    records = grain.sources.ArrayRecordDataSource(
+        [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True)]
+    )
     if names:
         _check_text(records[0], names[0])
 
@@ -132,6 +137,16 @@ def _of_records(files: Sequence[epath.Path], settings: DataSettings) -> dict[str
             yield from zip((names[number] for number in some), records.__getitems__(some), strict=True)
 
     return _cut(names, settings.shares, sum(file.stat().length for file in files), fetch)
+
+
+def _count(file: epath.Path) -> int:
+    try:
+        reader = ArrayRecordReader(str(file))
+        count = reader.num_records()
+        reader.close()
+    except RuntimeError as error:
+        raise ValueError(f"{file} can't be read as array_record: {error}") from None
+    return count
 
 
 def _check_text(record: bytes, name: str) -> None:

@@ -97,6 +97,13 @@ def test_records_that_are_no_text_are_refused(tmp_path):
         open_source(DataSettings(folder=str(tmp_path / "books")), tmp_path)
 
 
+def test_a_file_that_is_no_array_record_is_named(tmp_path):
+    write_records(tmp_path / "books")
+    (tmp_path / "books" / "notes.array_record").write_text("no such thing")
+    with pytest.raises(ValueError, match=r"notes.array_record can't be read as array_record"):
+        open_source(DataSettings(folder=str(tmp_path / "books")), tmp_path)
+
+
 # --- TFDS ------------------------------------------------------------------------------------------------------------
 
 
