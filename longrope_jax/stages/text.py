@@ -30,7 +30,7 @@ def parse_sections(config: ConfigDict, reads: Reads) -> dict[str, DataSettings]:
     """The sections of text, by name.
 
     Raises:
-        ValueError: a stage names one that is not there, no stage names one that is, or one is wrong.
+        ValueError: a stage names one that is not there, no stage names one that is, one is wrong, or two are the same.
     """
     there = [name for name in config if is_text_section(name)]
     for stage, (section, splits) in reads.items():
@@ -44,7 +44,12 @@ def parse_sections(config: ConfigDict, reads: Reads) -> dict[str, DataSettings]:
         if section not in named:
             told = ", ".join(f"{stage}.data = {section!r}" for stage, (section, _) in reads.items())
             raise ValueError(f"config.{section} is read by no stage{': ' if told else ''}{told}")
-    return {section: parse(DataSettings, config[section], section) for section in there}
+    sections = {section: parse(DataSettings, config[section], section) for section in there}
+    for section, settings in sections.items():
+        first = next(name for name in sections if sections[name] == settings)
+        if first != section:
+            raise ValueError(f"config.{section} is the same text as config.{first}; let stages name one of them")
+    return sections
 
 
 def read(

@@ -2,12 +2,11 @@
 
 import shutil
 
-import fsspec
 import numpy as np
+import object_store
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from fsspec.implementations.memory import MemoryFileSystem
 
 from longrope_jax.data import corpus
 from longrope_jax.data.settings import DataSettings
@@ -275,19 +274,8 @@ def test_texts_of_a_folder_are_in_the_order_of_its_dataset(tmp_path):
         assert [name for name, _ in documents] == [document.name for document in held]
 
 
-class Store(MemoryFileSystem):
-    """An object store within the process."""
-
-    protocol = "s3"
-    store, pseudo_dirs = {}, [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("s3://"))
-
-
 def test_a_dataset_is_built_on_an_object_store(tmp_path):
-    fsspec.register_implementation("s3", Store, clobber=True)
+    object_store.register()
     (tmp_path / "texts").mkdir()
     for i in range(20):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"text {i}")

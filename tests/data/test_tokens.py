@@ -8,11 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import fsspec
 import numpy as np
+import object_store
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from longrope_jax.data import tokens
 from longrope_jax.data.sources import Texts
@@ -113,7 +112,7 @@ def test_stopped_at_any_document_it_goes_on_with_the_shard_at_hand(whole, tmp_pa
 
 STUCK = """
 import sys, time
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 import test_tokens
 from longrope_jax.data import tokens
 
@@ -129,8 +128,9 @@ test_tokens.write_all(sys.argv[1], tokenizer=Stuck())
 
 
 def test_killed_it_goes_on_and_leaves_the_same_bytes(whole, tmp_path):
-    folder, root = tmp_path / "killed", Path(__file__).parents[2]
-    child = subprocess.Popen([sys.executable, "-c", STUCK, str(folder), str(Path(__file__).parent)], cwd=root)
+    folder, here = tmp_path / "killed", Path(__file__).parent
+    line = [sys.executable, "-c", STUCK, str(folder), str(here), str(here.parent)]
+    child = subprocess.Popen(line, cwd=here.parents[1])
     while not folder.exists() or len(list(folder.glob("*.array_record.json"))) < 2:
         assert child.poll() is None
         time.sleep(0.01)
@@ -158,19 +158,8 @@ def test_splits_may_be_empty(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
 
 
-class Store(MemoryFileSystem):
-    """An object store within the process."""
-
-    protocol = "s3"
-    store, pseudo_dirs = {}, [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("s3://"))
-
-
 def test_object_stores_are_written_to_and_read_through_a_local_copy(whole, tmp_path, monkeypatch):
-    fsspec.register_implementation("s3", Store, clobber=True)
+    object_store.register()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = epath.Path("s3://bucket/tokens")
     with pytest.raises(Stopped):

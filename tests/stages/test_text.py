@@ -93,6 +93,12 @@ def test_sections_and_stages_have_to_go_together(sections, named, message):
         text.parse_sections(make_config(*sections), reads)
 
 
+def test_two_sections_of_the_same_text_are_refused():
+    config = ConfigDict({name: section(DataSettings(folder="/a")) for name in ("data", "data_a")})
+    with pytest.raises(ValueError, match="config.data_a is the same text as config.data; let stages name one of them"):
+        text.parse_sections(config, {"search": ("data", SEARCH), "evaluate": ("data_a", EVALUATION)})
+
+
 def test_a_section_is_checked():
     with pytest.raises(ValueError, match="config.data_books.foldr is not a field of DataSettings"):
         text.parse_sections(ConfigDict({"data_books": {"foldr": ""}}), {"evaluate": ("data_books", EVALUATION)})
