@@ -39,26 +39,35 @@ def new_file(target: epath.Path) -> Iterator[str]:
         copy(epath.Path(local), target)
 
 
-def local_copy(file: epath.Path, size: int) -> str:
+def local_copy(file: epath.Path, size: int, sha256: str) -> str:
     """A local path of the same content; a remote file is copied once to the cache, `$XDG_CACHE_HOME/longrope_jax`.
 
     Args:
         size: bytes that the file must have.
+        sha256: of its content, in hex; it names the copy, as other content may come to the same address.
 
     Raises:
-        ValueError: it has another size.
+        ValueError: it is gone, has another size, or what was copied is something else.
     """
     if not is_remote(file):
         _check_size(file, size)
         return os.fspath(file)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longrope_jax"
-    local = epath.Path(cache) / f"{hashlib.sha256(os.fspath(file).encode()).hexdigest()[:16]}-{file.name}"
+    local = epath.Path(cache) / f"{sha256[:16]}-{file.name}"
     if not local.exists() or local.stat().length != size:
         local.parent.mkdir(parents=True, exist_ok=True)
         _check_size(file, size)
         copy(file, local, f".{os.getpid()}")  # processes of one machine may copy the same file at the same time
-        _check_size(local, size)
+        if digest(os.fspath(local)) != sha256:
+            local.unlink()
+            raise ValueError(f"{file} is not what was written there: it is damaged")
     return os.fspath(local)
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a local file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def copy(source: epath.Path, target: epath.Path, tag: str = "") -> None:

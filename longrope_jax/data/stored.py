@@ -27,17 +27,17 @@ def token_type(vocab_size: int) -> np.dtype:
 class Shard:
     """A file of records, opened when one is asked for. Threads may share it."""
 
-    def __init__(self, file: epath.Path, size: int, dtype: np.dtype, record: int):
-        """Args: the file, the bytes that it must have, the type of its tokens and how many of them are a record."""
+    def __init__(self, file: epath.Path, size: int, sha256: str, dtype: np.dtype, record: int):
+        """Args: the file, its bytes and their digest, the type of its tokens and how many of them are a record."""
         self.dtype, self.record = dtype, record
-        self._file, self._size = file, size
+        self._file, self._size, self._sha256 = file, size, sha256
         self._reader, self._lock = None, threading.Lock()
 
     def records(self, first: int, stop: int) -> UInt[np.ndarray, "tokens"]:
         """The tokens of records first..stop-1, one after the other."""
         with self._lock:
             if self._reader is None:
-                path = local_copy(self._file, self._size)
+                path = local_copy(self._file, self._size, self._sha256)
                 self._reader = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
         return np.frombuffer(b"".join(self._reader.read(first, stop)), self.dtype)
 
@@ -86,7 +86,7 @@ class StoredDocuments(Sequence[Document]):
         """Reads the index of a split that is finished."""
         index = json.loads((folder / f"{split}.json").read_text())
         dtype, record, shards = np.dtype(index["dtype"]), index["record"], index["shards"]
-        self._shards = [Shard(folder / shard["file"], shard["bytes"], dtype, record) for shard in shards]
+        self._shards = [Shard(folder / s["file"], s["bytes"], s["sha256"], dtype, record) for s in shards]
         self._names = _distinct([name for shard in shards for name in shard["names"]])
         self._lengths = _joined([shard["tokens"] for shard in shards])
         self._sizes = _joined([shard["sizes"] for shard in shards])

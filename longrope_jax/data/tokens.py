@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tqdm import tqdm
 
-from longrope_jax.data.files import new_file
+from longrope_jax.data.files import digest, new_file
 from longrope_jax.data.sources import Texts
 from longrope_jax.data.stored import token_type
 from longrope_jax.data.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ def _is_written(folder: epath.Path, name: str) -> bool:
 
 def _write(file: epath.Path, documents: Iterator[tuple[str, bytes]], tokenizer: Tokenizer, bar: tqdm) -> None:
     dtype = token_type(tokenizer.vocab_size)
-    note = {"file": file.name, "bytes": 0, "names": [], "tokens": [], "sizes": []}
+    note = {"file": file.name, "names": [], "tokens": [], "sizes": []}
     with new_file(file) as local:
         # Every record by itself, so that it is read by itself; tokens hardly shrink, and would be read more slowly.
         writer = ArrayRecordWriter(local, "group_size:1,uncompressed")
@@ -107,7 +107,7 @@ def _write(file: epath.Path, documents: Iterator[tuple[str, bytes]], tokenizer: 
             note["sizes"].append(size)
             bar.update()
         writer.close()
-        note["bytes"] = os.path.getsize(local)
+        note |= {"bytes": os.path.getsize(local), "sha256": digest(local)}
     _write_json(_note(file.parent, file.name), note)
 
 

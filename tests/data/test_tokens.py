@@ -180,3 +180,22 @@ def test_object_stores_are_written_to_and_read_through_a_local_copy(whole, tmp_p
         document.tokens[:1]
     assert cached[0].read_bytes() == whole[cached[0].name.split("-", 1)[1]]
     assert {path: os.stat(path).st_mtime_ns for path in cached[1:]} == {path: dates[path] for path in cached[1:]}
+
+
+def test_other_tokens_at_the_same_address_are_not_mistaken_for_those_in_the_cache(tmp_path, monkeypatch):
+    object_store.register()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = epath.Path("s3://bucket/tokens")
+    for word in (b"one", b"two"):
+        texts = Texts([0], 3, lambda numbers, word=word: iter([("text", word)]))
+        write_all(folder, texts)
+        assert StoredDocuments(folder, "train")[0].tokens[1:4].tolist() == list(word)
+        (folder / "train.json").unlink()
+    write_all(folder, texts)
+    (shard,) = folder.glob("*.array_record")
+    shard.write_bytes(b"x" * shard.stat().length)
+    for file in (tmp_path / "cache" / "longrope_jax").iterdir():
+        file.unlink()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="array_record is not what was written there: it is damaged"):
+            StoredDocuments(folder, "train")[0].tokens[:1]
