@@ -47,7 +47,7 @@ def local_copy(file: epath.Path, size: int, sha256: str) -> str:
         sha256: of its content, in hex; it names the copy, as other content may come to the same address.
 
     Raises:
-        ValueError: it is gone, has another size, or what was copied is something else.
+        OSError: it is gone, has another size, or what was copied is something else.
     """
     if not is_remote(file):
         _check_size(file, size)
@@ -60,7 +60,7 @@ def local_copy(file: epath.Path, size: int, sha256: str) -> str:
         copy(file, local, f".{os.getpid()}")  # processes of one machine may copy the same file at the same time
         if digest(os.fspath(local)) != sha256:
             local.unlink()
-            raise ValueError(f"{file} is not what was written there: it is damaged")
+            raise OSError(f"{file} is not what was written there: it is damaged")
     return os.fspath(local)
 
 
@@ -95,7 +95,7 @@ def _partial(target: epath.Path, tag: str = "") -> epath.Path:
 
 def _check_size(file: epath.Path, size: int) -> None:
     if not file.exists():
-        raise ValueError(f"{file} is gone")
+        raise OSError(f"{file} is gone")
     found = file.stat().length
     if found != size:
-        raise ValueError(f"{file} has {found} bytes instead of {size}: it is damaged")
+        raise OSError(f"{file} has {found} bytes instead of {size}: it is damaged")

@@ -34,12 +34,17 @@ class Shard:
         self._reader, self._lock = None, threading.Lock()
 
     def records(self, first: int, stop: int) -> UInt[np.ndarray, "tokens"]:
-        """The tokens of records first..stop-1, one after the other."""
+        """The tokens of records first..stop-1, one after the other; raises OSError where the file is damaged."""
         with self._lock:
             if self._reader is None:
                 path = local_copy(self._file, self._size, self._sha256)
                 self._reader = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
-        return np.frombuffer(b"".join(self._reader.read(first, stop)), self.dtype)
+        try:
+            return np.frombuffer(b"".join(self._reader.read(first, stop)), self.dtype)
+        except RuntimeError as error:  # records have hashes
+            raise OSError(
+                f"{self._file} is damaged; without {self._file.parent} the same command makes its tokens again: {error}"
+            ) from None
 
 
 class StoredTokens:

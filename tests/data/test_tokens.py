@@ -197,5 +197,5 @@ def test_other_tokens_at_the_same_address_are_not_mistaken_for_those_in_the_cach
     for file in (tmp_path / "cache" / "longrope_jax").iterdir():
         file.unlink()
     for _ in range(2):
-        with pytest.raises(ValueError, match="array_record is not what was written there: it is damaged"):
+        with pytest.raises(OSError, match="array_record is not what was written there: it is damaged"):
             StoredDocuments(folder, "train")[0].tokens[:1]
