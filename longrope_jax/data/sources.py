@@ -52,7 +52,9 @@ def open_source(settings: DataSettings, data_dir: epath.PathLike) -> dict[str, T
     if settings.tfds:
         return _of_dataset(open_by_name(settings.tfds, settings.tfds_dir, settings.text_feature), settings)
     if not settings.folder:
-        return _of_dataset(open_built(corpus.stdlib_config(settings.shares), data_dir), settings, is_built=True)
+        return _of_dataset(open_built(corpus.stdlib_config(settings.shares), data_dir), settings, from_files=True)
+    if is_built(settings, data_dir):
+        return _of_dataset(open_built(_folder_config(settings), data_dir), settings, from_files=True)
     kind, files = _kind(settings.folder)
     if kind != "texts" and settings.suffix:
         raise ValueError(f"suffix = {settings.suffix!r} is for text files; {settings.folder} holds {kind}")
@@ -62,8 +64,7 @@ def open_source(settings: DataSettings, data_dir: epath.PathLike) -> dict[str, T
         raise ValueError(f"text_feature = {settings.text_feature!r} is for TFDS; {settings.folder} holds {kind}")
     if kind == "array_record files":
         return _of_records(files, settings)
-    config = corpus.folder_config(settings.folder, settings.suffix, settings.shares)
-    return _of_dataset(open_built(config, data_dir), settings, is_built=True)
+    return _of_dataset(open_built(_folder_config(settings), data_dir), settings, from_files=True)
 
 
 def open_built(config: corpus.TextFolderConfig, data_dir: epath.PathLike) -> OpenDataset:
@@ -71,10 +72,19 @@ def open_built(config: corpus.TextFolderConfig, data_dir: epath.PathLike) -> Ope
     return OpenDataset(corpus.build(config, data_dir), "text")
 
 
-def built_folder(settings: DataSettings, data_dir: epath.Path) -> epath.Path:
+def is_built(settings: DataSettings, data_dir: epath.PathLike) -> bool:
+    """Whether a folder of text files has become a dataset, so that it is not looked at any more."""
+    version = built_folder(settings, data_dir) / str(corpus.TextFolder.VERSION)
+    return (version / "dataset_info.json").exists()
+
+
+def built_folder(settings: DataSettings, data_dir: epath.PathLike) -> epath.Path:
     """Where the dataset of a folder of text files is kept."""
-    name = corpus.folder_config(settings.folder, settings.suffix, settings.shares).name
-    return data_dir / "text_folder" / name
+    return epath.Path(data_dir) / "text_folder" / _folder_config(settings).name
+
+
+def _folder_config(settings: DataSettings) -> corpus.TextFolderConfig:
+    return corpus.folder_config(settings.folder, settings.suffix, settings.shares)
 
 
 def listing(folder: str) -> str:
@@ -104,14 +114,14 @@ def _kind(folder: str) -> tuple[str, list[epath.Path]]:
     return ("array_record files", files) if files else ("texts", [])
 
 
-def _of_dataset(dataset: OpenDataset, settings: DataSettings, is_built: bool = False) -> dict[str, Texts]:
+def _of_dataset(dataset: OpenDataset, settings: DataSettings, from_files: bool = False) -> dict[str, Texts]:
     counts = dataset.counts
-    own = {split: split if is_built else _OWN_SPLITS[split] for split in SPLITS}
-    if not is_built and len(counts) == 1:
+    own = {split: split if from_files else _OWN_SPLITS[split] for split in SPLITS}
+    if not from_files and len(counts) == 1:
         (only,) = counts
         names = [f"{only}/{number}" for number in range(counts[only])]
         return _cut(names, settings.shares, dataset.size(only), lambda numbers: dataset.read(only, numbers))
-    if not is_built and settings.shares != SHARES:
+    if not from_files and settings.shares != SHARES:
         raise ValueError(f"shares = {settings.shares}: the dataset has splits of its own, {', '.join(counts)}")
 
     def fetch(name: str) -> Callable:

@@ -107,7 +107,7 @@ def _forget_if_changed(settings: DataSettings, folder: epath.Path, workdir: epat
 
 def _refuse_changed_files(settings: DataSettings, folder: epath.Path, workdir: epath.Path) -> None:
     """A split that is asked for later is cut from the same documents as the others were; text files were kept."""
-    if sources.built_folder(settings, workdir / "data").exists() or not (folder / "source.json").exists():
+    if sources.is_built(settings, workdir / "data") or not (folder / "source.json").exists():
         return
     if json.loads((folder / "source.json").read_text())["listing"] != sources.listing(settings.folder):
         raise ValueError(

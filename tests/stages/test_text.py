@@ -133,6 +133,16 @@ def test_tokens_are_made_once(tmp_path, monkeypatch):
     assert names(read(tmp_path / "run", settings)) == first
 
 
+def test_the_dataset_of_an_earlier_version_is_enough(tmp_path):
+    """It has no tokens yet, and its folder may be gone."""
+    settings = make_folder(tmp_path / "texts")
+    first = names(read(tmp_path / "run", settings))
+    shutil.rmtree(tmp_path / "texts")
+    shutil.rmtree(tmp_path / "run" / "tokens")
+    begin(tmp_path / "run", "pretrain")
+    assert names(read(tmp_path / "run", settings)) == first
+
+
 def test_a_folder_that_is_away_before_any_stage_has_begun_costs_no_tokens(tmp_path, monkeypatch):
     settings = make_folder(tmp_path / "texts")
     first = names(read(tmp_path / "run", settings))
