@@ -6,15 +6,14 @@ occurs more than once (`search`, `search_64x`); the config section of the same n
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from longrope_jax.data import corpus
-from longrope_jax.data.corpus import Document
+from longrope_jax.data.settings import DataSettings
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.interop import load_tokenizer
 from longrope_jax.model import Llama, LlamaConfig
@@ -24,24 +23,7 @@ from longrope_jax.runtime import preemption, processes
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.runtime.records import finite, flat, to_json, write_whole
 from longrope_jax.settings import parse
-from longrope_jax.stages import STAGES, Carried, LoadSettings, Stage
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """Which text.
-
-    Attributes:
-        folder: a folder of text files, or "" for the embedded corpus, the standard library's sources.
-        suffix: ending that a file's name must have; "" takes every text file of the folder.
-    """
-
-    folder: str = ""
-    suffix: str = ""
-
-    def __post_init__(self):
-        if self.suffix and not self.folder:
-            raise ValueError(f"suffix = {self.suffix!r} needs a folder; the embedded corpus has its own")
+from longrope_jax.stages import STAGES, Carried, LoadSettings, Stage, text
 
 
 @dataclass(frozen=True)
@@ -49,7 +31,7 @@ class Experiment:
     """A config, checked."""
 
     model: LlamaConfig
-    data: DataSettings
+    data: dict[str, DataSettings]
     mesh: MeshSettings
     stages: dict[str, Any]
 
@@ -73,18 +55,18 @@ def parse_experiment(config: ConfigDict) -> Experiment:
     is_loaded = _kind(stages[0]) == "load"
     if is_loaded and "model" in config:
         raise ValueError(f"config.model: the model is the one that config.{stages[0]}.path holds; leave it out")
-    needed = {"stages", "data", *stages} if is_loaded else {"stages", "model", "data", *stages}
+    needed = {"stages", *stages} if is_loaded else {"stages", "model", *stages}
     for key in config:
-        if key not in needed | {"mesh"}:
+        if key not in needed | {"mesh"} and not text.is_text_section(key):
             raise ValueError(
-                f"config.{key} is neither model, data, mesh nor a stage in config.stages = {tuple(stages)}"
+                f"config.{key} is neither model, data, data_NAME, mesh nor a stage in config.stages = {tuple(stages)}"
             )
     for key in sorted(needed - set(config)):
         raise ValueError(f"config.{key} is missing")
     settings = {name: parse(STAGES[_kind(name)].settings, config[name], name) for name in stages}
     experiment = Experiment(
         _model_config(stages[0], settings[stages[0]]) if is_loaded else parse(LlamaConfig, config.model, "model"),
-        parse(DataSettings, config.data, "data"),
+        text.parse_sections(config, _reads(settings)),
         parse(MeshSettings, config.get("mesh", ConfigDict()), "mesh"),
         settings,
     )
@@ -108,7 +90,6 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ca
     """
     experiment = parse_experiment(config)
     workdir = epath.Path(workdir)
-    is_new = not (workdir / "data").exists()
     layout = _layout(experiment, workdir)
     _refuse_changed_stages(workdir, experiment)
     try:
@@ -116,15 +97,10 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ca
     except OSError as error:
         raise OSError(f"work directory {workdir} can't be made: {error}") from None
     tokenizer = _tokenizer(experiment)
-    documents = _documents(experiment.data, tokenizer, workdir)
+    documents = text.read(experiment.data, _reads(experiment.stages), tokenizer, workdir)
     carried = Carried(Llama(experiment.model), layout, documents, tokenizer, workdir)
-    try:
-        for name, settings in experiment.stages.items():
-            _naming_section(name, _stage(name).check_data, settings, carried)
-    except ValueError:
-        if processes.is_first() and is_new:
-            (workdir / "data").rmtree()  # so that a mended folder is looked at again
-        raise
+    for name, settings in experiment.stages.items():
+        _naming_section(name, _stage(name).check_data, settings, carried)
     # Only now: a config that could not run must not keep a mended one out of its work directory.
     write_whole(workdir / "config.json", to_json(json.loads(config.to_json()), indent=1) + "\n")
     return experiment, carried
@@ -224,7 +200,7 @@ def _refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
     differing = {}
     for name in experiment.stages:
         if _begun(workdir, name).exists() and (_stage(name).resumes or _finished(workdir, name).exists()):
-            there = flat(json.loads(_begun(workdir, name).read_text()))
+            there = flat(_as_if_now(json.loads(_begun(workdir, name).read_text()), name, experiment))
             now = flat(json.loads(to_json(_identity(name, experiment))))
             for key in sorted(there.keys() | now.keys()):
                 if there.get(key) != now.get(key):
@@ -236,13 +212,31 @@ def _refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
 
 def _identity(name: str, experiment: Experiment) -> dict[str, Any]:
     """All that the results of a stage depend on, with the names that fields have in a config."""
+    sections = {section: asdict(settings) for section, settings in _settings_of(name, experiment).items()}
+    sections[name] = {field: value for field, value in sections[name].items() if field not in _HOW}
+    inputs = _stage(name).inputs(experiment.stages[name], _before(experiment.stages, name))
+    return sections | {f"stages before {name}": inputs}
+
+
+def _settings_of(name: str, experiment: Experiment) -> dict[str, Any]:
+    """The sections that a stage depends on: the model's, its own, and that of the text if it reads any."""
     settings = experiment.stages[name]
-    return {
-        "model": asdict(experiment.model),
-        "data": asdict(experiment.data),
-        name: {field: value for field, value in asdict(settings).items() if field not in _HOW},
-        f"stages before {name}": _stage(name).inputs(settings, _before(experiment.stages, name)),
-    }
+    text_section = {settings.data: experiment.data[settings.data]} if _stage(name).splits(settings) else {}
+    return {"model": experiment.model, **text_section, name: settings}
+
+
+def _as_if_now(begun: dict[str, Any], name: str, experiment: Experiment) -> dict[str, Any]:
+    """What an earlier version noted of a stage, as this one would have: fields that it did not have are at their
+    defaults, and text that the stage does not read (there was one section, which all noted) is none of its matters.
+    """
+    sections = _settings_of(name, experiment)
+    known = {key: value for key, value in begun.items() if key in sections or not text.is_text_section(key)}
+    for section, settings in sections.items():
+        defaults = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
+        kept = {field: value for field, value in defaults.items() if section != name or field not in _HOW}
+        if section in known:
+            known[section] = json.loads(to_json(kept)) | known[section]
+    return known
 
 
 _HOW = {"accumulate", "remat", "candidates_at_once", "documents_at_once", "tokens_at_once"}
@@ -282,13 +276,9 @@ def _tokenizer(experiment: Experiment) -> Tokenizer:
         raise ValueError(f"config.{name}: {error}") from None
 
 
-def _documents(settings: DataSettings, tokenizer: Tokenizer, workdir: epath.Path) -> dict[str, list[Document]]:
-    source = corpus.folder_config(settings.folder, settings.suffix) if settings.folder else corpus.stdlib_config()
-    if processes.is_first():
-        corpus.build(source, workdir / "data")
-    processes.wait_for_all("data")
-    builder = corpus.build(source, workdir / "data")
-    return {split: corpus.documents(builder, split, tokenizer) for split in corpus.SPLITS}
+def _reads(stages: dict[str, Any]) -> text.Reads:
+    """What text the stages read."""
+    return {name: (s.data, _stage(name).splits(s)) for name, s in stages.items() if hasattr(s, "data")}
 
 
 def _tell(line: str) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import sysconfig
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,17 +19,16 @@ from etils import epath
 from jaxtyping import UInt
 from tqdm import tqdm
 
+from longrope_jax.data.files import copy_tree, is_remote
+from longrope_jax.data.settings import SHARES, SPLITS
 from longrope_jax.data.tokenizer import Tokenizer
-
-SPLITS = {"train": 0.7, "search": 0.1, "evaluation": 0.2}
-"""Share of the files in every split. Factors are searched on files that training never saw, and judged on others
-again.
-"""
 
 
 class Document(NamedTuple):
-    """A tokenized document: its path within the folder, its tokens (BOS first, EOS last, where the tokenizer has
-    them) and its size in bytes.
+    """A tokenized document: its name (of a file, its path within the folder), its tokens (BOS first, EOS last, where
+    the tokenizer has them) and its size in bytes.
+
+    The tokens may be a `data.stored.StoredTokens`, which reads from a file what a slice of it asks for.
     """
 
     name: str
@@ -44,39 +44,46 @@ class TextFolderConfig(tfds.core.BuilderConfig):
         folder: where they lie (any file system that etils knows).
         suffix: ending that a file's name must have; "" takes every file.
         excluded: names of directories that are passed over; hidden ones always are.
+        shares: of the files that go to the splits.
     """
 
     folder: str = ""
     suffix: str = ""
     excluded: tuple[str, ...] = ("__pycache__",)
+    shares: tuple[float, ...] = SHARES
 
 
-def stdlib_config() -> TextFolderConfig:
+def stdlib_config(shares: tuple[float, ...] = SHARES) -> TextFolderConfig:
     """The embedded corpus, about 600 files and 11 MB: the standard library of the running Python, without its tests."""
     return TextFolderConfig(
-        name="stdlib",
+        name="stdlib" if shares == SHARES else f"stdlib-{_digest(*map(str, shares))}",
         description="source files of the Python standard library",
         folder=sysconfig.get_path("stdlib"),
         suffix=".py",
         # `encodings` holds a hundred near copies of one table: they would stand in training and evaluation alike.
         excluded=("__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"),
+        shares=shares,
     )
 
 
-def folder_config(folder: str, suffix: str = "") -> TextFolderConfig:
+def folder_config(folder: str, suffix: str = "", shares: tuple[float, ...] = SHARES) -> TextFolderConfig:
     """A user's folder. Its name in the data directory carries a digest of where the text came from."""
-    digest = hashlib.sha256(f"{folder}\n{suffix}".encode()).hexdigest()[:12]
+    digest = _digest(folder, suffix, *([] if shares == SHARES else map(str, shares)))
     return TextFolderConfig(
-        name=f"folder-{digest}", description=f"text files of {folder}", folder=folder, suffix=suffix
+        name=f"folder-{digest}", description=f"text files of {folder}", folder=folder, suffix=suffix, shares=shares
     )
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 class TextFolder(tfds.core.GeneratorBasedBuilder):
     """Text files as documents, split by file. Build it with `file_format="array_record"` to stay free of TensorFlow.
 
-    Files are put in the order of a hash of their path and cut at `SPLITS`, so a split does not depend on file dates
-    or on what a file says, hardly on which other files there are, and is never empty. Who went where is kept in the
-    metadata.
+    Files are put in the order of a hash of their path and cut at the shares, so a split does not depend on file dates
+    or on what a file says, hardly on which other files there are, and is never empty if it has a share. Who went where
+    is kept in the metadata.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -92,10 +99,10 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         texts = find_texts(self.builder_config)
-        splits = split_by_file(sorted(texts))
+        splits = split_by_file(sorted(texts), self.builder_config.shares)
         self.info.metadata["folder"] = self.builder_config.folder
         self.info.metadata["files"] = splits
-        return {split: self._generate_examples(paths, texts) for split, paths in splits.items()}
+        return {split: self._generate_examples(paths, texts) for split, paths in splits.items() if paths}
 
     def _generate_examples(self, paths, texts) -> Iterator[tuple[str, dict]]:
         for path in tqdm(paths, desc="building data", unit="file", dynamic_ncols=True):
@@ -108,7 +115,7 @@ def find_texts(config: TextFolderConfig) -> dict[str, epath.Path]:
     A file with a NUL byte in its first 8 KiB is binary and passed over.
 
     Raises:
-        ValueError: the folder is missing, or holds less than one text file a split.
+        ValueError: the folder is missing, or holds less than one text file a split that has a share.
     """
     folder = epath.Path(config.folder)
     if not folder.is_dir():
@@ -128,37 +135,51 @@ def find_texts(config: TextFolderConfig) -> dict[str, epath.Path]:
                 else:
                     # A name that is no UTF-8 could not be stored; its odd bytes are spelled out.
                     texts[str(file.relative_to(folder)).encode(errors="backslashreplace").decode()] = file
-    if len(texts) < len(SPLITS):
+    wanted = [split for split, share in zip(SPLITS, config.shares, strict=True) if share]
+    if len(texts) < len(wanted):
         which = f" ending in {config.suffix!r}" if config.suffix else ""
         also = f" and {binary} binary ones" if binary else ""
         raise ValueError(
             f"data folder {config.folder!r} holds {len(texts)} text files{which}{also}; "
-            f"the splits {', '.join(SPLITS)} need one each at least"
+            f"the splits {', '.join(wanted)} need one each at least"
         )
     if binary:
         logging.warning("%s: %d binary files passed over", config.folder, binary)
     return texts
 
 
-def split_by_file(paths: Sequence[str]) -> dict[str, list[str]]:
-    """Every path goes to one split; deterministic, and each split gets a file if there are enough."""
+def split_by_file(paths: Sequence[str], shares: Sequence[float] = SHARES) -> dict[str, list[str]]:
+    """Every path goes to one split; deterministic, and each split with a share gets a file if there are enough."""
     order = sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest())
-    held_out = {name: max(1, round(share * len(order))) for name, share in SPLITS.items() if name != "train"}
+    counts = {
+        name: max(1, round(share * len(order))) if share else 0 for name, share in zip(SPLITS, shares, strict=True)
+    }
+    rest = next(name for name, count in counts.items() if count)  # what rounding leaves over, or lacks
+    counts[rest] = max(0, len(order) - sum(count for name, count in counts.items() if name != rest))
     splits, start = {}, 0
-    for name, count in held_out.items():
-        splits[name] = order[start : start + count]
-        start += count
-    return {"train": order[start:], **splits}
+    for name in [*list(SPLITS)[1:], "train"]:
+        splits[name] = order[start : start + counts[name]]
+        start += counts[name]
+    return {name: splits[name] for name in SPLITS}
 
 
 def build(config: TextFolderConfig, data_dir: epath.PathLike) -> TextFolder:
     """Builds the dataset in `data_dir`, or finds it there already built (then the folder is not looked at again)."""
     tfds.disable_progress_bar()  # ours tells more
-    with _quiet():
-        builder = TextFolder(config=config, data_dir=str(data_dir), file_format="array_record")
+    builder = _builder(config, data_dir)
+    if is_remote(data_dir) and not builder.is_prepared():
+        with tempfile.TemporaryDirectory() as folder:
+            built = build(config, folder)
+            copy_tree(epath.Path(built.data_dir), epath.Path(builder.data_dir), last="dataset_info.json")
+        builder = _builder(config, data_dir)
     with contextlib.redirect_stdout(None):
         builder.download_and_prepare()
     return builder
+
+
+def _builder(config: TextFolderConfig, data_dir: epath.PathLike) -> TextFolder:
+    with _quiet():
+        return TextFolder(config=config, data_dir=str(data_dir), file_format="array_record")
 
 
 @contextlib.contextmanager

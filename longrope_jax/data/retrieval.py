@@ -91,16 +91,20 @@ def needle(
         answer,
     )
     room = parts.room(length, "needle")
-    texts = [_without_markers(document.tokens, tokenizer) for document in documents]
-    fitting = [text for text in texts if len(text) >= room]
+    # Which are long enough is seen without reading them, but for the few where it depends on their markers.
+    fitting = [tokens for tokens in (document.tokens for document in documents) if len(tokens) >= room]
+    fitting = [tokens for tokens in fitting if len(tokens) >= room + 2 or len(_text(tokens, tokenizer)) >= room]
     if not fitting:
+        longest = max((len(document.tokens) for document in documents), default=0)
+        ends = [d.tokens for d in documents if len(d.tokens) >= longest - 2]
         raise ValueError(
             f"none of {len(documents)} documents has the {room} tokens of text that a needle prompt of length = "
-            f"{length} takes; the longest has {max(map(len, texts), default=0)}"
+            f"{length} takes; the longest has {max((len(_text(tokens, tokenizer)) for tokens in ends), default=0)}"
         )
-    text = fitting[rng.integers(len(fitting))]
-    start = rng.integers(len(text) - room + 1)
-    return _hide(parts, text[start : start + room], depth, tokenizer)
+    tokens = fitting[rng.integers(len(fitting))]
+    text = _text(tokens, tokenizer)
+    start = text.start + rng.integers(len(text) - room + 1)
+    return _hide(parts, tokens[start : start + room], depth, tokenizer)
 
 
 def answer_room(task: str, tokenizer: Tokenizer) -> int:
@@ -174,8 +178,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return tokenizer.encode(text, bos=False, eos=False).astype(np.int32)
 
 
-def _without_markers(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """The text of a document, or a stretch of one: markers are at its ends, if anywhere."""
+def _text(tokens: Sequence[int], tokenizer: Tokenizer) -> range:
+    """Where the text of a document, or of a stretch of one, is: markers are at its ends, if anywhere."""
     first = int(len(tokens) > 0 and tokens[0] == tokenizer.bos)
-    last = len(tokens) - int(len(tokens) > first and tokens[-1] == tokenizer.eos)
-    return tokens[first:last]
+    return range(first, len(tokens) - int(len(tokens) > first and tokens[-1] == tokenizer.eos))

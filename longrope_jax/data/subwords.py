@@ -1,7 +1,9 @@
 """Tokenizers of others: subwords, as Hugging Face's `tokenizers` reads them."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,12 @@ class SubwordTokenizer:
         self._tokenizer = tokenizer
         _warn_of_merges_to(tokenizer, {index for index in (bos, *ends) if index is not None})
         self._dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of all that a text's tokens depend on."""
+        told = f"{self._tokenizer.to_str()}\n{self.bos}\n{self.eos}"
+        return f"sha256:{hashlib.sha256(told.encode()).hexdigest()}"
 
     @classmethod
     def from_folder(cls, folder: epath.PathLike) -> "SubwordTokenizer":

@@ -15,12 +15,14 @@ class Tokenizer(Protocol):
         bos: what a document begins with; None where the tokenizer has nothing for it.
         eos: what a document ends with, or None.
         stops: the ids that end a generated text.
+        identity: the same for two that make the same tokens of every text, in every process.
     """
 
     vocab_size: int
     bos: int | None
     eos: int | None
     stops: tuple[int, ...]
+    identity: str
 
     def encode(self, text: str | bytes, *, bos: bool = True, eos: bool = True) -> Integer[np.ndarray, "tokens"]:
         """The ids of a text, between BOS and EOS where asked for and where there are such: uint16 if all ids fit into
@@ -40,6 +42,7 @@ class ByteTokenizer:
     bos = 256
     eos = 257
     stops = (eos,)
+    identity = "bytes"
 
     def encode(self, text: str | bytes, *, bos: bool = True, eos: bool = True) -> UInt16[np.ndarray, "tokens"]:
         """uint16[tokens]; a str is taken as UTF-8."""

@@ -37,6 +37,7 @@ class RetrievalSettings:
         tries: prompts for every length and depth, the same for all arms.
         prompts_at_once: how many are answered in one batch.
         seed: of the prompts.
+        data: the section of the text that needles are hidden in.
     """
 
     lengths: tuple[int, ...]
@@ -46,6 +47,7 @@ class RetrievalSettings:
     tries: int = 10
     prompts_at_once: int = 1
     seed: int = 0
+    data: str = "data"
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):

@@ -52,6 +52,7 @@ class EvaluationSettings:
             length windows are always disjoint, as the control is.
         seed: of the documents.
         tokens_at_once: how many tokens one forward pass takes.
+        data: the section of the text.
     """
 
     lengths: tuple[int, ...]
@@ -61,6 +62,7 @@ class EvaluationSettings:
     stride: int = 0
     seed: int = 0
     tokens_at_once: int = 8192
+    data: str = "data"
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):

@@ -60,3 +60,8 @@ def any_of(condition: bool) -> bool:
     if jax.process_count() == 1:
         return condition
     return bool(multihost_utils.process_allgather(np.asarray(condition)).any())
+
+
+def share() -> tuple[int, int]:
+    """(index, count) of this process, to share work out by."""
+    return jax.process_index(), jax.process_count()

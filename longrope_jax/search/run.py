@@ -40,6 +40,7 @@ class SearchSettings:
             accelerator that one candidate does not fill.
         documents_at_once: how many documents of one candidate are evaluated together.
         evolution: the numbers of Algorithm 1.
+        data: the section of the text.
     """
 
     target_length: int
@@ -53,6 +54,7 @@ class SearchSettings:
     candidates_at_once: int = 1
     documents_at_once: int = 1
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
+    data: str = "data"
 
     def __post_init__(self):
         for name in ("target_length", "documents", "candidates_at_once", "documents_at_once"):

@@ -1,7 +1,7 @@
 """What stages hand on: models, factors and results, found again by the names of the stages that made them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class Carried:
     """What stages leave for the ones after them.
 
     Attributes:
+        documents: by section of text and split, those that stages read.
         tokenizer: makes the tokens of `documents`.
         trained: by the stages that make parameters, in order: what they trained with last.
         read_params: by the same: reads their parameters from where they are kept.
@@ -42,7 +43,7 @@ class Carried:
 
     model: Llama
     layout: Layout
-    documents: dict[str, list[Document]]
+    documents: dict[str, dict[str, Sequence[Document]]]
     tokenizer: Tokenizer
     workdir: epath.Path
     trained: dict[str, Trained] = field(default_factory=dict)

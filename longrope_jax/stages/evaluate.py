@@ -25,7 +25,7 @@ def _check_evaluate(settings: EvaluationSettings, config: LlamaConfig, before: B
 
 
 def _check_evaluate_data(settings: EvaluationSettings, carried: Carried) -> None:
-    documents = carried.documents["evaluation"]
+    documents = carried.documents[settings.data]["evaluation"]
     windows = fixed_windows(documents, max(settings.lengths), settings.documents, settings.seed)
     if len(set(windows.names)) < 2:
         raise ValueError(
@@ -45,7 +45,7 @@ def _run_evaluate(settings: EvaluationSettings, carried: Carried, name: str) -> 
         arm_name: Subject(lambda arm=arm: carried.params(arm.model), carried.source(arm.factors, arm.model, longest))
         for arm_name, arm in settings.arms.items()
     }
-    documents = carried.documents["evaluation"]
+    documents = carried.documents[settings.data]["evaluation"]
     made = run_evaluation(carried.model, carried.layout, subjects, settings, documents, carried.workdir, name)
     return {"lengths": list(settings.lengths), "seconds": sum(record["seconds"] for record in made)}
 
@@ -70,4 +70,5 @@ EVALUATE = Stage(
     _run_evaluate,
     _load_evaluate,
     inputs=_inputs,
+    splits=lambda settings: ("evaluation",),
 )

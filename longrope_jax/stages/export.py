@@ -33,7 +33,7 @@ from longrope_jax.stages.kind import (
 
 # What a card tells of a stage's summary, as far as it has it, and what it leaves out of its settings.
 _RESULTS = ("parameters", "evaluations", "best_nll", "seconds")
-_HOUSEKEEPING = ("dtype", "param_dtype", "attention", "log_every", "checkpoint_every")
+_HOUSEKEEPING = ("dtype", "param_dtype", "attention", "log_every", "checkpoint_every", "data")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class ExportSettings:
         cost_lengths: where the cost is measured, tokens; () for every boundary of the table up to which it changes.
         cost_documents: on how many windows of each.
         seed: of the windows.
+        data: the section of the text that it is measured on.
     """
 
     factors: str = ""
@@ -68,6 +69,7 @@ class ExportSettings:
     cost_lengths: tuple[int, ...] = ()
     cost_documents: int = 8
     seed: int = 0
+    data: str = "data"
 
     def __post_init__(self):
         if self.dtype not in ("", *FLOAT_TYPES):
@@ -174,7 +176,7 @@ def _run_export(settings: ExportSettings, carried: Carried, name: str) -> dict[s
 
 
 def _costs(settings: ExportSettings, carried: Carried, found: FactorTable, exported: FactorTable) -> list[Cost]:
-    documents = carried.documents["evaluation"]
+    documents = carried.documents[settings.data]["evaluation"]
     try:
         windows = cost_windows(
             found, exported, documents, settings.cost_lengths, settings.cost_documents, settings.seed
@@ -244,5 +246,6 @@ EXPORT = Stage(
     _run_export,
     _load_export,
     inputs=lambda s, before: [model_stage(s.model, before), *sources((s.factors,), before)],
+    splits=lambda s: ("evaluation",) if s.allowed else (),
     resumes=False,
 )

@@ -25,9 +25,10 @@ def _check_finetune(settings: FinetuneSettings, config: LlamaConfig, before: Bef
 
 
 def _check_finetune_data(settings: FinetuneSettings, carried: Carried) -> None:
-    settings.batches(carried.documents["train"], carried.tokenizer, carried.model.config.original_length)
+    documents = carried.documents[settings.data]
+    settings.batches(documents["train"], carried.tokenizer, carried.model.config.original_length)
     if settings.evaluate_every:
-        fixed_windows(carried.documents["search"], settings.length, settings.held_out_documents, settings.seed)
+        fixed_windows(documents["search"], settings.length, settings.held_out_documents, settings.seed)
 
 
 def _check_finetune_layout(settings: FinetuneSettings, config: LlamaConfig, layout: Layout) -> None:
@@ -47,7 +48,7 @@ def _run_finetune(settings: FinetuneSettings, carried: Carried, name: str) -> di
         settings,
         factors,
         lambda: carried.give_away_params(start),
-        carried.documents,
+        carried.documents[settings.data],
         carried.tokenizer,
         carried.workdir,
         name,
@@ -73,4 +74,5 @@ FINETUNE = Stage(
     _run_finetune,
     _load_finetune,
     inputs=lambda s, before: [model_stage(s.model, before), *sources((s.factors,), before)],
+    splits=lambda s: ("train", "search") if s.evaluate_every else ("train",),
 )

@@ -94,6 +94,7 @@ class Stage:
         load: (settings, carried, name, summary) -> None, hands the results on, whether the stage has just run or did
             so before. Raises LookupError if they are not there any more.
         inputs: (settings, settings of the stages before) -> names of the stages whose results it takes.
+        splits: settings -> which splits it reads of the text that `settings.data` names.
         resumes: whether it goes on from what it has left behind when it was stopped, rather than begin again.
     """
 
@@ -104,6 +105,7 @@ class Stage:
     run: Callable
     load: Callable
     inputs: Callable
+    splits: Callable = lambda settings: ()
     resumes: bool = True
 
 

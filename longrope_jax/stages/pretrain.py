@@ -21,7 +21,7 @@ def _check_pretrain(settings: PretrainSettings, config: LlamaConfig, before: Bef
 
 def _check_pretrain_data(settings: PretrainSettings, carried: Carried) -> None:
     length = carried.model.config.original_length
-    pretraining_batches(carried.documents["train"], length, settings.batch, settings.seed)
+    pretraining_batches(carried.documents[settings.data]["train"], length, settings.batch, settings.seed)
 
 
 def _check_pretrain_layout(settings: PretrainSettings, config: LlamaConfig, layout: Layout) -> None:
@@ -29,7 +29,7 @@ def _check_pretrain_layout(settings: PretrainSettings, config: LlamaConfig, layo
 
 
 def _run_pretrain(settings: PretrainSettings, carried: Carried, name: str) -> dict[str, Any]:
-    train = carried.documents["train"]
+    train = carried.documents[settings.data]["train"]
     seconds = pretrain(carried.model, carried.layout, settings, train, carried.workdir, name)
     return {"steps": settings.steps, "seconds": seconds}
 
@@ -51,4 +51,5 @@ PRETRAIN = Stage(
     _run_pretrain,
     _load_pretrain,
     inputs=lambda settings, before: [],
+    splits=lambda settings: ("train",),
 )

@@ -1,7 +1,9 @@
 """The stage `retrieval`: does a model find what it read a long time ago?"""
 
+from collections.abc import Sequence
 from typing import Any
 
+from longrope_jax.data.corpus import Document
 from longrope_jax.evaluation.retrieval import RetrievalSettings, make_prompts, run_retrieval
 from longrope_jax.evaluation.run import Subject
 from longrope_jax.model import LlamaConfig
@@ -23,8 +25,17 @@ def _check_retrieval(settings: RetrievalSettings, config: LlamaConfig, before: B
 
 
 def _check_retrieval_data(settings: RetrievalSettings, carried: Carried) -> None:
+    documents = _documents(settings, carried)
     for length in {min(settings.lengths), max(settings.lengths)}:
-        make_prompts(settings, carried.tokenizer, carried.documents["evaluation"], length, settings.places[0])
+        make_prompts(settings, carried.tokenizer, documents, length, settings.places[0])
+
+
+def _documents(settings: RetrievalSettings, carried: Carried) -> Sequence[Document]:
+    return carried.documents[settings.data]["evaluation"] if _splits(settings) else ()
+
+
+def _splits(settings: RetrievalSettings) -> tuple[str, ...]:
+    return ("evaluation",) if settings.task == "needle" else ()
 
 
 def _run_retrieval(settings: RetrievalSettings, carried: Carried, name: str) -> dict[str, Any]:
@@ -33,7 +44,7 @@ def _run_retrieval(settings: RetrievalSettings, carried: Carried, name: str) -> 
         arm_name: Subject(lambda arm=arm: carried.params(arm.model), carried.source(arm.factors, arm.model, longest))
         for arm_name, arm in settings.arms.items()
     }
-    documents = carried.documents["evaluation"]
+    documents = _documents(settings, carried)
     made = run_retrieval(
         carried.model, carried.layout, subjects, settings, carried.tokenizer, documents, carried.workdir, name
     )
@@ -60,4 +71,5 @@ RETRIEVAL = Stage(
     _run_retrieval,
     _load_retrieval,
     inputs=_inputs,
+    splits=_splits,
 )

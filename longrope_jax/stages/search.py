@@ -22,7 +22,7 @@ def _check_search(settings: SearchSettings, config: LlamaConfig, before: Before)
 
 
 def _check_search_data(settings: SearchSettings, carried: Carried) -> None:
-    fixed_windows(carried.documents["search"], settings.target_length, settings.documents, settings.seed)
+    fixed_windows(carried.documents[settings.data]["search"], settings.target_length, settings.documents, settings.seed)
 
 
 def _check_search_layout(settings: SearchSettings, config: LlamaConfig, layout: Layout) -> None:
@@ -37,7 +37,7 @@ def _run_search(settings: SearchSettings, carried: Carried, name: str) -> dict[s
         carried.params(start),
         carried.trained[start],
         settings,
-        carried.documents["search"],
+        carried.documents[settings.data]["search"],
         carried.workdir,
         name,
     )
@@ -88,4 +88,5 @@ SEARCH = Stage(
     _run_search,
     _load_search,
     inputs=lambda s, before: [model_stage(s.model, before)],
+    splits=lambda settings: ("search",),
 )

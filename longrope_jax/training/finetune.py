@@ -34,6 +34,7 @@ class FinetuneSettings(LoopSettings):
         evaluate_every: steps between evaluations on held-out documents (those of the search); 0 for none.
         held_out_documents: how many.
         remat: what the backward pass keeps of a block, see `LlamaConfig`; long sequences can rarely keep all.
+        data: the section of the text, both to train on and held out.
     """
 
     length: int
@@ -44,6 +45,7 @@ class FinetuneSettings(LoopSettings):
     evaluate_every: int = 100
     held_out_documents: int = 8
     remat: str = "nothing_saveable"
+    data: str = "data"
 
     def __post_init__(self):
         super().__post_init__()

@@ -17,7 +17,13 @@ from longrope_jax.training.step import init_params
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(LoopSettings):
-    """How a model is trained from scratch on windows of its original length; see `LoopSettings`."""
+    """How a model is trained from scratch on windows of its original length; see `LoopSettings`.
+
+    Attributes:
+        data: the section of the text.
+    """
+
+    data: str = "data"
 
 
 def pretrain(

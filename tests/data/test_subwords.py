@@ -1,5 +1,8 @@
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,3 +233,26 @@ def test_a_long_text_is_one_text_and_fast():
     assert tokens.tolist() == again
     assert tokenizer.decode(again).count("~") == 1
     assert seconds < 10, f"{len(text) / seconds:.0f} characters a second"
+
+
+IDENTITY = """
+import sys
+from longrope_jax.data.subwords import SubwordTokenizer
+print(SubwordTokenizer.from_folder(sys.argv[1]).identity)
+"""
+
+
+def test_the_identity_is_that_of_the_tokens_it_makes_in_every_process(folder, tmp_path):
+    mine = SubwordTokenizer.from_folder(folder).identity
+    line = [sys.executable, "-c", IDENTITY, str(folder)]
+    child = subprocess.run(line, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert child.stdout.strip() == mine
+    ends = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    others = [
+        write(tmp_path / "vocabulary", make_tokenizer(280), tokenizer_config=ends),
+        write(tmp_path / "no_bos", tokenizer_config={**ends, "bos_token": None}),
+        write(tmp_path / "eos", tokenizer_config={**ends, "eos_token": "<tool>"}),
+    ]
+    same = write(tmp_path / "same", tokenizer_config=ends, generation_config={"eos_token_id": [1, 2]})
+    assert SubwordTokenizer.from_folder(same).identity == mine  # what ends a generated text is not in texts
+    assert len({mine, *(SubwordTokenizer.from_folder(other).identity for other in others)}) == 4

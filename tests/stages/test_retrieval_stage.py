@@ -31,7 +31,7 @@ def make_carried(**fields):
     text = "x" * 1000
     return SimpleNamespace(
         tokenizer=tokenizer,
-        documents={"evaluation": [Document("text", tokenizer.encode(text), len(text))]},
+        documents={"data": {"evaluation": [Document("text", tokenizer.encode(text), len(text))]}},
         retrievals={},
         **fields,
     )

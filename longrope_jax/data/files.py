@@ -1,0 +1,101 @@
+"""Files on any file system for libraries that know local ones only: array_record's writer does, TFDS with it.
+
+array_record's reader knows `gs://` as well, and that is how sources are read, each record once. What is read again and
+again is copied to this machine first.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+_CHUNK = 1 << 24  # bytes
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether it is the address of an object store rather than a path."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def new_file(target: epath.Path) -> Iterator[str]:
+    """Gives a local path to write to; what is there in the end becomes the target, whole or not at all.
+
+    A kill leaves a partial file, which the next try overwrites.
+    """
+    if not is_remote(target):
+        partial = _partial(target)
+        yield os.fspath(partial)
+        partial.replace(target)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / target.name
+        yield str(local)
+        copy(epath.Path(local), target)
+
+
+def local_copy(file: epath.Path, size: int, sha256: str) -> str:
+    """A local path of the same content; a remote file is copied once to the cache, `$XDG_CACHE_HOME/longrope_jax`.
+
+    Args:
+        size: bytes that the file must have.
+        sha256: of its content, in hex; it names the copy, as other content may come to the same address.
+
+    Raises:
+        OSError: it is gone, has another size, or what was copied is something else.
+    """
+    if not is_remote(file):
+        _check_size(file, size)
+        return os.fspath(file)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longrope_jax"
+    local = epath.Path(cache) / f"{sha256[:16]}-{file.name}"
+    if not local.exists() or local.stat().length != size:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        _check_size(file, size)
+        copy(file, local, f".{os.getpid()}")  # processes of one machine may copy the same file at the same time
+        if digest(os.fspath(local)) != sha256:
+            local.unlink()
+            raise OSError(f"{file} is not what was written there: it is damaged")
+    return os.fspath(local)
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a local file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy(source: epath.Path, target: epath.Path, tag: str = "") -> None:
+    """Copies a file from one file system to another; the target is there whole or not at all. Of several who may copy
+    the same at the same time, each has a tag of its own.
+    """
+    partial = _partial(target, tag)
+    with source.open("rb") as read, partial.open("wb") as written:
+        shutil.copyfileobj(read, written, _CHUNK)
+    partial.replace(target)
+
+
+def copy_tree(source: epath.Path, target: epath.Path, last: str) -> None:
+    """Copies a directory; the files of the name `last`, which say that all is there, come at the end."""
+    files = [Path(root) / name for root, _, names in os.walk(source) for name in names]
+    for file in sorted(files, key=lambda file: (file.name == last, file)):
+        goal = target / str(file.relative_to(source))
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        copy(epath.Path(file), goal)
+
+
+def _partial(target: epath.Path, tag: str = "") -> epath.Path:
+    return target.parent / f".{target.name}{tag}.partial"
+
+
+def _check_size(file: epath.Path, size: int) -> None:
+    if not file.exists():
+        raise OSError(f"{file} is gone")
+    found = file.stat().length
+    if found != size:
+        raise OSError(f"{file} has {found} bytes instead of {size}: it is damaged")
