@@ -20,8 +20,9 @@ from longrope_jax.interop import load_tokenizer
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.sharding import check_mesh
 from longrope_jax.report import summarize, summary_tables, write_report
-from longrope_jax.runtime import preemption, processes
+from longrope_jax.runtime import preemption, processes, profiling, storage
 from longrope_jax.runtime.mesh import Layout, MeshSettings
+from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.runtime.records import finite, flat, to_json, write_whole
 from longrope_jax.settings import parse
 from longrope_jax.stages import STAGES, Carried, LoadSettings, Stage
@@ -51,6 +52,7 @@ class Experiment:
     model: LlamaConfig
     data: DataSettings
     mesh: MeshSettings
+    profile: ProfileSettings
     stages: dict[str, Any]
 
 
@@ -75,9 +77,9 @@ def parse_experiment(config: ConfigDict) -> Experiment:
         raise ValueError(f"config.model: the model is the one that config.{stages[0]}.path holds; leave it out")
     needed = {"stages", "data", *stages} if is_loaded else {"stages", "model", "data", *stages}
     for key in config:
-        if key not in needed | {"mesh"}:
+        if key not in needed | {"mesh", "profile"}:
             raise ValueError(
-                f"config.{key} is neither model, data, mesh nor a stage in config.stages = {tuple(stages)}"
+                f"config.{key} is neither model, data, mesh, profile nor a stage in config.stages = {tuple(stages)}"
             )
     for key in sorted(needed - set(config)):
         raise ValueError(f"config.{key} is missing")
@@ -86,8 +88,10 @@ def parse_experiment(config: ConfigDict) -> Experiment:
         _model_config(stages[0], settings[stages[0]]) if is_loaded else parse(LlamaConfig, config.model, "model"),
         parse(DataSettings, config.data, "data"),
         parse(MeshSettings, config.get("mesh", ConfigDict()), "mesh"),
+        parse(ProfileSettings, config.get("profile", ConfigDict()), "profile"),
         settings,
     )
+    _naming_section("profile", experiment.profile.check_stages, tuple(stages))
     for name, settings in experiment.stages.items():
         _naming_section(name, _stage(name).check, settings, experiment.model, _before(experiment.stages, name))
     return experiment
@@ -107,6 +111,7 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ca
         OSError: the work directory can't be written to.
     """
     experiment = parse_experiment(config)
+    storage.see_what_others_write()
     workdir = epath.Path(workdir)
     is_new = not (workdir / "data").exists()
     layout = _layout(experiment, workdir)
@@ -136,6 +141,7 @@ def reopen(config: ConfigDict, workdir: epath.PathLike) -> Carried:
     Raises:
         ValueError: a bad config, a work directory of another one, or one in which no model is finished.
     """
+    storage.see_what_others_write()
     experiment, workdir = parse_experiment(config), epath.Path(workdir)
     _refuse_changed_stages(workdir, experiment)
     layout = Layout.of(experiment.mesh)
@@ -185,7 +191,8 @@ def _run_or_skip(name: str, experiment: Experiment, carried: Carried) -> dict[st
         finished.parent.mkdir(exist_ok=True)
     write_whole(_begun(carried.workdir, name), to_json(_identity(name, experiment), indent=1) + "\n")
     processes.wait_for_all(f"{name} begins")
-    summary = finite(_stage(name).run(settings, carried, name))
+    with profiling.of_stage(experiment.profile, name, carried.workdir):
+        summary = finite(_stage(name).run(settings, carried, name))
     write_whole(finished, to_json(summary, indent=1) + "\n")
     processes.wait_for_all(name)
     _stage(name).load(settings, carried, name, summary)
@@ -285,10 +292,12 @@ def _tokenizer(experiment: Experiment) -> Tokenizer:
 def _documents(settings: DataSettings, tokenizer: Tokenizer, workdir: epath.Path) -> dict[str, list[Document]]:
     source = corpus.folder_config(settings.folder, settings.suffix) if settings.folder else corpus.stdlib_config()
     if processes.is_first():
-        corpus.build(source, workdir / "data")
+        with storage.on_local_disk(workdir / "data") as data:
+            corpus.build(source, data)
     processes.wait_for_all("data")
-    builder = corpus.build(source, workdir / "data")
-    return {split: corpus.documents(builder, split, tokenizer) for split in corpus.SPLITS}
+    with storage.on_local_disk(workdir / "data") as data:
+        builder = corpus.build(source, data)
+        return {split: corpus.documents(builder, split, tokenizer) for split in corpus.SPLITS}
 
 
 def _tell(line: str) -> None:

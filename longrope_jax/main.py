@@ -19,7 +19,7 @@ from longrope_jax.model.decode import SWITCHES, Sampling
 from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.preemption import Preempted
-from longrope_jax.training.loop import Diverged
+from longrope_jax.training.progress import Diverged
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the experiment makes is kept.")

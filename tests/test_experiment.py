@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from speeds import SPEEDS
 
 from longrope_jax import experiment, rope
 from longrope_jax.evaluation import run as evaluation_run
@@ -133,11 +134,10 @@ class Stopped(Exception):
 
 def contents(workdir):
     """What must not depend on how often a run was stopped."""
-    times = {"tokens_per_second", "step_seconds", "seconds"}
     return {
         "factors": (workdir / "factors" / "search.json").read_text(),
         **{
-            name: [{k: v for k, v in record.items() if k not in times} for record in read(workdir / f"{name}.jsonl")]
+            name: [{k: v for k, v in record.items() if k not in SPEEDS} for record in read(workdir / f"{name}.jsonl")]
             for name in ("metrics", "search", "evaluation")
         },
     }
