@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from longrope_jax.runtime import manifests, processes, records
+from longrope_jax.runtime import manifests, processes, records, storage
 
 RECORD = "record"
 MANIFESTS = "manifests"
@@ -36,7 +36,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
-        self.directory = epath.Path(directory).absolute()
+        self.directory = epath.Path(directory)
+        if not storage.is_object_store(directory):  # whose addresses it would take for relative paths
+            self.directory = self.directory.absolute()
         try:
             if processes.is_first():
                 _remove_unfinished(self.directory)
