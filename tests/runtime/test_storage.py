@@ -1,0 +1,79 @@
+import jax
+import pytest
+from etils import epath
+
+from longrope_jax.runtime import records, storage
+from longrope_jax.runtime.metrics import Metrics
+from longrope_jax.runtime.profiling import ProfileSettings, of_stage, step
+
+
+def test_the_store_of_these_tests_is_as_unhelpful_as_a_real_one(bucket):
+    path = bucket / "some.txt"
+    path.write_text("one")
+    with path.open("a") as file:
+        file.write("two")
+    assert path.read_text() == "two"
+    (bucket / "empty").mkdir()
+    assert not (bucket / "empty").exists()
+
+
+def test_records_are_added_and_forgotten_as_on_a_disk(bucket):
+    path = bucket / "some.jsonl"
+    assert records.read(path) == []
+    records.append(path, [{"step": 1}, {"step": 2}])
+    records.append(path, [{"step": 3}])
+    assert records.read(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    records.keep(path, lambda record: record["step"] != 2)
+    records.append(path, [{"step": 4}])
+    assert records.read(path) == [{"step": 1}, {"step": 3}, {"step": 4}]
+    assert [file.name for file in bucket.iterdir()] == ["some.jsonl"]
+
+
+def test_metrics_survive_a_restart(bucket):
+    for start in (0, 1):
+        with Metrics(bucket, "pretrain", start) as metrics:
+            metrics.write(start + 1, loss=1.0)
+            metrics.write(start + 2, loss=1.0)
+    assert [record["step"] for record in records.read(bucket / "metrics.jsonl")] == [1, 2, 3]
+    assert any(file.name.startswith("events") for file in (bucket / "tensorboard" / "pretrain").iterdir())
+
+
+def test_a_profile_gets_there(bucket, monkeypatch):
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: epath.Path(folder, "trace.pb").write_text("trace"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    with of_stage(ProfileSettings((1, 2)), "pretrain", bucket):
+        step("train", 1, lambda: None)
+    assert (bucket / "profile" / "pretrain" / "trace.pb").read_text() == "trace"
+
+
+def test_a_directory_on_a_disk_is_itself(tmp_path):
+    with storage.on_local_disk(epath.Path(tmp_path)) as directory:
+        assert directory == epath.Path(tmp_path)
+
+
+def test_what_is_made_in_a_local_copy_is_there_the_next_time(bucket):
+    for number in range(3):
+        with storage.on_local_disk(bucket / "data") as directory:
+            assert not storage.is_object_store(directory)
+            there = sorted(file.name for file in directory.iterdir())
+            assert there == ["sub"][:number] and all((directory / "sub" / f"{k}").exists() for k in range(number))
+            (directory / "sub").mkdir(exist_ok=True)
+            (directory / "sub" / f"{number}").write_text("content")
+        assert not directory.exists()
+
+
+def test_an_upload_that_was_cut_short_counts_for_nothing(bucket):
+    (bucket / "data" / "sub" / "0").write_text("not all of it")
+    with storage.on_local_disk(bucket / "data") as directory:
+        assert not list(directory.iterdir())
+        (directory / "sub").mkdir()
+        (directory / "sub" / "0").write_text("all of it")
+    with storage.on_local_disk(bucket / "data") as directory:
+        assert (directory / "sub" / "0").read_text() == "all of it"
+
+
+def test_nothing_is_kept_of_what_failed(bucket):
+    with pytest.raises(ValueError), storage.on_local_disk(bucket / "data") as directory:
+        (directory / "half").write_text("made")
+        raise ValueError
+    assert not (bucket / "data").exists()
