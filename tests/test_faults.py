@@ -81,7 +81,7 @@ def command(tmp_path, workdir):
         "def get_config():\n"
         "    config = progressive_tiny.get_config()\n"
         f"    config.update_from_flattened_dict({SMALL!r})\n"
-        "    for name in set(config) - set(config.stages) - {'stages', 'model', 'data', 'mesh'}:\n"
+        "    for name in set(config) - set(config.stages) - {'stages', 'model', 'data', 'mesh', 'profile'}:\n"
         "        del config[name]\n"
         "    return config\n"
     )
