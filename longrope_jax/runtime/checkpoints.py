@@ -191,10 +191,9 @@ def _move_damaged_aside(directory: epath.Path) -> None:
         if damage is None:
             return
         free = _free_name(directory / DAMAGED, str(step))
-        free.parent.mkdir(exist_ok=True)
-        (directory / str(step)).rename(free)
+        storage.move(directory / str(step), free)
         if _manifest_file(directory, step).exists():
-            _manifest_file(directory, step).rename(free.with_name(f"{free.name}.json"))
+            storage.move(_manifest_file(directory, step), free.with_name(f"{free.name}.json"))
         logging.warning("%s: step %d is damaged and not used: %s; moved to %s", directory, step, damage, free)
 
 

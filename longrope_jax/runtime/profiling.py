@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -67,7 +66,7 @@ class _Profile:
         running, self._local = self._local, None
         with running as local:
             jax.profiler.stop_trace()
-            storage.copy_tree(Path(local), self._folder)
+            storage.copy_tree(epath.Path(local), self._folder)
 
 
 _current: ContextVar[_Profile | None] = ContextVar("profile", default=None)

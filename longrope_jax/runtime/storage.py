@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import fsspec.config
 from etils import epath
@@ -43,21 +42,44 @@ def on_local_disk(directory: epath.Path) -> Iterator[epath.Path]:
     listed = directory / _COMPLETE
     whole = json.loads(listed.read_text()) if listed.exists() else []
     with tempfile.TemporaryDirectory() as local:
-        local = Path(local)
+        local = epath.Path(local)
         for name in whole:
             (local / name).parent.mkdir(parents=True, exist_ok=True)
             (local / name).write_bytes((directory / name).read_bytes())
-        yield epath.Path(local)
-        new = sorted({path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()} - set(whole))
+        yield local
+        new = sorted({str(file.relative_to(local)) for file in files_below(local)} - set(whole))
         for name in new:
             (directory / name).write_bytes((local / name).read_bytes())
         if new:
             listed.write_text(json.dumps(whole + new))
 
 
-def copy_tree(source: Path, target: epath.Path) -> None:
+def files_below(directory: epath.Path) -> Iterator[epath.Path]:
+    """Every file, however deep."""
+    for path in directory.iterdir():  # epath has no recursive glob, for the sake of object stores
+        if path.is_dir():
+            yield from files_below(path)
+        else:
+            yield path
+
+
+def copy_tree(source: epath.Path, target: epath.Path) -> None:
     """Copies every file below a local directory to the same place below `target`, which is made if need be."""
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        place = target / file.relative_to(source).as_posix()
+    for file in files_below(source):
+        place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(file.read_bytes())
+
+
+def move(source: epath.Path, target: epath.Path) -> None:
+    """A file or directory to a place that is free. In an object store file by file: a kill leaves parts in both."""
+    if not is_object_store(source):
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
+    elif source.is_dir():
+        for file in list(files_below(source)):
+            file.copy(target / file.relative_to(source))
+        source.rmtree()
+    else:
+        source.copy(target)
+        source.unlink()

@@ -77,3 +77,16 @@ def test_nothing_is_kept_of_what_failed(bucket):
         (directory / "half").write_text("made")
         raise ValueError
     assert not (bucket / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["a", "folder"])
+def test_moving(bucket, tmp_path, name):
+    for place in (bucket, epath.Path(tmp_path)):
+        (place / "folder" / "deep").mkdir(parents=True)
+        for path in (place / "a", place / "folder" / "b", place / "folder" / "deep" / "c"):
+            path.write_text(path.name)
+        storage.move(place / name, place / "aside" / name)
+        assert not (place / name).exists()
+        moved = place / "aside" / name
+        found = {file.name: file.read_text() for file in storage.files_below(moved)} if moved.is_dir() else {}
+        assert found == {"b": "b", "c": "c"} if name == "folder" else moved.read_text() == "a"
