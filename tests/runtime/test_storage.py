@@ -90,3 +90,11 @@ def test_moving(bucket, tmp_path, name):
         moved = place / "aside" / name
         found = {file.name: file.read_text() for file in storage.files_below(moved)} if moved.is_dir() else {}
         assert found == {"b": "b", "c": "c"} if name == "folder" else moved.read_text() == "a"
+
+
+def test_file_systems_are_told_not_to_remember_what_they_saw(monkeypatch):
+    conf = {"s3": {"use_listings_cache": True}}
+    monkeypatch.setattr("fsspec.config.conf", conf)
+    storage.see_what_others_write()
+    assert conf["gcs"] == {"use_listings_cache": False}
+    assert conf["s3"] == {"use_listings_cache": True}  # somebody's own wish
