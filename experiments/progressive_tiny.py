@@ -18,6 +18,7 @@ from longrope_jax.evaluation.run import Arm, EvaluationSettings
 from longrope_jax.experiment import DataSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import MeshSettings
+from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.run import SearchSettings
 from longrope_jax.settings import section
@@ -54,6 +55,7 @@ def get_config() -> ConfigDict:
     config.model = section(LlamaConfig.preset("tiny"))
     config.data = section(DataSettings())
     config.mesh = section(MeshSettings())
+    config.profile = section(ProfileSettings())
     config.pretrain = section(
         PretrainSettings(
             steps=1000, batch=16, checkpoint_every=250, optimizer=OptimizerSettings(learning_rate=5e-3, warmup_steps=50)

@@ -15,6 +15,7 @@ from longrope_jax.evaluation.run import Arm, EvaluationSettings, published_arms
 from longrope_jax.experiment import DataSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import MeshSettings
+from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.run import SearchSettings
 from longrope_jax.settings import section
@@ -44,4 +45,5 @@ def get_config() -> ConfigDict:
     config.table = section(TableSettings(lengths=(128, 1024), factors=("original", "search")))
     config.export = section(ExportSettings(factors="table", allow_dropping_start_tokens=True))
     config.mesh = section(MeshSettings())
+    config.profile = section(ProfileSettings())
     return config

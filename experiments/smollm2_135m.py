@@ -25,6 +25,7 @@ from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.evaluation.run import Arm, EvaluationSettings, published_arms
 from longrope_jax.experiment import DataSettings
 from longrope_jax.runtime.mesh import MeshSettings
+from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.run import SearchSettings
 from longrope_jax.settings import section
@@ -43,6 +44,7 @@ def get_config(size: str = "full") -> ConfigDict:
     config.load = section(LoadSettings(path=MODEL))
     config.data = section(DataSettings(folder=TEXT))
     config.mesh = section(MeshSettings())
+    config.profile = section(ProfileSettings())
     if size == "laptop":
         _laptop(config)
     else:

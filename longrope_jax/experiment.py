@@ -19,8 +19,9 @@ from longrope_jax.interop import load_tokenizer
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.sharding import check_mesh
 from longrope_jax.report import summarize, summary_tables, write_report
-from longrope_jax.runtime import preemption, processes
+from longrope_jax.runtime import preemption, processes, profiling, storage
 from longrope_jax.runtime.mesh import Layout, MeshSettings
+from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.runtime.records import finite, flat, to_json, write_whole
 from longrope_jax.settings import parse
 from longrope_jax.stages import STAGES, Carried, LoadSettings, Stage, text
@@ -33,6 +34,7 @@ class Experiment:
     model: LlamaConfig
     data: dict[str, DataSettings]
     mesh: MeshSettings
+    profile: ProfileSettings
     stages: dict[str, Any]
 
 
@@ -57,9 +59,10 @@ def parse_experiment(config: ConfigDict) -> Experiment:
         raise ValueError(f"config.model: the model is the one that config.{stages[0]}.path holds; leave it out")
     needed = {"stages", *stages} if is_loaded else {"stages", "model", *stages}
     for key in config:
-        if key not in needed | {"mesh"} and not text.is_text_section(key):
+        if key not in needed | {"mesh", "profile"} and not text.is_text_section(key):
             raise ValueError(
-                f"config.{key} is neither model, data, data_NAME, mesh nor a stage in config.stages = {tuple(stages)}"
+                f"config.{key} is neither model, data, data_NAME, mesh, profile nor a stage in config.stages = "
+                f"{tuple(stages)}"
             )
     for key in sorted(needed - set(config)):
         raise ValueError(f"config.{key} is missing")
@@ -68,8 +71,10 @@ def parse_experiment(config: ConfigDict) -> Experiment:
         _model_config(stages[0], settings[stages[0]]) if is_loaded else parse(LlamaConfig, config.model, "model"),
         text.parse_sections(config, _reads(settings)),
         parse(MeshSettings, config.get("mesh", ConfigDict()), "mesh"),
+        parse(ProfileSettings, config.get("profile", ConfigDict()), "profile"),
         settings,
     )
+    _naming_section("profile", experiment.profile.check_stages, tuple(stages))
     for name, settings in experiment.stages.items():
         _naming_section(name, _stage(name).check, settings, experiment.model, _before(experiment.stages, name))
     return experiment
@@ -89,6 +94,7 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ca
         OSError: the work directory can't be written to.
     """
     experiment = parse_experiment(config)
+    storage.see_what_others_write()
     workdir = epath.Path(workdir)
     layout = _layout(experiment, workdir)
     _refuse_changed_stages(workdir, experiment)
@@ -112,6 +118,7 @@ def reopen(config: ConfigDict, workdir: epath.PathLike) -> Carried:
     Raises:
         ValueError: a bad config, a work directory of another one, or one in which no model is finished.
     """
+    storage.see_what_others_write()
     experiment, workdir = parse_experiment(config), epath.Path(workdir)
     _refuse_changed_stages(workdir, experiment)
     layout = Layout.of(experiment.mesh)
@@ -161,7 +168,8 @@ def _run_or_skip(name: str, experiment: Experiment, carried: Carried) -> dict[st
         finished.parent.mkdir(exist_ok=True)
     write_whole(_begun(carried.workdir, name), to_json(_identity(name, experiment), indent=1) + "\n")
     processes.wait_for_all(f"{name} begins")
-    summary = finite(_stage(name).run(settings, carried, name))
+    with profiling.of_stage(experiment.profile, name, carried.workdir):
+        summary = finite(_stage(name).run(settings, carried, name))
     write_whole(finished, to_json(summary, indent=1) + "\n")
     processes.wait_for_all(name)
     _stage(name).load(settings, carried, name, summary)
@@ -172,8 +180,7 @@ def _layout(experiment: Experiment, workdir: epath.Path) -> Layout:
     """The devices, if the model and the stages that are still to run can be spread over them."""
     try:
         layout = Layout.of(experiment.mesh)
-        if layout.mesh is not None:
-            check_mesh(experiment.model, layout.shape)
+        check_mesh(experiment.model, layout.shape, layout.platform)
     except ValueError as error:
         raise ValueError(f"config.mesh: {error}") from None
     for name, settings in experiment.stages.items():
@@ -212,8 +219,7 @@ def _refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
 
 def _identity(name: str, experiment: Experiment) -> dict[str, Any]:
     """All that the results of a stage depend on, with the names that fields have in a config."""
-    sections = {section: asdict(settings) for section, settings in _settings_of(name, experiment).items()}
-    sections[name] = {field: value for field, value in sections[name].items() if field not in _HOW}
+    sections = {section: _what(asdict(settings)) for section, settings in _settings_of(name, experiment).items()}
     inputs = _stage(name).inputs(experiment.stages[name], _before(experiment.stages, name))
     return sections | {f"stages before {name}": inputs}
 
@@ -233,14 +239,17 @@ def _as_if_now(begun: dict[str, Any], name: str, experiment: Experiment) -> dict
     known = {key: value for key, value in begun.items() if key in sections or not text.is_text_section(key)}
     for section, settings in sections.items():
         defaults = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
-        kept = {field: value for field, value in defaults.items() if section != name or field not in _HOW}
         if section in known:
-            known[section] = json.loads(to_json(kept)) | known[section]
+            known[section] = _what(json.loads(to_json(defaults)) | known[section])
     return known
 
 
-_HOW = {"accumulate", "remat", "candidates_at_once", "documents_at_once", "tokens_at_once"}
-"""Fields about how devices do the work, not what the work is: they may change with the mesh."""
+def _what(settings: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a section but those about how devices do the work, which may change with the mesh."""
+    return {field: value for field, value in settings.items() if field not in _HOW}
+
+
+_HOW = {"attention", "accumulate", "remat", "candidates_at_once", "documents_at_once", "tokens_at_once"}
 
 
 def _begun(workdir: epath.Path, name: str) -> epath.Path:

@@ -16,13 +16,18 @@ from ml_collections import config_flags
 from longrope_jax import experiment, generate
 from longrope_jax.interop.export import CannotCarry
 from longrope_jax.model.decode import SWITCHES, Sampling
-from longrope_jax.runtime import processes
+from longrope_jax.runtime import processes, storage
+from longrope_jax.runtime.compilation import keep_programs
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.preemption import Preempted
-from longrope_jax.training.loop import Diverged
+from longrope_jax.training.progress import Diverged
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the experiment makes is kept.")
+_CACHE = flags.DEFINE_string(
+    "compilation_cache", None, "Where compiled programs are kept for the next start; on accelerators by default in the "
+    "work directory, '' keeps none."
+)  # fmt: skip
 _MODE = flags.DEFINE_enum("mode", "run", ["run", "generate"], "Run the experiment, or write text with a model.")
 _PRETRAINED = flags.DEFINE_string(
     "pretrained", None, "generate: a Hugging Face folder or .gguf file, for no experiment."
@@ -54,6 +59,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # libraries tell their life at INFO
     try:
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        storage.see_what_others_write()
+        keep_programs(_CACHE.value, _WORKDIR.value)
         if _MODE.value == "generate":
             return _generate()
         _require(config=_CONFIG.value, workdir=_WORKDIR.value)

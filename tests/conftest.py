@@ -5,3 +5,4 @@ import os
 import hurry
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {hurry.flags(devices=8)}".strip()
+pytest_plugins = ("object_store",)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from speeds import SPEEDS
 
 from longrope_jax import experiment, rope
 from longrope_jax.evaluation import run as evaluation_run
@@ -127,17 +128,21 @@ def copied(progressive, tmp_path):
     return Path(shutil.copytree(progressive, tmp_path / "copied"))
 
 
+@pytest.fixture
+def copied_finished(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "copied_finished"))
+
+
 class Stopped(Exception):
     """Stands for whatever ends a process early."""
 
 
 def contents(workdir):
     """What must not depend on how often a run was stopped."""
-    times = {"tokens_per_second", "step_seconds", "seconds"}
     return {
         "factors": (workdir / "factors" / "search.json").read_text(),
         **{
-            name: [{k: v for k, v in record.items() if k not in times} for record in read(workdir / f"{name}.jsonl")]
+            name: [{k: v for k, v in record.items() if k not in SPEEDS} for record in read(workdir / f"{name}.jsonl")]
             for name in ("metrics", "search", "evaluation")
         },
     }
@@ -218,6 +223,18 @@ def test_two_identical_runs_are_identical_and_so_is_one_stopped_in_every_stage(c
     assert contents(tmp_path) == contents(finished)
 
 
+def test_stages_can_be_profiled_which_changes_nothing(config, finished, copied_finished):
+    profiled = change(config, "profile", {"steps": (2, 4)})
+    for stage, file in [("search", "search.jsonl"), ("evaluate", "evaluation.jsonl")]:
+        (copied_finished / "stages" / f"{stage}.json").unlink()
+        (copied_finished / file).unlink()
+    shutil.rmtree(copied_finished / "checkpoints" / "search")
+    experiment.run(profiled, copied_finished)
+    assert contents(copied_finished) == contents(finished)
+    traced = {path.relative_to(copied_finished / "profile").parts[0] for path in copied_finished.rglob("*.xplane.pb")}
+    assert traced == {"search", "evaluate"}  # pretrain was finished before
+
+
 def _stop(function, after):
     """The function, until it was called `after` times."""
     calls = []
@@ -280,6 +297,12 @@ REFUSED = {
     "mesh without devices": ("mesh", {"axes": "data:16"}, "config.mesh: axes = 'data:16' needs 16 devices"),
     "batch not for the mesh": ("mesh", {"axes": "data:8"}, "config.pretrain: batch / accumulate = 4 sequences can't"),
     "model not for the mesh": ("mesh", {"axes": "tensor:2"}, "config.mesh: .*num_heads = 1 is not a multiple"),
+    "profile of no stage": (
+        "profile",
+        {"steps": (1, 3), "stage": "serach"},
+        "config.profile: stage = 'serach' must be",
+    ),
+    "profile of one step": ("profile", {"steps": (3,)}, r"config.profile: steps = \(3,\) must be \(first, one after"),
     "odd head": ("model.head_dim", 7, "config.model: head_dim = 7"),
     "missing folder": ("data.folder", "/nonexistent", "'/nonexistent' is not a directory"),
 }

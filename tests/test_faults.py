@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from speeds import SPEEDS
 
 from longrope_jax.runtime.checkpoints import Checkpoints
 
@@ -80,7 +81,7 @@ def command(tmp_path, workdir):
         "def get_config():\n"
         "    config = progressive_tiny.get_config()\n"
         f"    config.update_from_flattened_dict({SMALL!r})\n"
-        "    for name in set(config) - set(config.stages) - {'stages', 'model', 'data', 'mesh'}:\n"
+        "    for name in set(config) - set(config.stages) - {'stages', 'model', 'data', 'mesh', 'profile'}:\n"
         "        del config[name]\n"
         "    return config\n"
     )
@@ -110,8 +111,7 @@ def results(workdir):
     content = {}
     for name in ("metrics", "search", "evaluation"):
         lines = [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
-        timing = {"tokens_per_second", "step_seconds", "seconds"}
-        content[name] = [{k: v for k, v in line.items() if k not in timing} for line in lines]
+        content[name] = [{k: v for k, v in line.items() if k not in SPEEDS} for line in lines]
     for path in sorted((workdir / "factors").iterdir()):
         content[path.name] = json.loads(path.read_text())
     content["export"] = {path.name: path.read_bytes() for path in (workdir / "export").iterdir()}

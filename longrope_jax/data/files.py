@@ -80,8 +80,8 @@ def copy(source: epath.Path, target: epath.Path, tag: str = "") -> None:
     partial.replace(target)
 
 
-def copy_tree(source: epath.Path, target: epath.Path, last: str) -> None:
-    """Copies a directory; the files of the name `last`, which say that all is there, come at the end."""
+def copy_tree(source: epath.Path, target: epath.Path, last: str = "") -> None:
+    """Copies a local directory; files of the name `last`, if they say that all is there, come at the end."""
     files = [Path(root) / name for root, _, names in os.walk(source) for name in names]
     for file in sorted(files, key=lambda file: (file.name == last, file)):
         goal = target / str(file.relative_to(source))

@@ -71,10 +71,11 @@ def token_nll(
     batch = shards * max(1, min(tokens_at_once // (window * shards), -(-len(rows) // shards)))
     batches = [rows[first : first + batch] for first in range(0, len(rows), batch)]
     positions = np.broadcast_to(np.arange(window, dtype=np.int32), (batch, window))
+    factors = layout.replicate(factors)
     result = np.full((documents, length), np.nan, np.float32)
 
     def collect(chosen, output):
-        nll = layout.in_document_order(np.asarray(output))
+        nll = layout.in_document_order(jax.device_get(output))
         for (document, start, scored), row in zip(chosen, nll, strict=False):
             result[document, scored : start + window] = row[scored - start :]
 
@@ -83,7 +84,8 @@ def token_nll(
         padded = chosen + [chosen[-1]] * (batch - len(chosen))  # a smaller last batch would compile anew
         block = np.stack([tokens[document, start : start + window + 1] for document, start, _ in padded])
         placed = layout.place((block[:, :-1], block[:, 1:], positions))
-        running.append((chosen, window_nll(model, params, factors, *placed)))
+        with jax.transfer_guard_host_to_device("disallow"):
+            running.append((chosen, window_nll(model, params, factors, *placed)))
         if len(running) > 2:  # the device is kept busy, and no more than that is kept in memory
             collect(*running.popleft())
     for finished in running:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.perplexity import DocumentNll, by_document, by_file, by_position, token_nll
 from longrope_jax.model import Llama
 from longrope_jax.rope import METHODS, RopeFactors
-from longrope_jax.runtime import preemption, processes, records
+from longrope_jax.runtime import preemption, processes, profiling, records
 from longrope_jax.runtime.mesh import Layout
 
 POSITION_BUCKETS = 32
@@ -99,7 +100,8 @@ def run_evaluation(
     """One record for every (length, arm): NLL sums and counts by document, and the curve over positions.
 
     All lengths score the same tokens: documents of the longest length are cut into windows of each. Records are
-    appended to `workdir/evaluation.jsonl` as they are made; those that are there already are not made again.
+    appended to `workdir/evaluation.jsonl` as they are made; those that are there already are not made again. Their
+    tokens_per_second counts the tokens that are scored; the first of a length has compiling in it.
 
     Raises:
         preemption.Preempted: the process was asked to stop; finished records are kept.
@@ -116,7 +118,7 @@ def run_evaluation(
         preemption.watch(),
         tqdm(wanted, desc=stage, unit="evaluation", dynamic_ncols=True, disable=not processes.is_first()) as bar,
     ):
-        for length, name in bar:
+        for number, (length, name) in enumerate(bar, 1):
             bar.set_postfix(length=length, arm=name)
             if (length, name) in done:
                 continue
@@ -126,7 +128,9 @@ def run_evaluation(
             params, chosen = subjects[name].params(), subjects[name].factors(length)
             stride = length if length <= config.original_length else min(settings.stride or length, length)
             began = time.monotonic()
-            nll = token_nll(model, layout, params, chosen, windows.tokens, length, stride, settings.tokens_at_once)
+            read = partial(token_nll, model, layout, params, chosen, windows.tokens, length, stride)
+            nll = profiling.step("evaluation", number, partial(read, settings.tokens_at_once))
+            seconds = time.monotonic() - began
             sums, counts = by_document(nll)
             record = {
                 "stage": stage,
@@ -135,7 +139,8 @@ def run_evaluation(
                 "documents": windows.names,
                 "nll_sums": sums.tolist(),
                 "counts": counts.tolist(),
-                "seconds": time.monotonic() - began,
+                "seconds": seconds,
+                "tokens_per_second": nll.size / seconds,
                 "nll_by_position": by_position(nll, min(POSITION_BUCKETS, target)).tolist(),
                 "factors": {
                     "lam": np.asarray(chosen.lam).tolist(),

@@ -103,12 +103,14 @@ class Llama(nn.Module):
             )
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        rotation = rotary_embedding(positions, factors, self.config.rope_theta)
-        rotation = tuple(constrain(part, batch_axis(part), length_axis(part), None) for part in rotation)
+        with jax.named_scope("rope"):
+            rotation = rotary_embedding(positions, factors, self.config.rope_theta)
+            rotation = tuple(constrain(part, batch_axis(part), length_axis(part), None) for part in rotation)
         # Gathered over fsdp like other parameters at their use, and in one piece as wide as x is: looking up pieces of
         # rows would have every device make x for all tokens.
-        table = constrain(self.embed.embedding, "vocab", None)
-        x = _constrain_tokens(jnp.take(table, tokens, axis=0).astype(self.config.dtype))
+        with jax.named_scope("embed"):
+            table = constrain(self.embed.embedding, "vocab", None)
+            x = _constrain_tokens(jnp.take(table, tokens, axis=0).astype(self.config.dtype))
         (x, memory), _ = self.layers((x, memory), rotation, positions, segment_ids)
         return self.final_norm(x), memory
 
@@ -160,11 +162,13 @@ class Attention(nn.Module):
         def heads(name: str, number: int) -> Float[Array, "B T heads D"]:
             return _projection(number * config.head_dim, config, name)(x).reshape(*x.shape[:2], number, -1)
 
-        query = apply_rotary(heads("query", config.num_heads), *rotation)
-        key = apply_rotary(heads("key", config.num_kv_heads), *rotation)
+        query, key = heads("query", config.num_heads), heads("key", config.num_kv_heads)
         value = heads("value", config.num_kv_heads)
+        with jax.named_scope("rope"):
+            query, key = apply_rotary(query, *rotation), apply_rotary(key, *rotation)
         if memory is None:
-            mixed = ring_attention(query, key, value, positions, segment_ids, config.attention)
+            with jax.named_scope("attend"):
+                mixed = ring_attention(query, key, value, positions, segment_ids, config.attention)
         else:
             mixed, memory = attend(memory, query, key, value, positions)
         return _projection(config.hidden_size, config, "output")(mixed.reshape(*x.shape[:2], -1)), memory

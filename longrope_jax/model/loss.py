@@ -9,6 +9,7 @@ from longrope_jax.model.sharding import constrain, mesh_axes, partition_spec, sh
 LOGITS_AT_ONCE = 2**24  # elements of float32 on a device: 64 MiB, a bound that does not grow with T
 
 
+@jax.named_scope("loss")
 def token_nll(
     hidden: Float[Array, "B T E"], head: Float[Array, "E V"], targets: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:

@@ -91,6 +91,7 @@ def _ring(
 def _ring_fwd(backend, devices, block, query, key, value, queries, keys):
     forward = PARTIAL_BACKENDS[backend].forward
 
+    @jax.named_scope("ring_step")
     def merge_in(travelling, merged):
         return _merge(merged, forward(block, query, *travelling[:2], queries, travelling[2], jnp.float32))
 
@@ -112,6 +113,7 @@ def _ring_bwd(backend, devices, block, saved, d_out):
     backward = PARTIAL_BACKENDS[backend].backward
     softmax = log_sum, correction(d_out, out), d_out
 
+    @jax.named_scope("ring_step")
     def add(travelling, arrived, d_query):
         """(d_key, d_value) of what travels, found by this device and all before it; d_query of all steps so far."""
         key, value, keys = travelling
@@ -137,11 +139,13 @@ def _ring_bwd(backend, devices, block, saved, d_out):
 _ring.defvjp(_ring_fwd, _ring_bwd)
 
 
+@jax.named_scope("ring_send")
 def _pass_on(tree, devices: int):
     """Everyone's to its successor."""
     return jax.lax.ppermute(tree, "seq", [(i, (i + 1) % devices) for i in range(devices)])
 
 
+@jax.named_scope("ring_merge")
 def _merge(one, other):
     """Results (mixed values, log-sum-exp) of the same queries for two sets of keys -> for both sets."""
     (out, log_sum), (other_out, other_log_sum) = one, other

@@ -11,7 +11,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from longrope_jax.runtime import manifests, processes, records
+from longrope_jax.data.files import is_remote
+from longrope_jax.runtime import manifests, processes, records, storage
 
 RECORD = "record"
 MANIFESTS = "manifests"
@@ -36,7 +37,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
-        self.directory = epath.Path(directory).absolute()
+        self.directory = epath.Path(directory)
+        if not is_remote(directory):  # whose addresses it would take for relative paths
+            self.directory = self.directory.absolute()
         try:
             if processes.is_first():
                 _remove_unfinished(self.directory)
@@ -189,10 +192,9 @@ def _move_damaged_aside(directory: epath.Path) -> None:
         if damage is None:
             return
         free = _free_name(directory / DAMAGED, str(step))
-        free.parent.mkdir(exist_ok=True)
-        (directory / str(step)).rename(free)
+        storage.move(directory / str(step), free)
         if _manifest_file(directory, step).exists():
-            _manifest_file(directory, step).rename(free.with_name(f"{free.name}.json"))
+            storage.move(_manifest_file(directory, step), free.with_name(f"{free.name}.json"))
         logging.warning("%s: step %d is damaged and not used: %s; moved to %s", directory, step, damage, free)
 
 

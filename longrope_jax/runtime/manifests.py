@@ -1,10 +1,11 @@
 """Manifests: size and SHA-256 of every file of a directory, by which a damaged one is told from a sound one."""
 
 import hashlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
+
+from longrope_jax.runtime import storage
 
 Manifest = dict[str, list[int | str]]
 
@@ -13,7 +14,7 @@ _CHUNK = 1 << 20  # bytes
 
 def describe(directory: epath.Path) -> Manifest:
     """`describe_file` of every file below the directory, by its path relative to the directory."""
-    files = sorted(_files(directory))
+    files = sorted(storage.files_below(directory))
     with ThreadPoolExecutor() as pool:  # hashing and reading let go of the interpreter's lock
         entries = list(pool.map(describe_file, files))
     return {str(file.relative_to(directory)): entry for file, entry in zip(files, entries, strict=True)}
@@ -39,11 +40,3 @@ def difference(expected: Manifest, found: Manifest) -> str | None:
         if found[name] != expected[name]:
             return f"{name} has size and SHA-256 {found[name]}, the manifest says {expected[name]}"
     return None
-
-
-def _files(directory: epath.Path) -> Iterator[epath.Path]:
-    for path in directory.iterdir():  # epath has no recursive glob, for the sake of object stores
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path

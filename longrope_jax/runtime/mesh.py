@@ -98,6 +98,11 @@ class Layout:
         return dict.fromkeys(AXES, 1) if self.mesh is None else dict(self.mesh.shape)
 
     @property
+    def platform(self) -> str:
+        """ "cpu", "gpu" or "tpu"."""
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
+    @property
     def row_shards(self) -> int:
         """Into how many parts the rows of a batch are split."""
         return self.shape["data"] * self.shape["fsdp"]
@@ -169,6 +174,22 @@ class Layout:
             return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), shard)
 
         return jax.tree.map(put, tree)
+
+    def replicate(self, tree: Any) -> Any:
+        """Arrays of any kind -> device arrays, whole on every device; a transfer that a transfer guard lets pass.
+
+        All processes give the same.
+        """
+        if self.mesh is None:
+            return jax.device_put(tree)
+        everywhere = NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+        def put(array):
+            array = np.asarray(array)
+            array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+            return jax.make_array_from_callback(array.shape, everywhere, lambda where: array[where])
+
+        return jax.tree.map(put, jax.device_get(tree))
 
     def in_sequence_order(self, array: Int[np.ndarray, "rows T"]) -> Int[np.ndarray, "rows T"]:
         """Tokens in the order in which the devices of the `seq` axis hold them."""

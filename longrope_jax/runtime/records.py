@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from longrope_jax.data.files import is_remote
 from longrope_jax.runtime import processes
 
 Record = dict[str, Any]
@@ -20,8 +21,11 @@ def append(path: epath.Path, records: Iterable[Record]) -> None:
     if processes.is_first():
         text = "".join(to_json(record) + "\n" for record in records)
         try:
-            with path.open("a") as file:
-                file.write(text)
+            if is_remote(path):  # "a" would begin a new object there
+                path.write_text((path.read_text() if path.exists() else "") + text)
+            else:
+                with path.open("a") as file:
+                    file.write(text)
         except OSError as error:
             raise OSError(f"{path} can't be written to: {error.strerror or error}") from error
 
@@ -63,7 +67,9 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def write_whole(path: epath.Path, text: str) -> None:
     """Writes a file so that after a kill it has either its old content or all of the new."""
-    if processes.is_first():
+    if processes.is_first() and is_remote(path):
+        path.write_text(text)  # an object is there as a whole or not at all, and can't be renamed in one step
+    elif processes.is_first():
         partial = path.parent / f".{path.name}.partial"
         partial.write_text(text)
         partial.replace(path)

@@ -1,5 +1,6 @@
 """The score of candidates: next-token loss of the frozen model on documents of the target length, smaller is better."""
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from longrope_jax.evaluation.perplexity import window_nll
 from longrope_jax.model import Llama
 from longrope_jax.rope import RopeFactors
+from longrope_jax.runtime import profiling
 from longrope_jax.runtime.mesh import Layout
 
 Objective = Callable[[RopeFactors], Float[np.ndarray, "P"]]
@@ -56,11 +58,19 @@ def perplexity_objective(
         block = np.tile(tokens[np.minimum(group, count - 1)], (candidates_at_once, 1))
         placed.append((layout.place((block[:, :-1], block[:, 1:], positions)), group < count))
 
+    numbers = itertools.count(1)
+
     def candidates_nll(candidates: RopeFactors) -> Float[np.ndarray, "C"]:
         if candidates_at_once > 1:
             candidates = jax.tree.map(lambda leaf: np.repeat(leaf, documents_at_once, axis=0), candidates)
-        running = [(rows_nll(model, params, candidates, *rows), is_real) for rows, is_real in placed]
-        nll = [np.asarray(rows, np.float64).reshape(-1, documents_at_once)[:, is_real] for rows, is_real in running]
+        candidates = layout.replicate(candidates)
+        with jax.transfer_guard_host_to_device("disallow"):
+            running = [rows_nll(model, params, candidates, *rows) for rows, _ in placed]
+        done = jax.device_get(running)
+        nll = [
+            np.float64(rows).reshape(-1, documents_at_once)[:, is_real]
+            for rows, (_, is_real) in zip(done, placed, strict=True)
+        ]
         return np.concatenate(nll, axis=1).mean(1)
 
     def objective(population: RopeFactors) -> Float[np.ndarray, "P"]:
@@ -68,9 +78,8 @@ def perplexity_objective(
         scores = []
         for start in range(0, size, candidates_at_once):
             chosen = np.minimum(np.arange(start, start + candidates_at_once), size - 1)
-            scores.append(
-                candidates_nll(jax.tree.map(lambda leaf, chosen=chosen: np.asarray(leaf)[chosen], population))
-            )
+            candidates = jax.tree.map(lambda leaf, chosen=chosen: np.asarray(leaf)[chosen], population)
+            scores.append(profiling.step("candidates", next(numbers), partial(candidates_nll, candidates)))
             progress(min(candidates_at_once, size - start))
         nll = np.concatenate(scores)[:size]
         return np.where(np.isfinite(nll), nll, np.inf)

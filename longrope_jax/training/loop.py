@@ -1,6 +1,5 @@
 """The training loop: batches in, checkpoints and metrics out, resumed exactly where it stopped."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,20 +8,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from etils import epath
 from tqdm import tqdm
 
 from longrope_jax.model import Llama
 from longrope_jax.rope import FactorTable
-from longrope_jax.runtime import preemption, processes
+from longrope_jax.runtime import preemption, processes, profiling
 from longrope_jax.runtime.checkpoints import Checkpoints
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.runtime.metrics import Metrics
+from longrope_jax.training.progress import Progress
 from longrope_jax.training.step import (
-    BUCKETS,
     OptimizerSettings,
-    StepResult,
     TrainState,
     init_params,
     init_state,
@@ -42,7 +39,7 @@ class LoopSettings:
         accumulate: into how many parts a batch is cut; only one part's activations are in memory at a time.
         seed: of fresh parameters and of the order of the data.
         checkpoint_every: steps.
-        log_every: steps; the loss is looked at that often, and at every checkpoint.
+        log_every: steps; the loss is looked at that often, while the step after runs, and at every checkpoint.
         optimizer: see `OptimizerSettings`.
     """
 
@@ -65,10 +62,6 @@ class LoopSettings:
         """Raises ValueError if a batch of sequences of `length` tokens can't be spread over the devices."""
         layout.check_rows(self.batch // self.accumulate, "batch / accumulate")
         layout.check_length(length, "length")
-
-
-class Diverged(RuntimeError):
-    """The loss is not a number any more."""
 
 
 @dataclass(frozen=True)
@@ -121,17 +114,22 @@ def train(
             spent = record["seconds"]
         else:
             state = init_state(first_params(), optimizer)
-        began = logged_time = time.monotonic()
-        logged_step = start
+        began = time.monotonic()
+        on_devices = layout.replicate(table)
 
-        def save(step):
+        def fetch():
+            batch = next(batches)
+            # What the checkpoint of this batch's step has to remember: the iterator is further on by then.
+            return batch, layout.place(batch, layout.share), batches.get_state()
+
+        def save(step, position):
             seconds = spent + time.monotonic() - began
             items = {
                 "params": state.params,
                 "optimizer": {"step": state.step, "state": state.opt_state},
                 "factors": table,
             }
-            checkpoints.save(step, items, {"batches": batches.get_state(), "seconds": seconds})
+            checkpoints.save(step, items, {"batches": position, "seconds": seconds})
 
         with tqdm(
             total=settings.steps,
@@ -141,30 +139,33 @@ def train(
             dynamic_ncols=True,
             disable=not processes.is_first(),
         ) as bar:
+            progress = Progress(stage, start, model.config, layout, bits_per_nat, metrics, bar, checkpoints)
+            upcoming = fetch()
             for step in range(start + 1, settings.steps + 1):
-                batch = layout.place(next(batches), layout.share)
-                state, result = train_step(model, optimizer, settings.accumulate, state, batch, table)
+                batch, placed, position = upcoming
+                run = partial(train_step, model, optimizer, settings.accumulate, state, placed, on_devices)
+                with jax.transfer_guard("disallow"):
+                    state, result = profiling.step("train", step, run)
+                del run  # it holds what the step has overwritten
+                # While the devices work on it: the next batch, and what an earlier step had to tell.
+                upcoming = fetch() if step < settings.steps else None
+                progress.tell()
                 bar.update()
+                progress.count(batch)
                 is_saved = step % settings.checkpoint_every == 0 or step == settings.steps
                 is_stopped = preemption.requested() and step < settings.steps
-                if step % settings.log_every == 0 or is_saved or is_stopped:
-                    scalars = _scalars(result, batch.tokens.shape[1], bits_per_nat)
-                    scalars["parameter_norm"] = float(_norm(state.params))
-                    _refuse_nonsense(stage, step, scalars, checkpoints)
-                if step % settings.log_every == 0 or is_saved:
-                    now = time.monotonic()
-                    step_seconds = (now - logged_time) / (step - logged_step)
-                    scalars |= {"learning_rate": float(schedule(step - 1)), "step_seconds": step_seconds}
-                    scalars["tokens_per_second"] = batch.tokens.size / step_seconds
-                    metrics.write(step, **scalars)
-                    bar.set_postfix(loss=f"{scalars['loss']:.3f}", tokens_per_s=f"{scalars['tokens_per_second']:,.0f}")
-                    logged_step, logged_time = step, now
-                if held_out and (step % held_out.every == 0 or step == settings.steps):
+                is_logged = step % settings.log_every == 0 or is_saved
+                is_judged = held_out and (step % held_out.every == 0 or step == settings.steps)
+                if is_logged or is_stopped:
+                    progress.note(step, result, state.params, schedule(step - 1), is_logged=is_logged)
+                if is_saved or is_stopped or is_judged:
+                    progress.tell()  # nothing is saved before it is known to be sound
+                if is_judged:
                     paused = time.monotonic()
                     metrics.write(step, **held_out.evaluate(state.params))
-                    logged_time += time.monotonic() - paused  # speed is that of training
+                    progress.skip(time.monotonic() - paused)  # speed is that of training
                 if is_saved or is_stopped:
-                    save(step)
+                    save(step, position)
                 if is_stopped:
                     checkpoints.latest()  # waits, and raises if it could not be saved
                     raise preemption.Preempted(stage, f"step {step} of {settings.steps} is saved")
@@ -200,35 +201,3 @@ def _restored(checkpoints, step, model, layout, optimizer, table) -> tuple[Train
     )
     optimizer_items = items["optimizer"]
     return TrainState(optimizer_items["step"], items["params"], optimizer_items["state"]), items["factors"], record
-
-
-_norm = jax.jit(optax.global_norm)  # a program for all leaves, not several for each
-
-
-def _scalars(result: StepResult, length: int, bits_per_nat: float) -> dict[str, float]:
-    """A step's result as numbers by name; waits for the device."""
-    nll, tokens = np.asarray(result.nll, np.float64), np.asarray(result.tokens, np.float64)
-    loss = nll.sum() / tokens.sum()
-    by_position = {
-        f"nll/{k * length // BUCKETS}-{(k + 1) * length // BUCKETS}": nll[k] / tokens[k]
-        for k in range(BUCKETS)
-        if tokens[k]
-    }
-    return {
-        "loss": loss,
-        "bits_per_byte": loss * bits_per_nat,
-        "gradient_norm": float(result.gradient_norm),
-        **by_position,
-    }
-
-
-def _refuse_nonsense(stage: str, step: int, scalars: dict[str, float], checkpoints: Checkpoints) -> None:
-    """Loss and gradient are those before the step, the norm is of the parameters after it, which would be saved."""
-    watched = {name: scalars[name] for name in ("loss", "gradient_norm", "parameter_norm")}
-    if not all(map(math.isfinite, watched.values())):
-        good = checkpoints.latest()
-        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in watched.items())
-        raise Diverged(
-            f"{stage}: {told} at step {step}; "
-            f"last good checkpoint: {checkpoints.directory / str(good) if good else 'none'}"
-        )

@@ -164,9 +164,10 @@ def train_step(
         zeros = jax.tree.map(jnp.zeros_like, state.params), (jnp.zeros(BUCKETS), jnp.zeros(BUCKETS))
         add_part = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)  # noqa: E731
         gradients, (sums, counts) = jax.lax.scan(add_part, zeros, parts)[0]
-    gradients = jax.tree.map(lambda g: g / counts.sum().astype(g.dtype), gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        gradients = jax.tree.map(lambda g: g / counts.sum().astype(g.dtype), gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     new_state = _where_it_belongs(TrainState(state.step + 1, params, opt_state))
     return new_state, StepResult(constrain(sums), constrain(counts), constrain(optax.global_norm(gradients)))
 

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import object_store
 import pytest
 from etils import epath
 
@@ -158,10 +157,9 @@ def test_splits_may_be_empty(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
 
 
-def test_object_stores_are_written_to_and_read_through_a_local_copy(whole, tmp_path, monkeypatch):
-    object_store.register()
+def test_object_stores_are_written_to_and_read_through_a_local_copy(whole, tmp_path, monkeypatch, bucket):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = epath.Path("s3://bucket/tokens")
+    folder = bucket / "tokens"
     with pytest.raises(Stopped):
         tokens.write_shards(folder, "train", make_texts(), Counting(9))
     write_all(folder)
@@ -182,10 +180,9 @@ def test_object_stores_are_written_to_and_read_through_a_local_copy(whole, tmp_p
     assert {path: os.stat(path).st_mtime_ns for path in cached[1:]} == {path: dates[path] for path in cached[1:]}
 
 
-def test_other_tokens_at_the_same_address_are_not_mistaken_for_those_in_the_cache(tmp_path, monkeypatch):
-    object_store.register()
+def test_other_tokens_at_the_same_address_are_not_mistaken_for_those_in_the_cache(tmp_path, monkeypatch, bucket):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = epath.Path("s3://bucket/tokens")
+    folder = bucket / "tokens"
     for word in (b"one", b"two"):
         texts = Texts([0], 3, lambda numbers, word=word: iter([("text", word)]))
         write_all(folder, texts)

@@ -339,3 +339,10 @@ def test_comparing_different_tokens_is_an_error(counts):
     b = DocumentNll(np.ones(len(counts)), np.array(counts))
     with pytest.raises(ValueError, match="needs the same tokens scored on both sides"):
         compare(a, b)
+
+
+@pytest.mark.parametrize("what", ["replicate", "place"])
+def test_reading_takes_nothing_from_the_host_unasked(monkeypatch, what):
+    monkeypatch.setattr(Layout, what, lambda self, tree: jax.device_get(tree))
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        score()

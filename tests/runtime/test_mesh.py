@@ -112,3 +112,19 @@ def test_parameters_are_described_with_where_they_belong():
         assert (head.shape, head.dtype, len(head.sharding.device_set)) == ((16, 32), np.float32, devices)
         assert head.sharding.shard_shape(head.shape) == part
         assert described["step"].sharding.shard_shape(()) == ()
+
+
+@pytest.mark.parametrize("axes", ["data:1", "data:2,seq:2"])
+def test_replicated_arrays_are_whole_everywhere_and_pass_into_a_step(axes):
+    layout = Layout.of(MeshSettings(axes))
+    tree = {"half": np.arange(3.0), "count": np.int64(2), "there": jax.numpy.ones(2)}
+    made = layout.replicate(tree)
+    for name, leaf in tree.items():
+        assert made[name].sharding.is_fully_replicated and made[name].is_fully_addressable
+        assert len(made[name].devices()) == (4 if layout.mesh else 1)
+        np.testing.assert_array_equal(made[name], leaf)
+    assert made["half"].dtype == np.float32 and made["count"].dtype == np.int32
+    double = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + leaf, tree))
+    with layout.active(), jax.transfer_guard("disallow"):
+        doubled = double(made)
+    np.testing.assert_array_equal(doubled["half"], 2 * tree["half"])

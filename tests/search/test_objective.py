@@ -82,3 +82,12 @@ def test_a_score_that_is_no_number_is_the_worst(tiny):
     broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
     score = objectives.perplexity_objective(model, Layout(), broken, tokens, 1, 1)
     assert score(rope.stack([rope.unscaled(8)])) == np.inf
+
+
+@pytest.mark.parametrize("what", ["replicate", "place"])
+def test_scoring_takes_nothing_from_the_host_unasked(tiny, monkeypatch, what):
+    model, params, tokens = tiny
+    monkeypatch.setattr(Layout, what, lambda self, tree: tree)
+    score = objectives.perplexity_objective(model, Layout(), params, tokens, 1, 1)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        score(POPULATION)

@@ -4,18 +4,23 @@ import contextlib
 import json
 import os
 import signal
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from speeds import SPEEDS
 
 import longrope_jax as lr
 from longrope_jax.data.corpus import Document
+from longrope_jax.model.arithmetic import TRAINING, count_flops
 from longrope_jax.runtime import preemption
 from longrope_jax.runtime.mesh import Layout, MeshSettings
-from longrope_jax.training import loop
-from longrope_jax.training.loop import Diverged, load_params
+from longrope_jax.training import loop, progress
+from longrope_jax.training import pretrain as pretrain_module
+from longrope_jax.training.loop import load_params
 from longrope_jax.training.pretrain import PretrainSettings, pretrain
+from longrope_jax.training.progress import Diverged
 from longrope_jax.training.step import OptimizerSettings, train_step
 
 SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
@@ -49,8 +54,7 @@ def metrics(workdir):
 
 
 def without_speed(entries):
-    speed = {"tokens_per_second", "step_seconds"}
-    return [{key: value for key, value in entry.items() if key not in speed} for entry in entries]
+    return [{key: value for key, value in entry.items() if key not in SPEEDS} for entry in entries]
 
 
 def params_of(workdir, steps=SETTINGS.steps):
@@ -74,6 +78,8 @@ def test_it_learns_and_reports(documents, tmp_path):
         assert entry["bits_per_byte"] == pytest.approx(entry["loss"] / np.log(2))
         assert entry["tokens_per_second"] > 0 and entry["gradient_norm"] > 0 and entry["parameter_norm"] > 0
         assert entry["step_seconds"] * entry["tokens_per_second"] == pytest.approx(8 * 16)
+        assert entry["tokens_per_second_per_device"] == entry["tokens_per_second"]
+        assert "mfu" not in entry  # nobody states what a CPU could do at best
         by_position = {key: value for key, value in entry.items() if key.startswith("nll/")}
         assert list(by_position) == [f"nll/{k}-{k + 2}" for k in range(0, 16, 2)]
         assert np.mean(list(by_position.values())) == pytest.approx(entry["loss"], rel=1e-6)
@@ -129,7 +135,8 @@ def test_a_diverging_run_stops_and_names_the_last_good_checkpoint(documents, tmp
     def poisoned(model, optimizer, accumulate, state, batch, table):
         calls.append(1)
         if len(calls) == 11:
-            state = state.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
+            with jax.transfer_guard("allow"):
+                state = state.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
         return train_step(model, optimizer, accumulate, state, batch, table)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
@@ -174,3 +181,94 @@ def stopping_after(step):
         return train_step(model, optimizer, accumulate, state, *args)
 
     return stepping
+
+
+class Watched:
+    """A source of batches that tells when it is asked, and what is where in the loop around it."""
+
+    def __init__(self, batches, events):
+        self._batches, self._events, self._count = batches, events, 0
+
+    def __next__(self):
+        self._count += 1
+        self._events.append(f"batch {self._count}")
+        return next(self._batches)
+
+    def get_state(self):
+        return self._batches.get_state()
+
+    def set_state(self, state):
+        self._batches.set_state(state)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What happens in the loop, in order."""
+    happened = []
+
+    def stepping(*args):
+        happened.append(f"step {sum(event.startswith('step') for event in happened) + 1}")
+        return train_step(*args)
+
+    def writing(self, step, **scalars):
+        happened.append(f"told {step}")
+
+    def saving(self, step, items, record):
+        happened.append(f"saved {step}, next batch {record['batches']['next_index'] + 1}")
+
+    real = pretrain_module.pretraining_batches
+    monkeypatch.setattr(pretrain_module, "pretraining_batches", lambda *args: Watched(real(*args), happened))
+    monkeypatch.setattr(loop, "train_step", stepping)
+    monkeypatch.setattr(loop.Metrics, "write", writing)
+    monkeypatch.setattr(loop.Checkpoints, "save", saving)
+    return happened
+
+
+def test_the_next_batch_is_loaded_and_the_last_numbers_are_read_while_a_step_runs(documents, tmp_path, events):
+    settings = PretrainSettings(steps=5, batch=8, checkpoint_every=4, log_every=2)
+    pretrain(MODEL, Layout(), settings, documents, tmp_path, "pretrain")
+    assert events == [
+        "batch 1",
+        "step 1",
+        "batch 2",
+        "step 2",
+        "batch 3",
+        "step 3",
+        "batch 4",
+        "told 2",
+        "step 4",
+        "batch 5",
+        "told 4",
+        "saved 4, next batch 5",  # though the fifth is loaded already
+        "step 5",
+        "told 5",
+        "saved 5, next batch 6",
+    ]
+
+
+@pytest.mark.parametrize("axes", ["data:1", "data:2,seq:2"])
+def test_a_step_takes_nothing_from_the_host(documents, tmp_path, monkeypatch, axes):
+    layout = Layout.of(MeshSettings(axes))
+
+    def careless(model, optimizer, accumulate, state, batch, table):
+        return train_step(model, optimizer, accumulate, state, jax.tree.map(np.asarray, batch), table)
+
+    monkeypatch.setattr(loop, "train_step", careless)
+    with layout.active(), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        pretrain(MODEL, layout, SETTINGS, documents, tmp_path, "pretrain")
+
+
+def test_a_known_chip_tells_how_full_it_is(documents, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "throughput", partial(as_if_on, "TPU v5 lite", progress.throughput))
+    monkeypatch.setattr(progress, "memory", lambda statistics: {"hbm_peak_bytes": len(list(statistics))})
+    pretrain(MODEL, Layout(), SETTINGS, documents, tmp_path, "pretrain")
+    flops = count_flops(MODEL.config, SETTINGS.batch, 16, TRAINING)
+    for entry in metrics(tmp_path):
+        per_second = 197e12 * entry["step_seconds"]
+        assert entry["mfu"] == pytest.approx(flops.matrices / per_second)
+        assert entry["mfu_with_attention"] == pytest.approx(flops.total / per_second)
+        assert entry["hbm_peak_bytes"] == jax.local_device_count()
+
+
+def as_if_on(kind, throughput, flops, tokens, seconds, devices, _):
+    return throughput(flops, tokens, seconds, devices, kind)

@@ -1,0 +1,67 @@
+import jax
+import pytest
+from etils import epath
+
+from longrope_jax.runtime import records, storage
+from longrope_jax.runtime.metrics import Metrics
+from longrope_jax.runtime.profiling import ProfileSettings, of_stage, step
+
+
+def test_the_store_of_these_tests_is_as_unhelpful_as_a_real_one(bucket):
+    path = bucket / "some.txt"
+    path.write_text("one")
+    with path.open("a") as file:
+        file.write("two")
+    assert path.read_text() == "two"
+    (bucket / "empty").mkdir()
+    assert not (bucket / "empty").exists()
+
+
+def test_records_are_added_and_forgotten_as_on_a_disk(bucket):
+    path = bucket / "some.jsonl"
+    assert records.read(path) == []
+    records.append(path, [{"step": 1}, {"step": 2}])
+    records.append(path, [{"step": 3}])
+    assert records.read(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    records.keep(path, lambda record: record["step"] != 2)
+    records.append(path, [{"step": 4}])
+    assert records.read(path) == [{"step": 1}, {"step": 3}, {"step": 4}]
+    assert [file.name for file in bucket.iterdir()] == ["some.jsonl"]
+
+
+def test_metrics_survive_a_restart(bucket):
+    for start in (0, 1):
+        with Metrics(bucket, "pretrain", start) as metrics:
+            metrics.write(start + 1, loss=1.0)
+            metrics.write(start + 2, loss=1.0)
+    assert [record["step"] for record in records.read(bucket / "metrics.jsonl")] == [1, 2, 3]
+    assert any(file.name.startswith("events") for file in (bucket / "tensorboard" / "pretrain").iterdir())
+
+
+def test_a_profile_gets_there(bucket, monkeypatch):
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: epath.Path(folder, "trace.pb").write_text("trace"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    with of_stage(ProfileSettings((1, 2)), "pretrain", bucket):
+        step("train", 1, lambda: None)
+    assert (bucket / "profile" / "pretrain" / "trace.pb").read_text() == "trace"
+
+
+@pytest.mark.parametrize("name", ["a", "folder"])
+def test_moving(bucket, tmp_path, name):
+    for place in (bucket, epath.Path(tmp_path)):
+        (place / "folder" / "deep").mkdir(parents=True)
+        for path in (place / "a", place / "folder" / "b", place / "folder" / "deep" / "c"):
+            path.write_text(path.name)
+        storage.move(place / name, place / "aside" / name)
+        assert not (place / name).exists()
+        moved = place / "aside" / name
+        found = {file.name: file.read_text() for file in storage.files_below(moved)} if moved.is_dir() else {}
+        assert found == {"b": "b", "c": "c"} if name == "folder" else moved.read_text() == "a"
+
+
+def test_file_systems_are_told_not_to_remember_what_they_saw(monkeypatch):
+    conf = {"s3": {"use_listings_cache": True}}
+    monkeypatch.setattr("fsspec.config.conf", conf)
+    storage.see_what_others_write()
+    assert conf["gcs"] == {"use_listings_cache": False}
+    assert conf["s3"] == {"use_listings_cache": True}  # somebody's own wish
