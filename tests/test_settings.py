@@ -240,7 +240,7 @@ def test_arms_are_checked_one_by_one(fields, message):
     ("key", "fields", "message"),
     [
         ("model", {"head_dim": 7}, "config.model: head_dim = 7 must be even"),
-        ("model", {"attention": "sparse"}, "config.model: attention = 'sparse' must be one of dense, blockwise"),
+        ("model", {"attention": "sparse"}, "config.model: attention = 'sparse' must be one of auto, dense, blockwise"),
         ("pretrain", {"steps": 0}, "config.pretrain: steps = 0 must be positive"),
         ("pretrain", {"optimizer__beta1": 1.0}, "config.pretrain.optimizer: beta1 = 1.0 must lie in [0, 1)"),
         ("search", {"evolution__parents": 0}, "config.search.evolution: parents = 0 must be positive"),
