@@ -5,7 +5,7 @@ occurs more than once (`search`, `search_64x`); the config section of the same n
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -17,6 +17,7 @@ from longrope_jax.data.settings import DataSettings
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.interop import load_tokenizer
 from longrope_jax.model import Llama, LlamaConfig
+from longrope_jax.model.attention import check_platform
 from longrope_jax.model.sharding import check_mesh
 from longrope_jax.report import summarize, summary_tables, write_report
 from longrope_jax.runtime import preemption, processes, profiling, storage
@@ -48,13 +49,13 @@ def parse_experiment(config: ConfigDict) -> Experiment:
     if not isinstance(stages, tuple | list) or not stages:
         raise ValueError(f"config.stages = {stages!r} must name the stages in order, e.g. ('pretrain', 'search')")
     for name in stages:
-        if _kind(name) not in STAGES:
+        if kind_of(name) not in STAGES:
             raise ValueError(f"config.stages: {name!r} is of no known kind; kinds are {', '.join(STAGES)}")
     if len(set(stages)) < len(stages):
         raise ValueError(f"config.stages = {tuple(stages)} names a stage twice; give the second one a suffix")
-    if _kind(stages[0]) not in ("pretrain", "load"):
+    if kind_of(stages[0]) not in ("pretrain", "load"):
         raise ValueError(f"config.stages: {stages[0]!r} can't come first, it needs a model's parameters")
-    is_loaded = _kind(stages[0]) == "load"
+    is_loaded = kind_of(stages[0]) == "load"
     if is_loaded and "model" in config:
         raise ValueError(f"config.model: the model is the one that config.{stages[0]}.path holds; leave it out")
     needed = {"stages", *stages} if is_loaded else {"stages", "model", *stages}
@@ -66,7 +67,7 @@ def parse_experiment(config: ConfigDict) -> Experiment:
             )
     for key in sorted(needed - set(config)):
         raise ValueError(f"config.{key} is missing")
-    settings = {name: parse(STAGES[_kind(name)].settings, config[name], name) for name in stages}
+    settings = {name: parse(STAGES[kind_of(name)].settings, config[name], name) for name in stages}
     experiment = Experiment(
         _model_config(stages[0], settings[stages[0]]) if is_loaded else parse(LlamaConfig, config.model, "model"),
         text.parse_sections(config, _reads(settings)),
@@ -180,13 +181,21 @@ def _layout(experiment: Experiment, workdir: epath.Path) -> Layout:
     """The devices, if the model and the stages that are still to run can be spread over them."""
     try:
         layout = Layout.of(experiment.mesh)
-        check_mesh(experiment.model, layout.shape, layout.platform)
     except ValueError as error:
         raise ValueError(f"config.mesh: {error}") from None
-    for name, settings in experiment.stages.items():
-        if not _finished(workdir, name).exists():
-            _naming_section(name, _stage(name).check_layout, settings, experiment.model, layout)
+    check_layout(experiment, layout, {name for name in experiment.stages if not _finished(workdir, name).exists()})
     return layout
+
+
+def check_layout(experiment: Experiment, layout: Layout, stages: Container[str]) -> None:
+    """Raises ValueError if the model, or one of these stages, can't be spread over the devices."""
+    first = next(iter(experiment.stages))
+    described_in = first if isinstance(experiment.stages[first], LoadSettings) else "model"
+    _naming_section(described_in, check_platform, experiment.model.attention, layout.platform)
+    _naming_section("mesh", check_mesh, experiment.model, layout.shape, layout.platform)
+    for name, settings in experiment.stages.items():
+        if name in stages:
+            _naming_section(name, _stage(name).check_layout, settings, experiment.model, layout)
 
 
 def _naming_section(name: str, check: Callable, *arguments) -> None:
@@ -295,9 +304,10 @@ def _tell(line: str) -> None:
         print(line)
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """The kind of a stage, from its name."""
     return str(name).split("_")[0]
 
 
 def _stage(name: str) -> Stage:
-    return STAGES[_kind(name)]
+    return STAGES[kind_of(name)]

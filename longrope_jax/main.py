@@ -1,6 +1,7 @@
 """The command line: `python -m longrope_jax.main --config=FILE --workdir=DIR [--config.any.field=value]`.
 
 `--mode=generate --prompt_file=FILE` continues a text, with a model of the experiment's or `--pretrained=PATH`.
+`--mode=compile --topology=v5p:4x4x4` compiles every stage for that slice, without one, and says what will fit.
 
 Exit status: 0 done, 2 something that the user can mend, 75 (EX_TEMPFAIL) asked to stop and everything saved, 130
 interrupted from the keyboard.
@@ -10,10 +11,11 @@ import os
 import sys
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from longrope_jax import experiment, generate
+from longrope_jax import ahead_of_time, experiment, generate
 from longrope_jax.interop.export import CannotCarry
 from longrope_jax.model.decode import SWITCHES, Sampling
 from longrope_jax.runtime import processes, storage
@@ -28,7 +30,11 @@ _CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Where compiled programs are kept for the next start; on accelerators by default in the "
     "work directory, '' keeps none."
 )  # fmt: skip
-_MODE = flags.DEFINE_enum("mode", "run", ["run", "generate"], "Run the experiment, or write text with a model.")
+_MODE = flags.DEFINE_enum(
+    "mode", "run", ["run", "generate", "compile"], "Run the experiment, write text with a model, or compile all stages "
+    "for a slice of TPUs that need not be there."
+)  # fmt: skip
+_TOPOLOGY = flags.DEFINE_string("topology", None, "compile: chip and shape of the slice, such as v5p:4x4x4.")
 _PRETRAINED = flags.DEFINE_string(
     "pretrained", None, "generate: a Hugging Face folder or .gguf file, for no experiment."
 )
@@ -58,6 +64,8 @@ def main(argv: list[str]) -> None:
     """Runs the experiment; what the user can mend ends in one line and exit status 2."""
     logging.set_verbosity(logging.WARNING)  # libraries tell their life at INFO
     try:
+        if _MODE.value == "compile":
+            return _compile()
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         storage.see_what_others_write()
         keep_programs(_CACHE.value, _WORKDIR.value)
@@ -77,6 +85,12 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def _compile() -> None:
+    _require(config=_CONFIG.value, workdir=_WORKDIR.value, topology=_TOPOLOGY.value)
+    jax.config.update("jax_platforms", "cpu")  # with libtpu there, JAX would look for TPUs first
+    ahead_of_time.compile_experiment(_CONFIG.value, _TOPOLOGY.value, _WORKDIR.value)
 
 
 def _generate() -> None:

@@ -63,12 +63,10 @@ def token_nll(
     if not 1 <= stride <= window <= length:
         raise ValueError(f"need 1 <= stride <= window <= length, not {stride}, {window}, {length}")
     rows, scored = [], 0
-    for start in [*range(0, length - window, stride), length - window]:
+    for start in window_starts(length, window, stride):
         rows += [(document, start, scored) for document in range(documents)]
         scored = start + window
-
-    shards = layout.row_shards
-    batch = shards * max(1, min(tokens_at_once // (window * shards), -(-len(rows) // shards)))
+    batch = windows_at_once(layout, window, len(rows), tokens_at_once)
     batches = [rows[first : first + batch] for first in range(0, len(rows), batch)]
     positions = np.broadcast_to(np.arange(window, dtype=np.int32), (batch, window))
     factors = layout.replicate(factors)
@@ -91,6 +89,17 @@ def token_nll(
     for finished in running:
         collect(*finished)
     return np.where(np.isnan(result), np.inf, result)  # a model that answers nan has not predicted the token
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where the sliding windows over `length` targets begin; the last one ends with them."""
+    return [*range(0, length - window, stride), length - window]
+
+
+def windows_at_once(layout: Layout, window: int, count: int, tokens_at_once: int) -> int:
+    """How many of `count` windows are a batch: a multiple of the layout's shards of rows, of about so many tokens."""
+    shards = layout.row_shards
+    return shards * max(1, min(tokens_at_once // (window * shards), -(-count // shards)))
 
 
 class DocumentNll(NamedTuple):

@@ -36,6 +36,7 @@ class RetrievalSettings:
         arms: name -> model and factors.
         tries: prompts for every length and depth, the same for all arms.
         prompts_at_once: how many are answered in one batch.
+        tokens_at_once: so many of a prompt are read together; more keep larger devices busy.
         seed: of the prompts.
         data: the section of the text that needles are hidden in.
     """
@@ -46,6 +47,7 @@ class RetrievalSettings:
     arms: dict[str, Arm] = field(default_factory=published_arms)
     tries: int = 10
     prompts_at_once: int = 1
+    tokens_at_once: int = 512
     seed: int = 0
     data: str = "data"
 
@@ -58,7 +60,7 @@ class RetrievalSettings:
             raise ValueError(f"depths = {self.depths} must be different shares of the text, from 0 to 1")
         if not self.arms:
             raise ValueError("arms is empty; there is nothing to judge")
-        for name in ("tries", "prompts_at_once"):
+        for name in ("tries", "prompts_at_once", "tokens_at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
 
@@ -177,7 +179,8 @@ def _answers(
     rows = [prompt.tokens for prompt in prompts]
     rows += [rows[-1]] * (settings.prompts_at_once - len(rows))  # a smaller last batch would compile anew
     with layout.active():
-        tokens = complete(model, params, table, rows, answer_room(settings.task, tokenizer), stops=tokenizer.stops)
+        room, options = answer_room(settings.task, tokenizer), dict(chunk=settings.tokens_at_once)
+        tokens = complete(model, params, table, rows, room, stops=tokenizer.stops, **options)
     return [tokenizer.decode(new) for new in tokens[: len(prompts)]]
 
 

@@ -126,7 +126,7 @@ def run_evaluation(
                 raise preemption.Preempted(stage, f"{len(done)} of {len(wanted)} records are kept")
             params = None  # or the last arm's would stay while the next one's are loaded
             params, chosen = subjects[name].params(), subjects[name].factors(length)
-            stride = length if length <= config.original_length else min(settings.stride or length, length)
+            stride = window_stride(settings, config.original_length, length)
             began = time.monotonic()
             read = partial(token_nll, model, layout, params, chosen, windows.tokens, length, stride)
             nll = profiling.step("evaluation", number, partial(read, settings.tokens_at_once))
@@ -151,6 +151,11 @@ def run_evaluation(
             records.append(path, [record])
             done[length, name] = record
     return [done[key] for key in wanted]
+
+
+def window_stride(settings: EvaluationSettings, original_length: int, length: int) -> int:
+    """Of windows of `length` tokens."""
+    return length if length <= original_length else min(settings.stride or length, length)
 
 
 def by_model(arms: dict[str, Arm]) -> Iterable[str]:

@@ -30,6 +30,7 @@ from longrope_jax.model.blocks import (
     by_token,
     correction,
     in_blocks,
+    keep,
     masked_scores,
     may_attend,
 )
@@ -172,7 +173,7 @@ def _whole(backend: Partial, block: int, query: Array, key: Array, value: Array,
 
 
 def _whole_fwd(backend, block, query, key, value, queries, keys):
-    out, log_sum = backend.forward(block, query, key, value, queries, keys, value.dtype)
+    out, log_sum = keep(*backend.forward(block, query, key, value, queries, keys, value.dtype))
     return out, (query, key, value, queries, keys, out, log_sum)
 
 

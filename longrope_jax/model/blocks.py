@@ -6,10 +6,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30  # finite: a block whose every score is masked must not make NaN
 _NO_QUERY, _NO_KEY = np.int32(-1), np.int32(2**31 - 1)  # positions of padding: it sees nothing, nothing sees it
+
+
+KEPT = "attention"
+"""Name of what has to be kept of attention so that a backward pass need not compute it again (`keep`)."""
+
+
+def keep(out: Float[Array, "*rows D"], log_sum: Float[Array, "*rows"]) -> tuple[Array, Array]:
+    """The two results of `forward`, as what a policy of rematerialisation can save by the name `KEPT`."""
+    return checkpoint_name(out, KEPT), checkpoint_name(log_sum, KEPT)
 
 
 class Tokens(NamedTuple):

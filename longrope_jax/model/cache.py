@@ -38,7 +38,7 @@ class Memory(NamedTuple):
     layer: Int[Array, ""]
 
 
-_AXES = ("layers", "batch", "kv_heads", "length", None)
+CACHE_AXES = ("layers", "batch", "kv_heads", "length", None)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -48,7 +48,7 @@ def empty_cache(config: LlamaConfig, rows: int, slots: int) -> Cache:
     2 N B K S D elements; the time of attention does not depend on how many of the slots are unused.
     """
     shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
-    return Cache(*(constrain(jnp.zeros(shape, config.dtype), *_AXES) for _ in range(2)))
+    return Cache(*(constrain(jnp.zeros(shape, config.dtype), *CACHE_AXES) for _ in range(2)))
 
 
 def slots_for(length: int) -> int:
@@ -77,7 +77,7 @@ def attend(
     """
     share = partial(_share, shards("length"))
     if not jax.sharding.get_abstract_mesh().empty:
-        cut = partition_spec(*_AXES)
+        cut = partition_spec(*CACHE_AXES)
         rows, heads = partition_spec("batch", None), partition_spec("batch", None, "heads", None)
         kv_heads = partition_spec("batch", None, "kv_heads", None)
         memory_specs = Memory(Cache(cut, cut), partition_spec())

@@ -9,6 +9,7 @@ FLOAT_TYPES = ("float32", "bfloat16")
 REMAT_POLICIES = (
     "none",
     "nothing_saveable",
+    "attention_saveable",
     "dots_saveable",
     "dots_with_no_batch_dims_saveable",
     "everything_saveable",
@@ -34,8 +35,9 @@ class LlamaConfig:
         dtype: of activations and matrix products; norms, softmax, logits and losses are float32 regardless.
         param_dtype: of parameters.
         attention: backend, see `model/attention.py`.
-        remat: which policy of `jax.checkpoint_policies` decides what of a block is kept for the backward pass; "none"
-            keeps all, "nothing_saveable" recomputes all.
+        remat: what of a block is kept for the backward pass: "none" keeps all, "nothing_saveable" recomputes all,
+            "attention_saveable" all but the attention itself, whose result it keeps, and which is most of the work at
+            long T; the others are policies of `jax.checkpoint_policies`.
     """
 
     vocab_size: int

@@ -7,11 +7,14 @@ Under `jax.set_mesh`, and within `jit`, everything with tokens is cut over the m
 (`model/sharding.py`). Tokens may come in any order in memory, such as the ring's zigzag, if their positions say which.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from longrope_jax.model.blocks import KEPT
 from longrope_jax.model.cache import Cache, Memory, attend
 from longrope_jax.model.config import LlamaConfig
 from longrope_jax.model.loss import project, token_nll
@@ -39,8 +42,9 @@ class Llama(nn.Module):
         self.embed = nn.Embed(config.vocab_size, config.hidden_size, **types)
         block = Block
         if config.remat != "none":
-            policy = getattr(jax.checkpoint_policies, config.remat)
-            block = nn.remat(Block, policy=policy, prevent_cse=False)  # scan already keeps the passes apart
+            block = nn.remat(
+                Block, policy=_policy(config.remat), prevent_cse=False
+            )  # scan already keeps the passes apart
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -186,6 +190,12 @@ class Mlp(nn.Module):
         up = _projection(self.config.intermediate_size, self.config, "up")(x)
         inner = constrain(nn.silu(gate) * up, "batch", length_axis(x), "mlp")
         return _projection(self.config.hidden_size, self.config, "down")(inner)
+
+
+def _policy(remat: str) -> Callable[..., bool]:
+    if remat == "attention_saveable":
+        return jax.checkpoint_policies.save_only_these_names(KEPT)
+    return getattr(jax.checkpoint_policies, remat)
 
 
 def _constrain_tokens(x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:

@@ -4,13 +4,15 @@ Code names dimensions by what they mean ("length", "heads"); one table says whic
 
 * `data`: sequences of a batch; every device has all parameters.
 * `fsdp`: sequences as well, and parameters: they are gathered where they are used.
-* `seq`: the tokens of a sequence; keys and values travel between the devices (`model/ring.py`).
+* `seq`: the tokens of a sequence; keys and values travel between the devices (`model/ring.py`). Parameters too: who
+  cuts sequences has no memory to give away, and gathering costs little beside that many tokens.
 * `tensor`: heads, the width of the MLP, and the vocabulary.
 
 Everything here does nothing on a single device: without `jax.set_mesh(mesh)` arrays stay as they are.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -26,7 +28,7 @@ _MESH_AXES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("seq",),
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "seq"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -59,16 +61,16 @@ _DIVIDED = {
 }
 
 
-def make_mesh(**sizes: int) -> Mesh:
+def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     """The mesh of all four axes, those not named of size 1: `make_mesh(data=2, seq=4)`.
 
-    Uses the first of the devices if there are more than the sizes' product.
+    Uses the first of the devices, by default all there are, if there are more than the sizes' product.
     """
     unknown = sizes.keys() - set(AXES)
     if unknown:
         raise ValueError(f"no mesh axis {', '.join(sorted(unknown))}; known are {', '.join(AXES)}")
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def partition_spec(*logical_axes: str | None) -> PartitionSpec:

@@ -205,6 +205,23 @@ class Layout:
         shards = self.shape["seq"]
         return zigzag(length, shards) if shards > 1 and self.sequence_order == "zigzag" else None
 
+    def abstract_rows(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """What `place` makes of int32 arrays of this shape, [rows, T] or [rows]."""
+        if self.mesh is None:
+            return jax.ShapeDtypeStruct(shape, np.int32)
+        spec = partition_spec("batch", *["length"] * (len(shape) - 1))
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(self.mesh, spec))
+
+    def abstract_replicated(self, tree: Any) -> Any:
+        """What `replicate` makes of a tree."""
+        where = None if self.mesh is None else NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=where
+            ),
+            tree,
+        )
+
     def abstract(self, tree: Any) -> Any:
         """Shapes, dtypes and shardings of a tree that need not exist: what a checkpoint is restored into."""
         if self.mesh is None:

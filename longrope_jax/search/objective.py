@@ -31,6 +31,12 @@ def rows_nll(model: Llama, params: dict, factors: RopeFactors, *rows: Int[Array,
     return window_nll(model, params, factors, *rows).mean(1)
 
 
+def fitting_candidates(layout: Layout, candidates_at_once: int, documents_at_once: int) -> int:
+    """So many candidates, or a few more, that their rows, one a document, can be split evenly over the devices."""
+    fitting = layout.row_shards // math.gcd(layout.row_shards, documents_at_once)
+    return -(-candidates_at_once // fitting) * fitting
+
+
 def perplexity_objective(
     model: Llama,
     layout: Layout,
@@ -47,9 +53,7 @@ def perplexity_objective(
     A score that is not a number counts as the worst. Under a mesh more candidates are taken at once where that is
     needed to fill its data and fsdp axes.
     """
-    # The fewest rows that are whole candidates and can be split evenly.
-    fitting = layout.row_shards // math.gcd(layout.row_shards, documents_at_once)
-    candidates_at_once = -(-candidates_at_once // fitting) * fitting
+    candidates_at_once = fitting_candidates(layout, candidates_at_once, documents_at_once)
     count, length = len(tokens), tokens.shape[1] - 1
     groups = [np.arange(first, first + documents_at_once) for first in range(0, count, documents_at_once)]
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (candidates_at_once * documents_at_once, length))

@@ -9,6 +9,7 @@ from longrope_jax.runtime import records
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.stages.carried import DYNAMIC, Carried
 from longrope_jax.stages.kind import Before, LoadSettings, Stage, TableSettings, factors_target, model_stage, sources
+from longrope_jax.stages.programs import evaluate_programs
 
 
 def _check_evaluate(settings: EvaluationSettings, config: LlamaConfig, before: Before) -> None:
@@ -70,5 +71,6 @@ EVALUATE = Stage(
     _run_evaluate,
     _load_evaluate,
     inputs=_inputs,
+    programs=evaluate_programs,
     splits=lambda settings: ("evaluation",),
 )

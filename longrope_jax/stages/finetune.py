@@ -9,6 +9,7 @@ from longrope_jax.rope import RopeFactors, Trained
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.stages.carried import Carried, load_stage_factors, save_stage_factors
 from longrope_jax.stages.kind import Before, Stage, factors_target, model_stage, sources
+from longrope_jax.stages.programs import finetune_programs
 from longrope_jax.training.finetune import FinetuneSettings, finetune
 from longrope_jax.training.loop import load_params
 
@@ -63,7 +64,9 @@ def _load_finetune(settings: FinetuneSettings, carried: Carried, name: str, summ
         load_params, carried.workdir, name, carried.model, carried.layout, settings.steps
     )
     carried.params(name)
-    carried.trained[name] = Trained(settings.length, factors)  # last: a stage that has to run again is no model yet
+    # Mistral 7B is tuned on 16k tokens with the factors of 256k (LongRoPE sec. 4.1), and is then extended from there.
+    reach = carried.targets.get(settings.factors, settings.length)
+    carried.trained[name] = Trained(reach, factors)  # last: a stage that has to run again is no model yet
 
 
 FINETUNE = Stage(
@@ -74,5 +77,6 @@ FINETUNE = Stage(
     _run_finetune,
     _load_finetune,
     inputs=lambda s, before: [model_stage(s.model, before), *sources((s.factors,), before)],
+    programs=finetune_programs,
     splits=lambda s: ("train", "search") if s.evaluate_every else ("train",),
 )

@@ -1,15 +1,18 @@
 """What a kind of stage is, and the names by which a stage's settings refer to the stages before it."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from longrope_jax.interop import describe_pretrained
 from longrope_jax.model import LlamaConfig
 from longrope_jax.model.attention import BACKENDS
-from longrope_jax.model.config import FLOAT_TYPES
-from longrope_jax.rope import METHODS, FactorTable
+from longrope_jax.model.config import FLOAT_TYPES, PRESETS
+from longrope_jax.rope import METHODS, FactorTable, unscaled
 from longrope_jax.search.run import SearchSettings
 from longrope_jax.stages.carried import BEST_SEED, ORIGINAL
 from longrope_jax.training.loop import LoopSettings
@@ -25,16 +28,21 @@ class LoadSettings:
         dtype: of activations and matrix products.
         param_dtype: of parameters, whatever the files have.
         attention: backend, see `model/attention.py`.
+        preset: name of the architecture that the files must hold, see `LlamaConfig.preset`, in its original length;
+            nothing is read from them before they are needed. "" takes what they hold.
     """
 
     path: str
     dtype: str = "float32"
     param_dtype: str = "float32"
     attention: str = "auto"
+    preset: str = ""
 
     def __post_init__(self):
         if not self.path:
             raise ValueError("path is empty; give a Hugging Face folder or a .gguf file")
+        if self.preset and self.preset not in PRESETS:
+            raise ValueError(f"preset = {self.preset!r} must be one of {', '.join(PRESETS)}, or ''")
         for name, known in (("dtype", FLOAT_TYPES), ("param_dtype", FLOAT_TYPES), ("attention", BACKENDS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
@@ -49,9 +57,33 @@ class LoadSettings:
         """The rotation that the model came with, by length."""
         return self._described[1]
 
+    def check_preset(self) -> None:
+        """Raises ValueError if the files hold something else than the preset says."""
+        if not self.preset:
+            return
+        found, factors = describe_pretrained(self.path, **self._numerics)
+        wanted = dataclasses.asdict(self.config)
+        # Mistral 7B claims 32k tokens, which it reads through a sliding window of 4k; that it can do 8k is L here.
+        differing = [
+            f"{field} = {value} there, {wanted[field]} here"
+            for field, value in dataclasses.asdict(found).items()
+            if value != wanted[field] and not (field == "original_length" and value > wanted[field])
+        ]
+        if any(np.any(entry != 1) for entry in (factors.factors.lam, factors.factors.mscale)):
+            differing.append("a context that is extended already")
+        if differing:
+            raise ValueError(f"path = {self.path!r} does not hold preset = {self.preset!r}: {', '.join(differing)}")
+
+    @property
+    def _numerics(self) -> dict[str, str]:
+        return dict(dtype=self.dtype, param_dtype=self.param_dtype, attention=self.attention)
+
     @cached_property
     def _described(self) -> tuple[LlamaConfig, FactorTable]:
-        return describe_pretrained(self.path, dtype=self.dtype, param_dtype=self.param_dtype, attention=self.attention)
+        if not self.preset:
+            return describe_pretrained(self.path, **self._numerics)
+        config = LlamaConfig.preset(self.preset, **self._numerics)
+        return config, FactorTable.of({config.original_length: unscaled(config.head_dim)})
 
 
 @dataclass(frozen=True)
@@ -95,6 +127,7 @@ class Stage:
             so before. Raises LookupError if they are not there any more.
         inputs: (settings, settings of the stages before) -> names of the stages whose results it takes.
         splits: settings -> which splits it reads of the text that `settings.data` names.
+        programs: (settings, model config, layout) -> what it runs again and again, see `stages/programs.py`.
         resumes: whether it goes on from what it has left behind when it was stopped, rather than begin again.
     """
 
@@ -106,6 +139,7 @@ class Stage:
     load: Callable
     inputs: Callable
     splits: Callable = lambda settings: ()
+    programs: Callable = lambda settings, config, layout: ()
     resumes: bool = True
 
 

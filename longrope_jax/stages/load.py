@@ -20,6 +20,7 @@ def _check_load(settings: LoadSettings, config: LlamaConfig, before: Before) -> 
 
 
 def _check_load_data(settings: LoadSettings, carried: Carried) -> None:
+    settings.check_preset()
     needed, there = carried.tokenizer.vocab_size, carried.model.config.vocab_size
     if needed > there:
         raise ValueError(f"path = {settings.path!r}: its tokenizer has {needed} tokens, its embedding only {there}")

@@ -10,6 +10,7 @@ from longrope_jax.rope import Trained, unscaled
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.stages.carried import Carried
 from longrope_jax.stages.kind import Before, Stage
+from longrope_jax.stages.programs import pretrain_programs
 from longrope_jax.training.loop import load_params
 from longrope_jax.training.pretrain import PretrainSettings, pretrain
 
@@ -51,5 +52,6 @@ PRETRAIN = Stage(
     _run_pretrain,
     _load_pretrain,
     inputs=lambda settings, before: [],
+    programs=pretrain_programs,
     splits=lambda settings: ("train",),
 )

@@ -10,6 +10,7 @@ from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime import records
 from longrope_jax.stages.carried import DYNAMIC, Carried
 from longrope_jax.stages.kind import Before, Stage, factors_target, model_stage, nothing, sources
+from longrope_jax.stages.programs import retrieval_programs
 
 
 def _check_retrieval(settings: RetrievalSettings, config: LlamaConfig, before: Before) -> None:
@@ -71,5 +72,6 @@ RETRIEVAL = Stage(
     _run_retrieval,
     _load_retrieval,
     inputs=_inputs,
+    programs=retrieval_programs,
     splits=_splits,
 )

@@ -9,6 +9,7 @@ from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.run import SearchSettings, run_search
 from longrope_jax.stages.carried import BEST_SEED, Carried, load_stage_factors, save_stage_factors
 from longrope_jax.stages.kind import Before, Stage, model_stage
+from longrope_jax.stages.programs import search_programs
 
 
 def _check_search(settings: SearchSettings, config: LlamaConfig, before: Before) -> None:
@@ -88,5 +89,6 @@ SEARCH = Stage(
     _run_search,
     _load_search,
     inputs=lambda s, before: [model_stage(s.model, before)],
+    programs=search_programs,
     splits=lambda settings: ("search",),
 )

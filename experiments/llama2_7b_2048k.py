@@ -1,0 +1,165 @@
+"""LLaMA2-7B from 4k to 2048k tokens: LongRoPE in full (arXiv 2402.13753, sec. 3.3 and 4.1).
+
+    python -m longrope_jax.main --config=experiments/llama2_7b_2048k.py --workdir=gs://BUCKET/llama2-2048k \\
+        --coordinator=auto --config.load.path=/mnt/Llama-2-7b-hf --config.data.folder=gs://BUCKET/redpajama ...
+
+Search factors for 128k and 256k on the pretrained model; tune 400 steps at 128k, put the factors of 256k on that and tune
+600 more; search 2048k on the tuned model; search 4k and 8k with a smaller maximum of lambda, so that short inputs
+recover; a table of all of them; perplexity on Proof-pile and PG19 (sliding windows, stride 256) and on books of two
+million tokens (stride 256k above 128k); passkeys from 4k to 2048k; export.
+
+Slice: v5p:4x4x4 (64 chips), as it stands. On v5e:8x16 (128 chips of 16 GiB) add `--config.mesh.axes=fsdp:4,seq:-1` and
+`--config.finetune_128k.remat=nothing_saveable --config.finetune_256k.remat=nothing_saveable`. Whether another slice holds it
+is said by
+
+    python -m longrope_jax.main --config=experiments/llama2_7b_2048k.py --mode=compile --topology=v5p:4x4x4 --workdir=DIR
+
+Expected time on v5p:4x4x4, from that report and not from a run (RESULTS.md): TIME.
+
+Published figures to compare with (METHOD of the paper, its tables 1, 6, 7 and 9):
+* not tuned, PG19: at 8k 9.37 and at 16k 11.34 with searched lambda; PI 10.65 and 20.49, YaRN 32.64 and 87.89;
+* tuned, Proof-pile at 64k: 2.36 (PI 2.44, YaRN 2.42), not tuned 3.22 (PI 72.54, YaRN 4.15);
+* Books3 from 8k to 2048k: 6.81 6.66 6.31 6.27 6.21 6.17 6.17 6.35 7.08; second interpolation with PI 6.60, 8.73, 20.17 and
+  with YaRN 6.39, 6.79, 8.27 at 512k, 1024k and 2048k;
+* Proof-pile at 4k: 4.51 before the short recovery, 3.85 after it;
+* passkey: 90 % and more at every length.
+
+Text: RedPajama's long documents for tuning, PG19 (its validation split for the searches up to 256k, its test split to
+judge), Proof-pile, and a folder like Books3, whose books are as long as 2048k tokens: a fifth of them for the search. Any
+of these can be a folder of text files, array_record files or a TFDS dataset (`DataSettings`).
+"""
+
+from ml_collections import ConfigDict
+
+from longrope_jax.data.settings import DataSettings
+from longrope_jax.evaluation.retrieval import RetrievalSettings
+from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.runtime.mesh import MeshSettings
+from longrope_jax.runtime.profiling import ProfileSettings
+from longrope_jax.search.evolution import EvolutionSettings
+from longrope_jax.search.run import SearchSettings
+from longrope_jax.settings import section
+from longrope_jax.stages import ExportSettings, LoadSettings, TableSettings
+from longrope_jax.training.finetune import FinetuneSettings
+from longrope_jax.training.step import OptimizerSettings
+
+K = 1024
+HALVED = EvolutionSettings(population=32, mutations=8, crossovers=8)  # LongRoPE sec. 4.1, above 512k
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    config = ConfigDict()
+    config.stages = (
+        "load",
+        "search_128k",
+        "search_256k",
+        "finetune_128k",
+        "finetune_256k",
+        "search_2048k",
+        "search_4k",
+        "search_8k",
+        "table",
+        "table_without_recovery",
+        "table_yarn",
+        "evaluate_proofpile",
+        "evaluate_pg19",
+        "evaluate_books",
+        "retrieval",
+        "export",
+    )
+    config.mesh = section(MeshSettings(axes="fsdp:4,seq:-1"))
+    config.profile = section(ProfileSettings())
+    config.load = section(LoadSettings(path="/mnt/Llama-2-7b-hf", dtype="bfloat16", preset="llama2_7b"))
+    config.data = section(DataSettings(folder="gs://BUCKET/redpajama", shares=(0.99, 0.01, 0.0)))
+    config.data_pg19 = section(DataSettings(tfds="pg19", tfds_dir="gs://BUCKET/tfds"))
+    config.data_proofpile = section(DataSettings(folder="gs://BUCKET/proofpile", shares=(0.0, 0.0, 1.0)))
+    config.data_books = section(DataSettings(folder="gs://BUCKET/books", shares=(0.0, 0.2, 0.8)))
+    _extend(config)
+    _judge(config)
+    return config
+
+
+def _extend(config: ConfigDict) -> None:
+    """LongRoPE sec. 3.3."""
+    for length in (128, 256):
+        config[f"search_{length}k"] = section(
+            SearchSettings(target_length=length * K, model="load", documents=5, data="data_pg19")
+        )
+    tuning = dict(
+        batch=32,
+        accumulate=8,
+        checkpoint_every=50,
+        log_every=5,
+        evaluate_every=100,
+        remat="attention_saveable",
+        optimizer=OptimizerSettings(learning_rate=2e-5, schedule="linear", warmup_steps=20, weight_decay=0.0),
+    )
+    config.finetune_128k = section(
+        FinetuneSettings(length=128 * K, steps=400, model="load", factors="search_128k", **tuning)
+    )
+    config.finetune_256k = section(
+        FinetuneSettings(length=256 * K, steps=600, model="finetune_128k", factors="search_256k", **tuning)
+    )
+    config.search_2048k = section(
+        SearchSettings(target_length=2048 * K, model="finetune_256k", documents=3, data="data_books", evolution=HALVED)
+    )
+    for length in (4, 8):
+        config[f"search_{length}k"] = section(
+            SearchSettings(
+                target_length=length * K,
+                model="finetune_256k",
+                upper_bound=4.0,  # of a model that was tuned with 80 times as much
+                documents=20,
+                documents_at_once=20,
+                data="data_pg19",
+            )
+        )
+    lengths, searches = (4 * K, 8 * K, 256 * K, 2048 * K), ("search_4k", "search_8k", "search_256k", "search_2048k")
+    config.table = section(TableSettings(lengths=lengths, factors=searches, model="finetune_256k"))
+    config.table_without_recovery = section(
+        TableSettings(lengths=lengths[2:], factors=searches[2:], model="finetune_256k")
+    )
+    config.table_yarn = section(
+        TableSettings(lengths=lengths[2:], factors=("search_256k", "yarn_without_temperature"), model="finetune_256k")
+    )
+
+
+def _judge(config: ConfigDict) -> None:
+    tuned = {"longrope": Arm("table"), "without_short_recovery": Arm("table_without_recovery")}
+    original = {"original": Arm("original", "load")}
+    sliding = dict(stride=256, arms=tuned | original, controls=("original",))
+    lengths = tuple(length * K for length in (4, 8, 16, 32, 64, 128, 256))
+    config.evaluate_proofpile = section(
+        EvaluationSettings(lengths=lengths, documents=10, data="data_proofpile", **sliding)
+    )
+    config.evaluate_pg19 = section(EvaluationSettings(lengths=lengths[1:6], data="data_pg19", documents=10, **sliding))
+    config.evaluate_books = section(
+        EvaluationSettings(
+            lengths=tuple(length * K for length in (8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
+            stride=256 * K,
+            arms={"longrope": Arm("table"), "second_interpolation_yarn": Arm("table_yarn")},
+            controls=("longrope",),
+            documents=20,
+            data="data_books",
+        )
+    )
+    config.retrieval = section(
+        RetrievalSettings(
+            lengths=tuple(length * K for length in (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
+            arms={"longrope": Arm("table")},
+            prompts_at_once=4,
+            tokens_at_once=8 * K,
+        )
+    )
+    config.export = section(
+        ExportSettings(
+            factors="table",
+            model="finetune_256k",
+            dtype="bfloat16",
+            allow_dropping_start_tokens=True,
+            allow_dropping_lengths=True,
+            cost_lengths=(8 * K, 128 * K),
+            data="data_pg19",
+        )
+    )

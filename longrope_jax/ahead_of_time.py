@@ -1,0 +1,203 @@
+"""Every stage of an experiment compiled for a slice that is only described: does it fit, what is sent, how long will it
+take?
+
+No data is touched and no model is read: an experiment whose first stage is a `load` needs its `preset`.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from longrope_jax.experiment import check_layout, kind_of, parse_experiment
+from longrope_jax.markdown import table
+from longrope_jax.runtime.ahead_of_time import Compiled, Program, compile_lowered, described
+from longrope_jax.runtime.chips import GIB, Chip
+from longrope_jax.runtime.estimate import ASSUMPTIONS, Estimate, estimate
+from longrope_jax.runtime.mesh import Layout
+from longrope_jax.runtime.records import to_json, write_whole
+from longrope_jax.stages import STAGES
+from longrope_jax.training.finetune import FinetuneSettings
+from longrope_jax.training.loop import LoopSettings
+
+REPORT = "compile_report"
+
+
+@dataclass(frozen=True)
+class _Row:
+    stage: str
+    program: Program
+    compiled: Compiled
+    estimate: Estimate | None
+    knob: str
+
+
+def compile_experiment(config: ConfigDict, topology: str, workdir: epath.PathLike) -> dict[str, Any]:
+    """Compiles all programs of all stages; writes `compile_report.json` and `.md` to the work directory, prints tables.
+
+    What an earlier, interrupted call has compiled already is taken from its report. Time: ten seconds to a minute a
+    program, whatever the number of layers and tokens; memory of a few GiB.
+
+    Args:
+        topology: chip and shape, such as "v5p:4x4x4".
+
+    Raises:
+        ValueError: a bad config, slice or mesh; one line.
+        OSError: the work directory can't be written to.
+    """
+    experiment = parse_experiment(config)
+    layout, chip = described(topology, experiment.mesh)
+    check_layout(experiment, layout, experiment.stages)
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / f"{REPORT}.json"
+    known = _known(path)
+    rows = []
+    for stage, settings in experiment.stages.items():
+        for program in STAGES[kind_of(stage)].programs(settings, experiment.model, layout):
+            print(f"{stage}: {program.name} ...", end=" ", flush=True)
+            compiled = _compile(program, chip, layout, known)
+            knob = "" if compiled.fits else _knob(settings, layout)
+            rows.append(_Row(stage, program, compiled, _estimate(chip, layout, program, compiled), knob))
+            print(f"{compiled.seconds:.0f} s, {'fits' if compiled.fits else 'does not fit'}", flush=True)
+            report = _report(topology, chip, layout, rows)
+            write_whole(path, to_json(report | {"known": known}, indent=1) + "\n")
+    if not rows:
+        raise ValueError(f"config.stages = {tuple(experiment.stages)}: none of them runs a program")
+    text = _markdown(report, rows)
+    write_whole(workdir / f"{REPORT}.md", text)
+    print(f"\n{text}\nreport: {workdir / f'{REPORT}.md'}")
+    return report
+
+
+def _compile(program: Program, chip: Chip, layout: Layout, known: dict[str, Any]) -> Compiled:
+    """Anew, or from `known`, where it is added: programs that stages have in common are compiled once."""
+    with layout.active():
+        began = time.monotonic()
+        lowered = program.lower()
+        what = f"{jax.__version__} {chip.name} {dict(layout.mesh.shape)} {program.beside} {lowered.as_text()}"
+        digest = hashlib.sha256(what.encode()).hexdigest()
+        if digest not in known:
+            known[digest] = compile_lowered(lowered, chip, program.beside, began).as_json()
+    return Compiled.from_json(known[digest])
+
+
+def _known(path: epath.Path) -> dict[str, Any]:
+    return json.loads(path.read_text()).get("known", {}) if path.exists() else {}
+
+
+def _estimate(chip: Chip, layout: Layout, program: Program, compiled: Compiled) -> Estimate | None:
+    if not compiled.fits:
+        return None
+    held = compiled.arguments + compiled.temporaries
+    return estimate(chip, layout.mesh.size, program.flops, program.executed, compiled.collectives, held)
+
+
+def _report(topology: str, chip: Chip, layout: Layout, rows: list[_Row]) -> dict[str, Any]:
+    def record(row: _Row) -> dict[str, Any]:
+        found = {
+            "stage": row.stage,
+            "program": row.program.name,
+            "calls": row.program.calls,
+            "tokens": row.program.tokens,
+            **row.compiled.as_json(),
+            "model_flops": row.program.flops._asdict(),
+            "executed_flops": row.program.executed._asdict(),
+        }
+        if row.estimate is None:
+            return found | {"knob": row.knob}
+        return found | {"estimate": asdict(row.estimate) | {"attention_share": row.estimate.attention_share}}
+
+    mesh = {axis: size for axis, size in layout.mesh.shape.items() if size > 1}
+    return {
+        "topology": topology,
+        "devices": layout.mesh.size,
+        "mesh": mesh,
+        "hbm_bytes": chip.hbm_bytes,
+        "chip": asdict(chip),
+        "assumptions": list(ASSUMPTIONS),
+        "programs": [record(row) for row in rows],
+    }
+
+
+def _markdown(report: dict[str, Any], rows: list[_Row]) -> str:
+    gib = lambda size: "-" if size is None else f"{size / GIB:.1f}"  # noqa: E731
+    mesh = ", ".join(f"{axis}:{size}" for axis, size in report["mesh"].items())
+    memory = [
+        (
+            row.stage,
+            row.program.name,
+            f"{row.compiled.seconds:.0f}",
+            gib(row.compiled.arguments),
+            gib(row.compiled.temporaries),
+            gib(row.compiled.peak),
+            f"{row.compiled.peak / report['hbm_bytes']:.0%}",
+            "yes" if row.compiled.fits else "**no**",
+        )
+        for row in rows
+    ]
+    header = ("stage", "program", "compile s", "arguments", "temporaries", "peak", "of HBM", "fits")
+    times = [
+        (
+            row.stage,
+            row.program.name,
+            str(row.program.calls),
+            f"{row.program.flops.total / 1e15:.3g}",
+            f"{row.estimate.attention_share:.0%}",
+            f"{row.estimate.ring:.3g} / {row.estimate.attention:.3g}",
+            f"{row.estimate.others:.3g} / {row.estimate.matrices:.3g}",
+            f"{row.estimate.total:.3g}",
+            f"{row.estimate.mfu:.0%} / {row.estimate.mfu_with_attention:.0%}",
+            f"{row.estimate.total * row.program.calls / 3600:.2g}",
+        )
+        for row in rows
+        if row.estimate
+    ]
+    time_header = (
+        "stage", "program", "runs", "model PFLOP", "attention's share", "ring / attention s", "others / matrices s",
+        "run s", "MFU / with attention", "hours",
+    )  # fmt: skip
+    sent = [
+        (row.stage, row.program.name, kind, str(found.count), gib(found.bytes))
+        for row in rows
+        for kind, found in row.compiled.collectives.items()
+    ]
+    knobs = [f"* {row.stage}, {row.program.name}: {row.knob}\n" for row in rows if row.knob]
+    return "".join(
+        [
+            f"# {report['topology']}, {report['devices']} devices as {mesh or 'one'}\n\n",
+            f"Memory of a device in GiB; it has {gib(report['hbm_bytes'])}.\n\n",
+            table(header, memory),
+            *(["\nWhat does not fit, and what to turn:\n\n", *knobs] if knobs else []),
+            "\nTime, estimated and not measured: ",
+            *(f"{assumption}; " for assumption in ASSUMPTIONS[:-1]),
+            f"{ASSUMPTIONS[-1]}. What is sent is hidden where it takes no longer than the work beside it.\n\n",
+            table(time_header, times) if times else "",
+            "\nSent to a device, GiB a run.\n\n" if sent else "",
+            table(("stage", "program", "kind", "times", "GiB"), sent) if sent else "",
+        ]
+    )
+
+
+def _knob(settings: Any, layout: Layout) -> str:
+    """What to turn, most promising first."""
+    knobs = []
+    if isinstance(settings, LoopSettings):
+        parts = settings.batch // layout.row_shards
+        if isinstance(settings, FinetuneSettings) and settings.remat != "nothing_saveable":
+            knobs.append("remat = 'nothing_saveable'")
+        if settings.accumulate < parts:
+            knobs.append(f"accumulate = {parts}: one sequence of the batch at a time on every shard of rows")
+    for name in ("tokens_at_once", "candidates_at_once", "documents_at_once", "prompts_at_once"):
+        if getattr(settings, name, 0) > layout.row_shards:
+            knobs.append(f"a smaller {name} than {getattr(settings, name)}")
+    rows = layout.row_shards
+    if rows > 1:
+        knobs.append(f"mesh.axes with more seq and less than {rows} for data * fsdp: fewer sequences at a time")
+    knobs.append("a slice with more chips, over which tokens, parameters and optimizer are spread")
+    return "; ".join(knobs)

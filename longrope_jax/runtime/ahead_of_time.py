@@ -1,0 +1,131 @@
+"""Programs compiled for devices that are only described: does it fit, what is sent, before a slice is paid for.
+
+Needs libtpu (requirements-tpu.txt), but no TPU: the compiler runs on any machine.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from longrope_jax.model.arithmetic import Flops
+from longrope_jax.model.sharding import make_mesh
+from longrope_jax.runtime.chips import CHIPS, TPUS, Chip
+from longrope_jax.runtime.collectives import Traffic, traffic
+from longrope_jax.runtime.mesh import Layout, MeshSettings, parse_axes
+
+
+@dataclass(frozen=True)
+class Program:
+    """Something that a stage runs again and again.
+
+    Attributes:
+        name: what it does.
+        lower: makes it, for shapes only, within the layout's mesh.
+        calls: how often the stage runs it.
+        tokens: that one run takes in, on all devices.
+        flops: of one run on all devices, as the model needs them.
+        executed: the same with what is computed again for the backward pass.
+        beside: bytes that a device holds meanwhile besides the program's arguments.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    calls: int
+    tokens: int
+    flops: Flops
+    executed: Flops
+    beside: int = 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program; bytes are a device's.
+
+    Attributes:
+        seconds: of lowering and compiling.
+        fits: whether the compiler found room, with what is beside.
+        peak: arguments, results that don't overwrite them, temporaries and what is beside; where it does not fit, what
+            the compiler would have needed.
+        arguments, temporaries: None where it does not fit.
+        collectives: see `runtime/collectives.py`.
+    """
+
+    seconds: float
+    fits: bool
+    peak: int
+    arguments: int | None = None
+    temporaries: int | None = None
+    collectives: dict[str, Traffic] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain dicts and numbers."""
+        return asdict(self) | {"collectives": {kind: found._asdict() for kind, found in self.collectives.items()}}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Compiled":
+        """The inverse of `as_json`."""
+        found = {kind: Traffic(**numbers) for kind, numbers in content["collectives"].items()}
+        return cls(**content | {"collectives": found})
+
+
+def described(topology: str, settings: MeshSettings) -> tuple[Layout, Chip]:
+    """The layout on a slice such as "v5p:4x4x4", and the chip that it is made of.
+
+    Raises:
+        ValueError: no such slice, the mesh does not fit on it, or libtpu is missing.
+    """
+    name, _, shape = topology.partition(":")
+    if name not in TPUS or not re.fullmatch(r"\d+(x\d+)+", shape):
+        raise ValueError(f"topology = {topology!r} must be one of {', '.join(TPUS)} and a shape, such as 'v5p:4x4x4'")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it looks for the cloud's metadata, for minutes
+    options = {"chip_config_name": "megacore"} if name == "v4" else {}
+    try:
+        devices = topologies.get_topology_desc(topology, platform="tpu", **options).devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"topology = {topology!r} can't be described (`pip install -r requirements-tpu.txt`?): {reason[:300]}"
+        ) from None
+    axes = parse_axes(settings.axes, len(devices))
+    if int(np.prod(list(axes.values()))) != len(devices):
+        raise ValueError(f"config.mesh.axes = {settings.axes!r} leaves some of {len(devices)} devices without work")
+    return Layout(make_mesh(devices, **axes), settings.sequence_order), CHIPS[name]
+
+
+def compile_lowered(lowered: jax.stages.Lowered, chip: Chip, beside: int, began: float) -> Compiled:
+    """Compiles what was begun to be lowered at `began`; a program that does not fit is a result, not an error."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
+        if not needed:
+            raise
+        peak = int(float(needed[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[needed[2]]) + beside
+        return Compiled(time.monotonic() - began, False, peak)
+    seconds = time.monotonic() - began
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + beside
+    return Compiled(
+        seconds,
+        peak <= chip.hbm_bytes,
+        peak,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        traffic(compiled.as_text()),
+    )
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Of shapes with shardings: what one device holds."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
