@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
         "retrieval",
         "export",
     )
-    config.mesh = section(MeshSettings(axes="fsdp:4,seq:-1"))
+    config.mesh = section(MeshSettings(axes="tensor:4,seq:-1"))
     config.profile = section(ProfileSettings())
     config.load = section(LoadSettings(path="/mnt/Llama-2-7b-hf", dtype="bfloat16", preset="llama2_7b"))
     config.data = section(DataSettings(folder="gs://BUCKET/redpajama", shares=(0.99, 0.01, 0.0)))
@@ -88,7 +88,7 @@ def _extend(config: ConfigDict) -> None:
         )
     tuning = dict(
         batch=32,
-        accumulate=8,
+        accumulate=32,
         checkpoint_every=50,
         log_every=5,
         evaluate_every=100,
@@ -148,7 +148,7 @@ def _judge(config: ConfigDict) -> None:
         RetrievalSettings(
             lengths=tuple(length * K for length in (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
             arms={"longrope": Arm("table")},
-            prompts_at_once=4,
+            prompts_at_once=1,
             tokens_at_once=8 * K,
         )
     )

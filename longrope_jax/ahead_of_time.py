@@ -80,11 +80,11 @@ def _compile(program: Program, chip: Chip, layout: Layout, known: dict[str, Any]
     with layout.active():
         began = time.monotonic()
         lowered = program.lower()
-        what = f"{jax.__version__} {chip.name} {dict(layout.mesh.shape)} {program.beside} {lowered.as_text()}"
+        what = f"{jax.__version__} {chip.name} {dict(layout.mesh.shape)} {lowered.as_text()}"
         digest = hashlib.sha256(what.encode()).hexdigest()
         if digest not in known:
-            known[digest] = compile_lowered(lowered, chip, program.beside, began).as_json()
-    return Compiled.from_json(known[digest])
+            known[digest] = compile_lowered(lowered, chip, began).as_json()
+    return Compiled.from_json(known[digest]).beside(program.beside, chip)
 
 
 def _known(path: epath.Path) -> dict[str, Any]:
