@@ -99,9 +99,7 @@ def _share(devices: int, memory: Memory, query: Array, key: Array, value: Array,
     # The slot number is beyond the end, so that the write is dropped, for what another device has.
     slots = jnp.where(block % devices == device, block // devices * BLOCK + within, keys.shape[2])
     rows = jnp.arange(len(positions))[:, None]
-    keys, values = (
-        held.at[layer, rows, slots].set(new, mode="drop") for held, new in ((keys, key), (values, value))
-    )
+    keys, values = (held.at[layer, rows, slots].set(new, mode="drop") for held, new in ((keys, key), (values, value)))
     mixed = _mix(devices, device, keys, values, layer, query, positions)
     return mixed.astype(value.dtype), Memory(Cache(keys, values), layer + 1)
 
