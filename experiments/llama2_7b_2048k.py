@@ -130,7 +130,7 @@ def _extend(config: ConfigDict) -> None:
 def _judge(config: ConfigDict) -> None:
     tuned = {"longrope": Arm("table"), "without_short_recovery": Arm("table_without_recovery")}
     original = {"original": Arm("original", "load")}
-    sliding = dict(stride=256, arms=tuned | original, controls=("original",))
+    sliding = dict(stride=256, tokens_at_once=256 * K, arms=tuned | original, controls=("original",))
     lengths = tuple(length * K for length in (4, 8, 16, 32, 64, 128, 256))
     config.evaluate_proofpile = section(
         EvaluationSettings(lengths=lengths, documents=10, data="data_proofpile", **sliding)
@@ -140,6 +140,7 @@ def _judge(config: ConfigDict) -> None:
         EvaluationSettings(
             lengths=tuple(length * K for length in (8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
             stride=256 * K,
+            tokens_at_once=256 * K,
             arms={"longrope": Arm("table"), "second_interpolation_yarn": Arm("table_yarn")},
             controls=("longrope",),
             documents=20,

@@ -75,6 +75,7 @@ def mixed_windows(load: LoadSettings, original: int) -> ConfigDict:
         EvaluationSettings(
             lengths=lengths,
             stride=256,
+            tokens_at_once=TARGET,
             documents=10,
             arms={
                 "longrope": Arm("table"),

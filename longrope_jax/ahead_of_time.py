@@ -125,63 +125,70 @@ def _report(topology: str, chip: Chip, layout: Layout, rows: list[_Row]) -> dict
     }
 
 
+_MEMORY_HEADER = ("stage", "program", "compile s", "arguments", "temporaries", "peak", "of HBM", "fits")
+_TIME_HEADER = (
+    "stage", "program", "runs", "model PFLOP", "attention", "ring / attention s", "others / matrices s", "run s",
+    "MFU, with attention", "hours",
+)  # fmt: skip
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+
+
 def _markdown(report: dict[str, Any], rows: list[_Row]) -> str:
-    gib = lambda size: "-" if size is None else f"{size / GIB:.1f}"  # noqa: E731
     mesh = ", ".join(f"{axis}:{size}" for axis, size in report["mesh"].items())
-    memory = [
-        (
-            row.stage,
-            row.program.name,
-            f"{row.compiled.seconds:.0f}",
-            gib(row.compiled.arguments),
-            gib(row.compiled.temporaries),
-            gib(row.compiled.peak),
-            f"{row.compiled.peak / report['hbm_bytes']:.0%}",
-            "yes" if row.compiled.fits else "**no**",
-        )
-        for row in rows
-    ]
-    header = ("stage", "program", "compile s", "arguments", "temporaries", "peak", "of HBM", "fits")
-    times = [
-        (
-            row.stage,
-            row.program.name,
-            str(row.program.calls),
-            f"{row.program.flops.total / 1e15:.3g}",
-            f"{row.estimate.attention_share:.0%}",
-            f"{row.estimate.ring:.3g} / {row.estimate.attention:.3g}",
-            f"{row.estimate.others:.3g} / {row.estimate.matrices:.3g}",
-            f"{row.estimate.total:.3g}",
-            f"{row.estimate.mfu:.0%} / {row.estimate.mfu_with_attention:.0%}",
-            f"{row.estimate.total * row.program.calls / 3600:.2g}",
-        )
-        for row in rows
-        if row.estimate
-    ]
-    time_header = (
-        "stage", "program", "runs", "model PFLOP", "attention's share", "ring / attention s", "others / matrices s",
-        "run s", "MFU / with attention", "hours",
-    )  # fmt: skip
-    sent = [
-        (row.stage, row.program.name, kind, str(found.count), gib(found.bytes))
-        for row in rows
-        for kind, found in row.compiled.collectives.items()
-    ]
     knobs = [f"* {row.stage}, {row.program.name}: {row.knob}\n" for row in rows if row.knob]
-    return "".join(
-        [
-            f"# {report['topology']}, {report['devices']} devices as {mesh or 'one'}\n\n",
-            f"Memory of a device in GiB; it has {gib(report['hbm_bytes'])}.\n\n",
-            table(header, memory),
-            *(["\nWhat does not fit, and what to turn:\n\n", *knobs] if knobs else []),
-            "\nTime, estimated and not measured: ",
-            *(f"{assumption}; " for assumption in ASSUMPTIONS[:-1]),
-            f"{ASSUMPTIONS[-1]}. What is sent is hidden where it takes no longer than the work beside it.\n\n",
-            table(time_header, times) if times else "",
-            "\nSent to a device, GiB a run.\n\n" if sent else "",
-            table(("stage", "program", "kind", "times", "GiB"), sent) if sent else "",
-        ]
+    times = [_time_cells(row) for row in rows if row.estimate]
+    hours = sum(row.estimate.total * row.program.calls for row in rows if row.estimate) / 3600
+    parts = [
+        f"# {report['topology']}: {report['devices']} devices as {mesh}\n",
+        f"Memory of a device in GiB; it has {_gib(report['hbm_bytes'])}.\n",
+        table(_MEMORY_HEADER, [_memory_cells(row, report["hbm_bytes"]) for row in rows]),
+        *(["What does not fit, and what to turn:\n", "".join(knobs)] if knobs else []),
+        f"Time, estimated and not measured: {hours:.0f} hours. What is sent is hidden where it takes no longer than "
+        "the work beside it. Assumed is that\n",
+        "".join(f"* {assumption};\n" for assumption in ASSUMPTIONS),
+        table(_TIME_HEADER, times) if times else "",
+        "What a device receives in one run, GiB, and how often:\n",
+        table(("stage", "program", *_KINDS), [_traffic_cells(row) for row in rows if row.compiled.fits]),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _memory_cells(row: _Row, hbm_bytes: int) -> tuple[str, ...]:
+    found = row.compiled
+    return (
+        row.stage,
+        row.program.name,
+        f"{found.seconds:.0f}",
+        *map(_gib, (found.arguments, found.temporaries, found.peak)),
+        f"{found.peak / hbm_bytes:.0%}",
+        "yes" if found.fits else "**no**",
     )
+
+
+def _time_cells(row: _Row) -> tuple[str, ...]:
+    guess = row.estimate
+    return (
+        row.stage,
+        row.program.name,
+        str(row.program.calls),
+        f"{row.program.flops.total / 1e15:.3g}",
+        f"{guess.attention_share:.0%}",
+        f"{guess.ring:.3g} / {guess.attention:.3g}",
+        f"{guess.others:.3g} / {guess.matrices:.3g}",
+        f"{guess.total:.3g}",
+        f"{guess.mfu:.0%}, {guess.mfu_with_attention:.0%}",
+        f"{guess.total * row.program.calls / 3600:.2g}",
+    )
+
+
+def _traffic_cells(row: _Row) -> tuple[str, ...]:
+    found = row.compiled.collectives
+    cells = (f"{_gib(found[kind].bytes)} ({found[kind].count})" if kind in found else "" for kind in _KINDS)
+    return (row.stage, row.program.name, *cells)
+
+
+def _gib(size: int | None) -> str:
+    return "-" if size is None else f"{size / GIB:.1f}"
 
 
 def _knob(settings: Any, layout: Layout) -> str:

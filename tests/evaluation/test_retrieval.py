@@ -33,7 +33,8 @@ def calls(monkeypatch):
     """In the place of a model: two readers, one of which does not look back far."""
     made = []
 
-    def answer(model, params, table, prompts, max_new_tokens, stops):
+    def answer(model, params, table, prompts, max_new_tokens, stops, chunk):
+        assert chunk == RetrievalSettings.tokens_at_once
         made.append((params, table, prompts, max_new_tokens, stops))
         texts = [TOKENIZER.decode(prompt[-SIGHT if params["name"] == "short-sighted" else 0 :]) for prompt in prompts]
         found = [re.search(r"(?:key|number of \w+) is (\d+)\.", text) for text in texts]
