@@ -48,7 +48,7 @@ def mixed_windows(load: LoadSettings, original: int) -> ConfigDict:
     """The experiment for any model with an original length of so many tokens."""
     config = ConfigDict()
     config.stages = ("load", "search", "finetune", "table", "evaluate", "retrieval", "export")
-    config.mesh = section(MeshSettings(axes="fsdp:8,seq:-1"))
+    config.mesh = section(MeshSettings(axes="fsdp:4,seq:-1"))
     config.profile = section(ProfileSettings())
     config.load = section(load)
     config.data = section(DataSettings(folder="gs://BUCKET/redpajama", shares=(0.99, 0.01, 0.0)))
@@ -59,7 +59,7 @@ def mixed_windows(load: LoadSettings, original: int) -> ConfigDict:
             length=TARGET,
             steps=2250,
             batch=64,
-            accumulate=8,
+            accumulate=16,
             factors="search",
             packed=True,
             long_share=0.7,

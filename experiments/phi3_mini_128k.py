@@ -25,7 +25,5 @@ def get_config() -> ConfigDict:
     """The experiment."""
     load = LoadSettings("gs://BUCKET/Phi-3-mini-4k-instruct", dtype="bfloat16", preset="phi3_mini")
     config = mixed_windows(load, original=4 * K)
-    config.mesh.axes = "fsdp:4,seq:-1"
-    config.finetune.accumulate = 16
     config.export.architecture = "Phi3ForCausalLM"
     return config

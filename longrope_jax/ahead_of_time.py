@@ -130,7 +130,6 @@ _TIME_HEADER = (
     "stage", "program", "runs", "model PFLOP", "attention", "ring / attention s", "others / matrices s", "run s",
     "MFU, with attention", "hours",
 )  # fmt: skip
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 
 
 def _markdown(report: dict[str, Any], rows: list[_Row]) -> str:
@@ -143,12 +142,12 @@ def _markdown(report: dict[str, Any], rows: list[_Row]) -> str:
         f"Memory of a device in GiB; it has {_gib(report['hbm_bytes'])}.\n",
         table(_MEMORY_HEADER, [_memory_cells(row, report["hbm_bytes"]) for row in rows]),
         *(["What does not fit, and what to turn:\n", "".join(knobs)] if knobs else []),
-        f"Time, estimated and not measured: {hours:.0f} hours. What is sent is hidden where it takes no longer than "
+        f"Time, estimated and not measured: {hours:.2g} hours. What is sent is hidden where it takes no longer than "
         "the work beside it. Assumed is that\n",
         "".join(f"* {assumption};\n" for assumption in ASSUMPTIONS),
         table(_TIME_HEADER, times) if times else "",
         "What a device receives in one run, GiB, and how often:\n",
-        table(("stage", "program", *_KINDS), [_traffic_cells(row) for row in rows if row.compiled.fits]),
+        _traffic_table([row for row in rows if row.compiled.fits]),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -181,14 +180,19 @@ def _time_cells(row: _Row) -> tuple[str, ...]:
     )
 
 
-def _traffic_cells(row: _Row) -> tuple[str, ...]:
-    found = row.compiled.collectives
-    cells = (f"{_gib(found[kind].bytes)} ({found[kind].count})" if kind in found else "" for kind in _KINDS)
-    return (row.stage, row.program.name, *cells)
+def _traffic_table(rows: list[_Row]) -> str:
+    kinds = sorted({kind for row in rows for kind in row.compiled.collectives})
+
+    def cells(row: _Row) -> tuple[str, ...]:
+        found = row.compiled.collectives
+        sent = (f"{_gib(found[kind].bytes)} ({found[kind].count})" if kind in found else "" for kind in kinds)
+        return (row.stage, row.program.name, *sent)
+
+    return table(("stage", "program", *kinds), [cells(row) for row in rows])
 
 
 def _gib(size: int | None) -> str:
-    return "-" if size is None else f"{size / GIB:.1f}"
+    return "-" if size is None else f"{size / GIB:.1f}" if size > GIB / 2 else f"{size / GIB:.2g}"
 
 
 def _knob(settings: Any, layout: Layout) -> str:

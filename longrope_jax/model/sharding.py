@@ -65,12 +65,19 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     """The mesh of all four axes, those not named of size 1: `make_mesh(data=2, seq=4)`.
 
     Uses the first of the devices, by default all there are, if there are more than the sizes' product.
+
+    Raises:
+        ValueError: an axis is unknown, or on a TPU the product of no dimensions of the slice, as 8 of 4x4x4.
     """
     unknown = sizes.keys() - set(AXES)
     if unknown:
         raise ValueError(f"no mesh axis {', '.join(sorted(unknown))}; known are {', '.join(AXES)}")
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    except NotImplementedError as error:  # a torus, of which every axis takes whole dimensions
+        wanted = ", ".join(f"{axis}:{size}" for axis, size in sizes.items() if size > 1)
+        raise ValueError(f"{wanted} can't be laid out on these devices: {' '.join(str(error).split())}") from None
 
 
 def partition_spec(*logical_axes: str | None) -> PartitionSpec:

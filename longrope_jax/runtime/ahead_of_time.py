@@ -103,7 +103,10 @@ def described(topology: str, settings: MeshSettings) -> tuple[Layout, Chip]:
         raise ValueError(
             f"config.mesh.axes = {settings.axes!r} leaves some of {len(devices)} devices without work; use -1"
         )
-    return Layout(make_mesh(devices, **axes), settings.sequence_order), CHIPS[name]
+    try:
+        return Layout(make_mesh(devices, **axes), settings.sequence_order), CHIPS[name]
+    except ValueError as error:
+        raise ValueError(f"config.mesh.axes = {settings.axes!r}: {error}") from None
 
 
 def compile_lowered(lowered: jax.stages.Lowered, chip: Chip, began: float) -> Compiled:
