@@ -85,6 +85,7 @@ def described(topology: str, settings: MeshSettings) -> tuple[Layout, Chip]:
     if name not in TPUS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise ValueError(f"topology = {topology!r} must be one of {', '.join(TPUS)} and a shape, such as 'v5p:4x4x4'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it looks for the cloud's metadata, for minutes
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken, so others may compile meanwhile
     options = {"chip_config_name": "megacore"} if name == "v4" else {}
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu", **options).devices
