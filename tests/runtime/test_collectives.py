@@ -86,7 +86,7 @@ def test_what_the_ring_sends_is_told_apart_from_other_permutes():
     assert found == {RING: Traffic(9, 3 * a_shard)}
 
 
-# --- text as TPU compilers print it ------------------------------------------------------------------------------------
+# --- text as TPU compilers print it -----------------------------------------------------------------------------------
 
 HEADER = "HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}, num_partitions=64\n"
 
@@ -125,8 +125,8 @@ def test_several_that_are_started_together_are_added():
             "s32[4]{0}), u32[]{:S(2)}) collective-permute-start(%a, %b), channel_id=3, source_target_pairs={{0,1}}",
             "%all-gather-start = ((f32[1,4]{1,0:T(8,128)}, f32[3]{0}), (f32[8,4]{1,0:T(8,128)}, f32[24]{0})) "
             "all-gather-start(%a, %b), replica_groups=[8,8]<=[64], dimensions={0}",
-            "%all-reduce-start = (f32[6]{0}, /*index=1*/f32[10]{0}) all-reduce-start(%a, %b), replica_groups=[8,8]<=[64], "
-            "to_apply=%add",
+            "%all-reduce-start = (f32[6]{0}, /*index=1*/f32[10]{0}) all-reduce-start(%a, %b), "
+            "replica_groups=[8,8]<=[64], to_apply=%add",
         )
     ) == {
         "collective-permute": Traffic(1, 4 * 2 * 2 + 4 * 4),
@@ -182,7 +182,7 @@ def loop(bound, step, kind="s32"):
 }}
 
 ENTRY %main.1_spmd (param: f32[8]) -> f32[8] {{
-  %while.1 = ({counter}, /*index=1*/bf16[8]{{0:T(1024)}}) while(%tuple.1), condition=%wide.condition.1, body=%wide.body.1
+  %while.1 = ({counter}, /*index=1*/bf16[8]{{0:T(1024)}}) while(%t), condition=%wide.condition.1, body=%wide.body.1
 }}
 """
 
@@ -211,7 +211,7 @@ def test_a_gather_that_goes_on_beside_other_work_counts_once():
     )
 
     def fusion(name, number, target):
-        call = f'  ROOT %custom-call.{number} = bf16[8]{{0}} custom-call(%all-gather.{number}), custom_call_target="{target}"'
+        call = f'  ROOT %call.{number} = bf16[8]{{0}} custom-call(%all-gather.{number}), custom_call_target="{target}"'
         return f"%{name} (param_0: bf16[8]) -> bf16[8] {{\n  {gather.replace('NUMBER', number)}\n{call}\n}}\n\n"
 
     text = HEADER + fusion("fused_computation.1", "1", "AsyncCollectiveStart")
@@ -230,7 +230,7 @@ def test_a_sum_of_which_one_piece_is_kept_is_scattered():
     text = HEADER + (
         "%all-reduce-scatter.1 (param_0: f32[64,8]) -> f32[4,8] {\n"
         "  %all-reduce.1 = f32[64,8]{1,0:T(8,128)} all-reduce(%param_0), replica_groups=[4,16]<=[64], to_apply=%add\n"
-        "  ROOT %dynamic-slice.1 = f32[4,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %x), dynamic_slice_sizes={4,8}\n}\n"
+        "  ROOT %dynamic-slice.1 = f32[4,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %x), sizes={4,8}\n}\n"
     )
     text += entry("%f = f32[4,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1").removeprefix(HEADER)
     assert traffic(text) == {"reduce-scatter": Traffic(1, 4 * 64 * 8 * 15 // 16)}
