@@ -327,13 +327,35 @@ class Refused:
         raise jax.errors.JaxRuntimeError(self.message)
 
 
-def test_a_program_for_which_the_compiler_finds_no_room_is_a_result():
-    told = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded by 1.75G."
-    found = runtime.compile_lowered(Refused(told), CHIP, 2**20, 0.0)
-    assert not found.fits and found.peak == 35 * 2**29 + 2**20 and found.arguments is None
+TOO_LARGE = {
+    "temporaries": (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded by 1.75G.",
+        35 * 2**29,
+    ),
+    "arguments": (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Total arguments (512.5M) exceeds available HBM (256M).",
+        1025 * 2**19,
+    ),
+}
+
+
+@pytest.mark.parametrize(("told", "needed"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_a_program_for_which_the_compiler_finds_no_room_is_a_result(told, needed):
+    found = runtime.compile_lowered(Refused(told), CHIP, 0.0).beside(2**20, CHIP)
+    assert not found.fits and found.peak == needed + 2**20 and found.arguments is None
     assert runtime.Compiled.from_json(json.loads(json.dumps(found.as_json()))) == found
+
+
+def test_other_complaints_of_the_compiler_are_errors():
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
-        runtime.compile_lowered(Refused("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem."), CHIP, 0, 0.0)
+        runtime.compile_lowered(Refused("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem."), CHIP, 0.0)
+
+
+def test_what_is_held_besides_can_leave_no_room():
+    found = runtime.Compiled(1.0, True, 600, 500, 50)
+    small = Chip("small", "Small", 1.0, 1000, 1.0)
+    assert found.beside(400, small) == runtime.Compiled(1.0, True, 1000, 500, 50)
+    assert found.beside(401, small) == runtime.Compiled(1.0, False, 1001, 500, 50)
 
 
 COMMANDS = {

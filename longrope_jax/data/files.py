@@ -52,8 +52,7 @@ def local_copy(file: epath.Path, size: int, sha256: str) -> str:
     if not is_remote(file):
         _check_size(file, size)
         return os.fspath(file)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longrope_jax"
-    local = epath.Path(cache) / f"{sha256[:16]}-{file.name}"
+    local = _cache() / f"{sha256[:16]}-{file.name}"
     if not local.exists() or local.stat().length != size:
         local.parent.mkdir(parents=True, exist_ok=True)
         _check_size(file, size)
@@ -62,6 +61,28 @@ def local_copy(file: epath.Path, size: int, sha256: str) -> str:
             local.unlink()
             raise OSError(f"{file} is not what was written there: it is damaged")
     return os.fspath(local)
+
+
+def fetched(file: epath.Path) -> epath.Path:
+    """A local file of the same content; a remote one is copied once to the cache, and again where it has changed.
+
+    Raises:
+        OSError: it is gone, or the copy has another size.
+    """
+    if not is_remote(file):
+        return file
+    found = file.stat()
+    what = hashlib.sha256(f"{file} {found.length} {found.mtime}".encode()).hexdigest()
+    local = _cache() / f"{what[:16]}-{file.name}"
+    if not local.exists():
+        local.parent.mkdir(parents=True, exist_ok=True)
+        copy(file, local, f".{os.getpid()}")
+        _check_size(local, found.length)
+    return local
+
+
+def _cache() -> epath.Path:
+    return epath.Path(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longrope_jax")
 
 
 def digest(path: str) -> str:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxtyping import Array
 from tqdm import tqdm
 
+from longrope_jax.data.files import fetched
 from longrope_jax.data.subwords import SubwordTokenizer
 from longrope_jax.interop.architectures import Origin, origins, parse_config
 from longrope_jax.interop.gguf import open_gguf
@@ -50,7 +51,8 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(path: epath.PathLike, *, mesh: Mesh | None = None, **changes: str) -> Pretrained:
-    """A Hugging Face folder (config.json, .safetensors, tokenizer.json) or a .gguf file of the llama architecture.
+    """A Hugging Face folder (config.json, .safetensors, tokenizer.json) or a .gguf file of the llama architecture, on
+    this machine or in an object store (gs://...), from where every machine copies it once.
 
     Tensor by tensor, each straight onto the devices that keep it: beyond the parameters the host holds no more than one
     tensor, and reads only the part that its own devices need.
@@ -88,7 +90,7 @@ def load_tokenizer(path: epath.PathLike) -> SubwordTokenizer:
     """The tokenizer of a folder or a GGUF file; raises ValueError where there is none that can be read."""
     if not _is_gguf(path):
         return SubwordTokenizer.from_folder(path)
-    tokenizer = gguf_tokenizer(path)
+    tokenizer = gguf_tokenizer(fetched(epath.Path(path)))
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer")
     return tokenizer
@@ -155,7 +157,7 @@ def _open(path: epath.Path) -> tuple[dict[str, Any], Any]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a Hugging Face folder or a .gguf file")
     if _is_gguf(path):
-        config, tensors = open_gguf(path)
+        config, tensors = open_gguf(fetched(path))
         return config, lambda: tensors
     if not path.is_dir():
         raise ValueError(f"{path} is neither a folder nor a .gguf file; pickled weights are not read")

@@ -10,6 +10,8 @@ from etils import epath
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
+from longrope_jax.data.files import fetched
+
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _INDEX = "model.safetensors.index.json"
@@ -26,7 +28,9 @@ class TensorSource(Protocol):
 
 
 class FolderTensors:
-    """The .safetensors files of a Hugging Face folder. Files are memory-mapped; only what is asked for is read."""
+    """The .safetensors files of a Hugging Face folder, those of an object store in copies on this machine. Files are
+    memory-mapped; only what is asked for is read.
+    """
 
     def __init__(self, folder: epath.Path):
         self._files = _files_by_tensor(folder)
@@ -95,6 +99,6 @@ def _names(file: epath.Path) -> list[str]:
 
 def _open(file: epath.Path):
     try:
-        return safe_open(str(file), framework="numpy")
+        return safe_open(str(fetched(file)), framework="numpy")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is no sound safetensors file: {error}") from None

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from longrope_jax.model.config import LlamaConfig
@@ -27,8 +28,8 @@ _MASKED = -1e30  # finite: a block whose every score is masked must not make NaN
 class Cache(NamedTuple):
     """Rotated keys, and values, of S slots in N layers; make one with `empty_cache`."""
 
-    keys: Float[Array, "N B K S D"]
-    values: Float[Array, "N B K S D"]
+    keys: Float[Array, "N B S K D"]
+    values: Float[Array, "N B S K D"]
 
 
 class Memory(NamedTuple):
@@ -38,16 +39,16 @@ class Memory(NamedTuple):
     layer: Int[Array, ""]
 
 
-CACHE_AXES = ("layers", "batch", "kv_heads", "length", None)
+CACHE_AXES = ("layers", "batch", "length", "kv_heads", None)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def empty_cache(config: LlamaConfig, rows: int, slots: int) -> Cache:
     """For sequences of up to `slots` tokens (see `slots_for`), in the model's dtype, on the mesh that is set.
 
-    2 N B K S D elements; the time of attention does not depend on how many of the slots are unused.
+    2 N B S K D elements; the time of attention does not depend on how many of the slots are unused.
     """
-    shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
+    shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
     return Cache(*(constrain(jnp.zeros(shape, config.dtype), *CACHE_AXES) for _ in range(2)))
 
 
@@ -96,11 +97,9 @@ def _share(devices: int, memory: Memory, query: Array, key: Array, value: Array,
     device = jax.lax.axis_index("seq") if devices > 1 else 0
     block, within = positions // BLOCK, positions % BLOCK
     # The slot number is beyond the end, so that the write is dropped, for what another device has.
-    slots = jnp.where(block % devices == device, block // devices * BLOCK + within, keys.shape[3])
+    slots = jnp.where(block % devices == device, block // devices * BLOCK + within, keys.shape[2])
     rows = jnp.arange(len(positions))[:, None]
-    keys, values = (
-        held.at[layer, rows, :, slots].set(new, mode="drop") for held, new in ((keys, key), (values, value))
-    )
+    keys, values = (held.at[layer, rows, slots].set(new, mode="drop") for held, new in ((keys, key), (values, value)))
     mixed = _mix(devices, device, keys, values, layer, query, positions)
     return mixed.astype(value.dtype), Memory(Cache(keys, values), layer + 1)
 
@@ -108,22 +107,28 @@ def _share(devices: int, memory: Memory, query: Array, key: Array, value: Array,
 def _mix(devices: int, device, keys: Array, values: Array, layer, query: Array, positions: Array) -> Array:
     """float32[B, C, H, D] over the slots of all devices: each goes through its own, with an online softmax."""
     batch, tokens, heads, dim = query.shape
-    kv_heads, held = keys.shape[2], keys.shape[3] // BLOCK
+    held, kv_heads = keys.shape[2] // BLOCK, keys.shape[3]
     query = query.reshape(batch, tokens, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
 
     def for_slots(blocks, j, carry):
         mixed, total, highest = carry
-        size = (1, batch, kv_heads, blocks * BLOCK, dim)
-        read = lambda x: jax.lax.dynamic_slice(x, (layer, 0, 0, j * blocks * BLOCK, 0), size)[0]  # noqa: E731
+        size = (1, batch, blocks * BLOCK, kv_heads, dim)
+
+        def read(x):
+            part = jax.lax.dynamic_slice(x, (layer, 0, j * blocks * BLOCK, 0, 0), size)[0]
+            # As it lies: a compiler that wants heads first for the products would rather have the whole cache so, and
+            # copy it in every layer from the order in which it is written.
+            return with_layout_constraint(part, Layout((0, 1, 2, 3)))
+
         which = (j * blocks + jnp.arange(blocks)) * devices + device
         at = (which[:, None] * BLOCK + jnp.arange(BLOCK)).reshape(-1)
-        scores = _product("bkgcd,bksd->bkgcs", query, read(keys)) * dim**-0.5
+        scores = _product("bkgcd,bskd->bkgcs", query, read(keys)) * dim**-0.5
         scores = jnp.where((at <= positions[..., None])[:, None, None], scores, _MASKED)
         new_highest = jnp.maximum(highest, scores.max(-1))
         weights = jnp.exp(scores - new_highest[..., None])
         shrink = jnp.exp(highest - new_highest)
         total = total * shrink + weights.sum(-1)
-        part = _product("bkgcs,bksd->bkgcd", weights.astype(values.dtype), read(values))
+        part = _product("bkgcs,bskd->bkgcd", weights.astype(values.dtype), read(values))
         return mixed * shrink[..., None] + part, total, new_highest
 
     # Own blocks up to the one with the last query's slot.

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import jax
@@ -50,9 +50,9 @@ class Compiled:
 
     Attributes:
         seconds: of lowering and compiling.
-        fits: whether the compiler found room, with what is beside.
-        peak: arguments, results that don't overwrite them, temporaries and what is beside; where it does not fit, what
-            the compiler would have needed.
+        fits: whether the compiler found room.
+        peak: arguments, results that don't overwrite them, and temporaries; where it does not fit, what the compiler
+            would have needed at least.
         arguments, temporaries: None where it does not fit.
         collectives: see `runtime/collectives.py`.
     """
@@ -67,6 +67,10 @@ class Compiled:
     def as_json(self) -> dict[str, Any]:
         """Plain dicts and numbers."""
         return asdict(self) | {"collectives": {kind: found._asdict() for kind, found in self.collectives.items()}}
+
+    def beside(self, held: int, chip: Chip) -> "Compiled":
+        """The same while a device holds so many bytes besides."""
+        return replace(self, fits=self.fits and self.peak + held <= chip.hbm_bytes, peak=self.peak + held)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Compiled":
@@ -100,20 +104,19 @@ def described(topology: str, settings: MeshSettings) -> tuple[Layout, Chip]:
     return Layout(make_mesh(devices, **axes), settings.sequence_order), CHIPS[name]
 
 
-def compile_lowered(lowered: jax.stages.Lowered, chip: Chip, beside: int, began: float) -> Compiled:
+def compile_lowered(lowered: jax.stages.Lowered, chip: Chip, began: float) -> Compiled:
     """Compiles what was begun to be lowered at `began`; a program that does not fit is a result, not an error."""
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
-        if not needed:
+        needed = _needed(str(error))
+        if needed is None:
             raise
-        peak = int(float(needed[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[needed[2]]) + beside
-        return Compiled(time.monotonic() - began, False, peak)
+        return Compiled(time.monotonic() - began, False, needed)
     seconds = time.monotonic() - began
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + beside
+    peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
     return Compiled(
         seconds,
         peak <= chip.hbm_bytes,
@@ -122,6 +125,14 @@ def compile_lowered(lowered: jax.stages.Lowered, chip: Chip, beside: int, began:
         memory.temp_size_in_bytes,
         traffic(compiled.as_text()),
     )
+
+
+def _needed(message: str) -> int | None:
+    """Bytes of HBM that the compiler would have needed, in its words; None if it complains of something else."""
+    for pattern in (r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", r"\(([\d.]+)([KMG])\) exceeds available HBM"):
+        if found := re.search(pattern, message):
+            return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]])
+    return None
 
 
 def bytes_on_device(tree: Any) -> int:

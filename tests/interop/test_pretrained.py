@@ -293,3 +293,17 @@ def test_the_stack_of_layers_is_filled_in_place(params, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as: some donated buffers were not usable
         read_params(tmp_path / "model", MODEL)
+
+
+def test_a_folder_in_an_object_store_is_copied_here_once(params, tmp_path, bucket, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(tmp_path / "model", CONFIG, to_huggingface(params), files=2)
+    for file in (tmp_path / "model").iterdir():
+        (bucket / "model" / file.name).write_bytes(file.read_bytes())
+    copies = []
+    for _ in range(2):
+        config, found, _, _ = lr.load_pretrained(bucket / "model")
+        assert config == MODEL
+        assert_same(found, params)
+        copies.append({file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache/longrope_jax").iterdir()})
+    assert copies[0] == copies[1] and len(copies[0]) == 2

@@ -50,7 +50,7 @@ def measure(path: str, stage: str, name: str, topology: str, *changes: str) -> d
     began = time.monotonic()
     with layout.active():
         kept = Kept(program.lower())
-        found = compile_lowered(kept, chip, program.beside, began)
+        found = compile_lowered(kept, chip, began).beside(program.beside, chip)
     text = kept.compiled.as_text() if kept.compiled else ""
     return {
         "fits": found.fits,

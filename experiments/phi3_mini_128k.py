@@ -1,0 +1,31 @@
+"""Phi3-mini (3.8B) from 4k to 128k tokens with mixed context windows, as LongRoPE2 does (arXiv 2502.20082).
+
+    python -m longrope_jax.main --config=experiments/phi3_mini_128k.py --coordinator=auto \\
+        --workdir=gs://BUCKET/phi3-128k --config.load.path=gs://BUCKET/Phi-3-mini-4k-instruct \\
+        --config.data.folder=gs://BUCKET/redpajama --config.data_pg19.tfds_dir=gs://BUCKET/tfds
+
+The stages, the text and the numbers are those of `llama3_8b_128k`, on a model with heads of 96 and an original length
+of 4k. The export is of Phi-3's own class in Transformers, which reads its cache again where the factors change.
+
+Slice: v5p:2x4x4 (32 chips) or v5e:8x16 (128).
+Expected time, from `--mode=compile` and not from a run (RESULTS.md): TIME.
+
+Published figures to compare with: the factors of Phi-3-mini-128k-instruct, which came from this method (`python -m
+longrope_jax.interop.huggingface factors CONFIG.json long.csv --length=131072`); in LongRoPE2 the real critical
+dimension is pair 25, the theoretical one 31.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.llama3_8b_128k import K, mixed_windows
+from longrope_jax.stages import LoadSettings
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    load = LoadSettings("gs://BUCKET/Phi-3-mini-4k-instruct", dtype="bfloat16", preset="phi3_mini")
+    config = mixed_windows(load, original=4 * K)
+    config.mesh.axes = "fsdp:4,seq:-1"
+    config.finetune.accumulate = 16
+    config.export.architecture = "Phi3ForCausalLM"
+    return config
