@@ -14,7 +14,7 @@ endif
 
 PROGRESSIVE ?= runs/progressive
 
-.PHONY: setup setup-dev quickstart progressive progressive_512x smollm2 test slow parity versus_pytorch lint clean
+.PHONY: setup setup-dev quickstart progressive progressive_512x smollm2 test slow parity tpu versus_pytorch lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -63,6 +63,16 @@ slow: setup-dev
 parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest -m parity
 
+# Compiled for slices of TPUs that need not be there: half an hour on two cores.
+tpu: .venv-tpu/installed
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 .venv-tpu/bin/python -m pytest -m tpu
+
+.venv-tpu/installed: requirements.txt requirements-dev.txt requirements-tpu.txt pyproject.toml
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet -r requirements-tpu.txt -r requirements-dev.txt
+	.venv-tpu/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 # How fast a candidate is scored, beside Transformers on PyTorch: a few minutes.
 versus_pytorch: .venv-parity/installed
 	.venv-parity/bin/python experiments/benchmarks/versus_pytorch.py
@@ -79,4 +89,4 @@ lint: setup-dev
 	.venv/bin/lint-imports
 
 clean:
-	rm -rf .venv .venv-parity runs
+	rm -rf .venv .venv-parity .venv-tpu runs

@@ -61,7 +61,7 @@ def compile_experiment(config: ConfigDict, topology: str, workdir: epath.PathLik
     for stage, settings in experiment.stages.items():
         for program in STAGES[kind_of(stage)].programs(settings, experiment.model, layout):
             print(f"{stage}: {program.name} ...", end=" ", flush=True)
-            compiled = _compile(program, chip, layout, known)
+            compiled = _compile(program, topology, chip, layout, known)
             knob = "" if compiled.fits else _knob(settings, layout)
             rows.append(_Row(stage, program, compiled, _estimate(chip, layout, program, compiled), knob))
             print(f"{compiled.seconds:.0f} s, {'fits' if compiled.fits else 'does not fit'}", flush=True)
@@ -75,12 +75,13 @@ def compile_experiment(config: ConfigDict, topology: str, workdir: epath.PathLik
     return report
 
 
-def _compile(program: Program, chip: Chip, layout: Layout, known: dict[str, Any]) -> Compiled:
+def _compile(program: Program, topology: str, chip: Chip, layout: Layout, known: dict[str, Any]) -> Compiled:
     """Anew, or from `known`, where it is added: programs that stages have in common are compiled once."""
     with layout.active():
         began = time.monotonic()
         lowered = program.lower()
-        what = f"{jax.__version__} {chip.name} {dict(layout.mesh.shape)} {lowered.as_text()}"
+        where = f"{topology} {chip} {dict(layout.mesh.shape)}"
+        what = f"{jax.__version__} {where} {lowered.as_text()}"
         digest = hashlib.sha256(what.encode()).hexdigest()
         if digest not in known:
             known[digest] = compile_lowered(lowered, chip, began).as_json()

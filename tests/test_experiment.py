@@ -386,17 +386,38 @@ def test_a_split_without_documents_is_refused_before_any_work(config, folder, tm
 
 
 def test_work_directories_of_earlier_versions_go_on(progressive_config, copied, monkeypatch):
-    """They noted the one text of every stage, with two fields, and that a stage has a section of text nowhere."""
+    """They noted the one text of every stage, with two fields, and that a stage has a section of text nowhere; and how
+    devices did the work.
+    """
     forbid_work(monkeypatch)
     for path in (copied / "stages").glob("*.begun.json"):
         begun, stage = json.loads(path.read_text()), path.name.split(".")[0]
         begun[stage].pop("data", None)
         begun["data"] = {"folder": progressive_config.data.folder, "suffix": ""}
+        begun["model"] |= {"attention": "blockwise", "remat": "nothing_saveable"}
+        begun[stage] |= {"accumulate": 2, "tokens_at_once": 4096} if stage in ("pretrain", "evaluate") else {}
         path.write_text(json.dumps(begun))
     shutil.rmtree(copied / "tokens")
     experiment.run(progressive_config, copied)
     with pytest.raises(ValueError, match=r"differing: data.shares \(\[0.7, 0.1, 0.2\] there, \[0.6, 0.2, 0.2\] now\)$"):
         experiment.prepare(change(progressive_config, "data.shares", (0.6, 0.2, 0.2)), copied)
+
+
+def test_how_devices_do_the_work_binds_no_work_directory(progressive_config, copied, monkeypatch):
+    forbid_work(monkeypatch)
+    changed = progressive_config
+    for path, value in (
+        ("model.attention", "dense"), ("model.remat", "dots_saveable"), ("finetune_a.remat", "attention_saveable"),
+        ("pretrain.accumulate", 2), ("search_4x.candidates_at_once", 2), ("search_8x.documents_at_once", 2),
+        ("evaluate.tokens_at_once", 64),
+    ):  # fmt: skip
+        changed = change(changed, path, value)
+    experiment.run(changed, copied)
+    for stage in ("pretrain", "finetune_a"):
+        begun = json.loads((copied / "stages" / f"{stage}.begun.json").read_text())
+        assert not {"attention", "remat"} & {*begun["model"], *begun[stage]} and begun["model"]["dtype"] == "float32"
+    with pytest.raises(ValueError, match=r"differing: model.dtype \('float32' there, 'bfloat16' now\)$"):
+        experiment.prepare(change(changed, "model.dtype", "bfloat16"), copied)
 
 
 def test_windows_of_one_file_count_as_one_document():
@@ -516,6 +537,24 @@ def test_a_stage_can_be_added_later_and_another_mesh_taken(progressive_config, c
     content = json.loads((copied / "report.json").read_text())
     assert list(content["evaluations"]) == ["evaluate", "evaluate_again"]
     assert (copied / "figures" / "perplexity_by_length_again.png").exists()
+
+
+def test_a_model_tuned_at_less_than_its_factors_are_for_reaches_as_far_as_they_do(progressive_config, copied):
+    """LongRoPE tunes Mistral on 16k tokens with the factors of 256k; a method's factors are for the length at hand."""
+    stages = {"finetune_b": "search_4x", "finetune_c": "search_8x_best_seed", "finetune_d": "yarn"}
+    config = change(progressive_config, "stages", (*PROGRESSIVE_STAGES, *stages))
+    with config.unlocked():
+        for name, factors in stages.items():
+            config[name] = section(
+                FinetuneSettings(length=32, factors=factors, model="pretrain", steps=1, batch=2, evaluate_every=0)
+            )
+    experiment.run(config, copied)
+    trained = experiment.reopen(config, copied).trained
+    assert [trained[name].length for name in ("pretrain", "finetune_a", *stages)] == [LENGTH, 64, 64, 128, 32]
+    searched = rope.load_factors(copied / "factors" / "search_4x.json", 8)
+    np.testing.assert_array_equal(trained["finetune_b"].factors.lam, searched.lam)
+    again = rope.extend("linear", trained["finetune_b"], 128, 8)
+    np.testing.assert_allclose(again.lam, 2 * searched.lam, rtol=1e-5)  # 128 is twice the 64, not four times the 32
 
 
 def test_a_finished_stage_may_not_change(progressive_config, copied):

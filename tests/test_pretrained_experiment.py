@@ -1,6 +1,7 @@
 """From a model of somebody else to a longer one: load, search, judge, retrieve, and write text with it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from longrope_jax import experiment, generate
 from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.evaluation.run import Arm, EvaluationSettings
 from longrope_jax.experiment import DataSettings
+from longrope_jax.model.config import PRESETS
 from longrope_jax.model.decode import complete
 from longrope_jax.model.sampling import Sampling
 from longrope_jax.runtime.mesh import MeshSettings
@@ -116,6 +118,93 @@ def test_a_bad_path_is_told_before_any_work(config, path, told):
     changed.load.path = path
     with pytest.raises(ValueError, match=told):
         experiment.parse_experiment(changed)
+
+
+# --- an architecture by its name --------------------------------------------------------------------------------------
+
+SIZES = dict(hidden_size=16, intermediate_size=20, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)
+
+
+@pytest.fixture
+def preset(monkeypatch, checkpoint):
+    """The name of one that is the checkpoint's."""
+    vocab_size = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    monkeypatch.setitem(PRESETS, "small", dict(SIZES, vocab_size=vocab_size, original_length=L))
+    return "small"
+
+
+def changed_checkpoint(checkpoint, folder, **changes):
+    """The same files with another config.json."""
+    shutil.copytree(checkpoint, folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+    return str(folder)
+
+
+def test_a_preset_is_known_before_there_are_files(preset):
+    settings = LoadSettings(path="/nowhere", preset=preset, dtype="bfloat16", attention="dense")
+    config = settings.config
+    assert (config.num_layers, config.original_length, config.dtype, config.attention) == (3, L, "bfloat16", "dense")
+    (boundary,) = settings.factors.boundaries
+    assert boundary == L and np.all(settings.factors.factors.lam == 1)
+    with pytest.raises(ValueError, match="/nowhere.*does not exist"):
+        settings.check_preset()
+    with pytest.raises(ValueError, match="preset = 'smal' must be one of .*tiny.*small, or ''"):
+        LoadSettings(path="/nowhere", preset="smal")
+
+
+def test_files_of_the_preset_are_accepted_and_others_named(preset, checkpoint, tmp_path):
+    LoadSettings(path=str(checkpoint), preset=preset, param_dtype="bfloat16").check_preset()
+    other = changed_checkpoint(checkpoint, tmp_path / "other", rope_theta=5000.0, num_hidden_layers=2)
+    with pytest.raises(ValueError) as caught:
+        LoadSettings(path=other, preset=preset).check_preset()
+    assert str(caught.value) == (
+        f"path = {other!r} does not hold preset = 'small': num_layers = 2 there, 3 here, rope_theta = 5000.0 there, "
+        "10000.0 here"
+    )
+    LoadSettings(path=other).check_preset()  # without one, the files say what they are
+
+
+def test_files_may_claim_a_longer_context_but_not_a_shorter_or_an_extended_one(preset, checkpoint, tmp_path):
+    """Mistral 7B says 32k, which it reads through a window of 4k."""
+    longer = changed_checkpoint(
+        checkpoint, tmp_path / "longer", architectures=["MistralForCausalLM"], max_position_embeddings=4 * L,
+        sliding_window=L,
+    )  # fmt: skip
+    settings = LoadSettings(path=longer, preset=preset)
+    settings.check_preset()
+    assert settings.config.original_length == settings.factors.boundaries[-1] == L
+    shorter = changed_checkpoint(checkpoint, tmp_path / "shorter", max_position_embeddings=L // 2)
+    with pytest.raises(ValueError, match="small': original_length = 32 there, 64 here$"):
+        LoadSettings(path=shorter, preset=preset).check_preset()
+    for name, scaling in (
+        ("linear", {"rope_type": "linear", "factor": 4.0}),
+        ("longrope", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 2.0, 4.0],
+                      "original_max_position_embeddings": L, "factor": 4.0}),
+    ):  # fmt: skip
+        extended = changed_checkpoint(
+            checkpoint, tmp_path / name, max_position_embeddings=4 * L, rope_scaling=scaling,
+            original_max_position_embeddings=L,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="small': .*a context that is extended already$"):
+            LoadSettings(path=extended, preset=preset).check_preset()
+
+
+def test_a_stage_with_a_preset_does_what_it_does_without(preset, config, checkpoint, workdir, tmp_path):
+    short = ConfigDict(config.to_dict())
+    for name in ("table", "evaluate", "retrieval"):
+        del short[name]
+    short.stages, short.load.preset = ("load", "search"), preset
+    experiment.run(short, tmp_path / "run")
+    summaries = [json.loads((path / "stages" / "load.json").read_text()) for path in (tmp_path / "run", workdir)]
+    assert summaries[0]["parameters"] == summaries[1]["parameters"] > 0
+    found, wanted = ((path / "search.jsonl").read_text() for path in (tmp_path / "run", workdir))
+    assert found == wanted
+    experiment.run(short, tmp_path / "run")  # finished before
+    other = changed_checkpoint(checkpoint, tmp_path / "other", rms_norm_eps=1e-6)
+    short.load.path = other
+    with pytest.raises(ValueError, match="^config.load: path = .*/other' does not hold preset = 'small': norm_eps"):
+        experiment.prepare(short, tmp_path / "anew")
 
 
 def settings_for(*prompts, **changes):

@@ -104,7 +104,7 @@ def _steps(model, params, table, prompts, max_new_tokens, sampling, stops, seed,
     ended = np.arange(rows) >= len(prompts)
     longest = int(lengths.max())
     slots = slots_for(longest + max_new_tokens)
-    chunk = min(chunk, 2 ** (longest - 1).bit_length())  # short prompts need not be filled up to a long chunk
+    chunk = chunk_for(longest, chunk)
     sequences = np.zeros((rows, slots), np.int32)
     for row, prompt in enumerate(prompts):
         sequences[row, : len(prompt)] = prompt
@@ -135,6 +135,11 @@ def _steps(model, params, table, prompts, max_new_tokens, sampling, stops, seed,
             tokens = sequences[np.arange(rows), newest]
             chosen, cache = read(factors, cache, tokens[:, None], newest, np.zeros_like(newest))
             chosen = np.asarray(chosen)
+
+
+def chunk_for(longest: int, chunk: int) -> int:
+    """How many tokens are read together: short prompts need not be filled up to a long chunk, but few sizes occur."""
+    return min(chunk, 2 ** (longest - 1).bit_length())
 
 
 def _prefill(read, chunk: int, factors: RopeFactors, cache: Cache, sequences, lengths):

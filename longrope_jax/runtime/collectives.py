@@ -7,18 +7,25 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
+RING = "ring"
+"""The kind of those collective-permutes that send keys and values around (`model/ring.py`). Others are gathers and
+sums of parameters that the compiler has taken apart, to send pieces while it multiplies others."""
+_RING_SCOPE = "ring_send"
+
 _ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
 _ITEM_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_OPERATION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 _CALLS = "calls|to_apply|body|branch_computations|true_computation|false_computation"
 _CALLED = re.compile(rf"\b(?:{_CALLS})=(\{{[^}}]*\}}|%?[\w.\-]+)")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_COUNTERS = ("s32[]", "u32[]")
 
 
 class Traffic(NamedTuple):
-    """Of one kind of collective, over a whole run of the program.
+    """Of one kind of collective, or of the `RING`, over a whole run of the program.
 
     Attributes:
         count: how many are started by a device.
@@ -30,6 +37,7 @@ class Traffic(NamedTuple):
 
 
 class _Operation(NamedTuple):
+    is_root: bool
     name: str
     result: str
     kind: str
@@ -44,14 +52,33 @@ def traffic(hlo: str) -> dict[str, Traffic]:
     """
     computations, entry = _computations(hlo)
     times = _times_run(computations, entry)
+    everyone = max(map(int, re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", hlo[: hlo.find("\n")])), default=1)
     count, received = Counter(), Counter()
     for name, operations in computations.items():
+        if not times[name] or _goes_on(name, operations):
+            continue
         for operation in operations:
-            kind = operation.kind.removesuffix("-start")
-            if kind in _KINDS and times[name]:
+            kind = _kind(name, operation)
+            if kind:
                 count[kind] += times[name]
-                received[kind] += times[name] * _received(kind, operation)
+                received[kind] += times[name] * _received(kind, operation, everyone)
     return {kind: Traffic(count[kind], int(received[kind])) for kind in sorted(count)}
+
+
+def _goes_on(name: str, operations: list[_Operation]) -> bool:
+    """Whether a fusion repeats a collective that another one has started: TPUs let work go on beside it by having it in
+    every fusion from the start to the end.
+    """
+    return name.startswith("async_collective_fusion") or any("AsyncCollectiveDone" in step.rest for step in operations)
+
+
+def _kind(computation: str, operation: _Operation) -> str | None:
+    kind = operation.kind.removesuffix("-start")
+    if kind == "collective-permute" and f"/{_RING_SCOPE}/" in operation.rest:
+        return RING
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # a fusion that keeps one piece of it
+        return "reduce-scatter"
+    return kind if kind in _KINDS else None
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[_Operation]], str]:
@@ -61,7 +88,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[_Operation]], str]:
             current = computations[begin[1]] = []
             entry = begin[1] if line.startswith("ENTRY") else entry
         elif found := _OPERATION.match(line):
-            current.append(_Operation(*found.groups()))
+            current.append(_Operation(bool(found[1]), *found.groups()[1:]))
     return computations, entry
 
 
@@ -89,26 +116,66 @@ def _trips(loop: _Operation, computations: dict[str, list[_Operation]]) -> int:
     """Of a loop that counts from 0 up to a constant; 1 if it is not known."""
     if stated := re.search(r"known_trip_count[^\d]*(\d+)", loop.rest):
         return int(stated[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-    bounds = [
-        int(found[1])
-        for operation in computations.get(condition[1] if condition else "", ())
-        if operation.kind == "constant" and operation.result.startswith("s32[]")
-        if (found := re.match(r"(\d+)\)", operation.rest))
-    ]
-    return max(bounds, default=1)
+    condition, body = (computations.get(_attribute(loop, name), []) for name in ("condition", "body"))
+    bounds = [number for operation in condition if (number := _constant(operation)) is not None]
+    return -(-max(bounds, default=1) // _step(condition, body))
 
 
-def _received(kind: str, operation: _Operation) -> float:
-    sizes = [_size(*shape) for shape in _SHAPE.findall(operation.result)]
-    # The result of a start holds what is sent as well, and counters.
-    size = max(sizes, default=0) if operation.kind.endswith("-start") and kind != "all-reduce" else sum(sizes)
-    group = _group(operation.rest)
-    if kind == "collective-permute":
+def _attribute(operation: _Operation, name: str) -> str:
+    found = re.search(rf"\b{name}=%?([\w.\-]+)", operation.rest)
+    return found[1] if found else ""
+
+
+def _constant(operation: _Operation) -> int | None:
+    is_number = operation.kind == "constant" and operation.result.startswith(_COUNTERS)
+    found = re.match(r"(\d+)\)", operation.rest) if is_number else None
+    return int(found[1]) if found else None
+
+
+def _step(condition: list[_Operation], body: list[_Operation]) -> int:
+    """What a loop's body adds to its counter, the one element of the state that the condition looks at: 2 where the
+    compiler has put two turns into one. 1 if it is not known.
+    """
+    looked_at = {_attribute(step, "index") for step in condition if step.kind == "get-tuple-element"}
+    by_name = {step.name: step for step in body}
+    root = next((step for step in body if step.is_root and step.kind == "tuple"), None)
+    if len(looked_at) != 1 or root is None:
+        return 1
+    counter = by_name.get(_operands(root)[int(looked_at.pop())])
+    while counter is not None and counter.kind in ("copy", "bitcast"):
+        counter = by_name.get(_operands(counter)[0])
+    if counter is None or counter.kind != "add":
+        return 1
+    added = [_constant(by_name[name]) for name in _operands(counter) if name in by_name]
+    return next((number for number in added if number), 1)
+
+
+def _operands(operation: _Operation) -> list[str]:
+    return _OPERAND.findall(operation.rest.partition(")")[0])
+
+
+def _received(kind: str, operation: _Operation, everyone: int) -> float:
+    result = operation.result
+    if operation.kind.endswith("-start") and operation.kind != "all-reduce-start":
+        result = _elements(result)[1]  # what is sent, what is received, and counters
+    size, group = sum(_size(*shape) for shape in _SHAPE.findall(result)), _group(operation.rest) or everyone
+    if kind in (RING, "collective-permute"):
         return size
-    if kind == "reduce-scatter":  # its result is one piece
-        return size * (group - 1) if not operation.kind.endswith("-start") else size * (group - 1) / group
+    if kind == "reduce-scatter" and operation.kind != "all-reduce":  # its result is one piece
+        return size * (group - 1)
     return size * (group - 1) / group * (2 if kind == "all-reduce" else 1)
+
+
+def _elements(tuple_type: str) -> list[str]:
+    """ "(a, (b, c{1:T(8)}))" -> ["a", "(b, c{1:T(8)})"]."""
+    elements, depth = [""], 0
+    for letter in tuple_type[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            elements.append("")
+        else:
+            elements[-1] += letter
+    return elements
 
 
 def _size(kind: str, dims: str) -> float:
@@ -116,7 +183,7 @@ def _size(kind: str, dims: str) -> float:
 
 
 def _group(rest: str) -> int:
-    """Devices that take part in one collective."""
+    """Devices that take part in one collective; 0 for all there are."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         # An axis, or a part of one: 'axis_1':(2)4 is 4 of it.
@@ -126,4 +193,4 @@ def _group(rest: str) -> int:
         return int(iota[2])
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(listed[1].split(","))
-    return 1
+    return 0

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from longrope_jax.model.arithmetic import Flops
 from longrope_jax.runtime.chips import Chip
-from longrope_jax.runtime.collectives import Traffic
+from longrope_jax.runtime.collectives import RING, Traffic
 
 MATRICES_REACH, ATTENTION_REACHES = 0.75, 0.5
 ASSUMPTIONS = (
     f"products with parameters reach {MATRICES_REACH:.0%} of the peak, attention kernels {ATTENTION_REACHES:.0%}",
-    "keys and values (collective-permute) go one way over one link to a neighbour, while attention computes",
+    "keys and values (ring) go one way over one link to a neighbour, while attention computes",
     "everything else that is sent takes both links of one dimension of the torus, while products are computed",
     "all bytes that a device holds are moved between HBM and the chip twice, while it computes",
     "what takes longer than the work beside it is waited for; nothing else is lost",
@@ -54,9 +54,8 @@ def estimate(
     peak = devices * chip.peak_flops
     matrices = executed.matrices / peak / MATRICES_REACH
     attention = executed.attention / peak / ATTENTION_REACHES
-    permuted = collectives.get("collective-permute", Traffic(0, 0)).bytes
-    ring = permuted / chip.link_bandwidth
-    others = (sum(found.bytes for found in collectives.values()) - permuted) / (2 * chip.link_bandwidth)
+    ring = collectives.get(RING, Traffic(0, 0)).bytes / chip.link_bandwidth
+    others = sum(found.bytes for kind, found in collectives.items() if kind != RING) / (2 * chip.link_bandwidth)
     memory = 2 * bytes_held / chip.hbm_bandwidth
     total = max(max(matrices, others) + max(attention, ring), memory)
     return Estimate(

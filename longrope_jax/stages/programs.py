@@ -17,7 +17,7 @@ from longrope_jax.evaluation.run import EvaluationSettings, window_stride
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.arithmetic import FORWARD, TRAINING, Flops, count_flops
 from longrope_jax.model.cache import CACHE_AXES, Cache, empty_cache, slots_for
-from longrope_jax.model.decode import GREEDY, advance
+from longrope_jax.model.decode import GREEDY, advance, chunk_for
 from longrope_jax.model.sharding import partition_spec
 from longrope_jax.rope import FactorTable, RopeFactors, unscaled
 from longrope_jax.runtime.ahead_of_time import Program, bytes_on_device
@@ -102,9 +102,9 @@ def retrieval_programs(settings: RetrievalSettings, config: LlamaConfig, layout:
         flops = Flops(whole.matrices * tokens / length, 2 * whole.attention * tokens / length)
         return Program(name, lower, calls, rows * tokens, flops, flops)
 
-    chunk = min(settings.tokens_at_once, length)
+    chunk = chunk_for(length, settings.tokens_at_once)
     return [
-        program(f"reading the last {chunk} of {length} tokens", chunk, prompts * -(-length // chunk)),
+        program(f"reading the last {min(chunk, length)} of {length} tokens", chunk, prompts * -(-length // chunk)),
         program(f"writing a token after {length}", 1, prompts * _ANSWER_TOKENS),
     ]
 

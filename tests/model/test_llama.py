@@ -10,7 +10,9 @@ import pytest
 import reference
 
 from longrope_jax.model import Llama, LlamaConfig
+from longrope_jax.model.sharding import make_mesh
 from longrope_jax.rope import RopeFactors, linear, ntk, stack, unscaled, yarn
+from longrope_jax.runtime.collectives import RING, traffic
 
 HEAD_DIM, HALF = 8, 4
 VOCABULARY = 61
@@ -248,7 +250,7 @@ def test_training_memory_is_linear_in_length():
         assert hlo.largest_array(program) < length**2 // 10
 
 
-@pytest.mark.parametrize("remat", ["nothing_saveable", "dots_with_no_batch_dims_saveable"])
+@pytest.mark.parametrize("remat", ["nothing_saveable", "attention_saveable", "dots_with_no_batch_dims_saveable"])
 def test_remat_saves_memory_and_leaves_loss_and_gradients_alone(remat):
     plain, saving = gradient_program(SMALL), gradient_program(small(remat=remat))
     wanted_nll, wanted = plain(make_params(SMALL), FACTORS)
@@ -256,6 +258,27 @@ def test_remat_saves_memory_and_leaves_loss_and_gradients_alone(remat):
     assert_close(nll, wanted_nll, 1e-6)
     jax.tree.map(assert_close, (got[0], got[1].lam, got[1].mscale), (wanted[0], wanted[1].lam, wanted[1].mscale))
     assert hlo.temporary_bytes(saving) < 0.75 * hlo.temporary_bytes(plain)
+
+
+def test_attention_that_is_kept_is_not_sent_around_again():
+    """A third of what the ring does is then left out: 3 rounds of keys, values and positions a layer."""
+    tokens, shapes = np.zeros((1, 256), np.int32), parameter_shapes(SMALL)
+
+    def sent(remat):
+        config = small(remat=remat)
+
+        @jax.jit
+        def gradient(params):
+            nll = lambda p: Llama(config).apply({"params": p}, tokens, tokens, FACTORS, method="token_nll").mean()  # noqa: E731
+            return jax.grad(nll)(params)
+
+        return traffic(gradient.lower(shapes).compile().as_text())[RING]
+
+    with jax.set_mesh(make_mesh(seq=4)):
+        kept, again, all_kept = (sent(remat) for remat in ("attention_saveable", "nothing_saveable", "none"))
+    shard = (2 * 2 * HEAD_DIM + 1) * 64 * 4  # two heads of keys and values, and positions; float32
+    assert again.bytes - kept.bytes == SMALL.num_layers * 3 * shard and again.count - kept.count == 2 * 3 * 3
+    assert kept == all_kept
 
 
 def test_program_does_not_grow_with_the_number_of_layers():

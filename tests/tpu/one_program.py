@@ -1,0 +1,70 @@
+"""Compiles one program of an experiment for a slice in a process of its own, and prints what that took, as JSON.
+
+python -m tests.tpu.one_program CONFIG STAGE PROGRAM TOPOLOGY field.of.config=value ...; `tests/tpu/test_slices.py`
+calls it.
+"""
+
+import ast
+import dataclasses
+import json
+import re
+import resource
+import runpy
+import sys
+import time
+
+import hlo
+import jax
+
+from longrope_jax.experiment import kind_of, parse_experiment
+from longrope_jax.runtime.ahead_of_time import compile_lowered, described
+from longrope_jax.stages import STAGES
+
+
+class Kept:
+    """A lowered program that keeps what it is compiled to."""
+
+    compiled = None
+
+    def __init__(self, lowered):
+        self.lowered = lowered
+
+    def compile(self):
+        self.compiled = self.lowered.compile()
+        return self.compiled
+
+
+def measure(path: str, stage: str, name: str, topology: str, *changes: str) -> dict:
+    """Of the program of a stage whose name begins with `name`; num_layers=4 changes the model."""
+    experiment = parse_experiment(runpy.run_path(path)["get_config"]())
+    model, settings = experiment.model, experiment.stages[stage]
+    for change in changes:
+        field, value = change.split("=")
+        if hasattr(settings, field):
+            settings = dataclasses.replace(settings, **{field: ast.literal_eval(value)})
+        else:
+            model = dataclasses.replace(model, **{field: ast.literal_eval(value)})
+    layout, chip = described(topology, experiment.mesh)
+    programs = STAGES[kind_of(stage)].programs(settings, model, layout)
+    (program,) = [program for program in programs if program.name.startswith(name)]
+    began = time.monotonic()
+    with layout.active():
+        kept = Kept(program.lower())
+        found = compile_lowered(kept, chip, began).beside(program.beside, chip)
+    text = kept.compiled.as_text() if kept.compiled else ""
+    return {
+        "fits": found.fits,
+        "peak": found.peak,
+        "hbm": chip.hbm_bytes,
+        "seconds": found.seconds,
+        "collectives": found.as_json()["collectives"],
+        "operations_lowered": len(re.findall(r" = \"?(?:stablehlo|sdy|func|chlo|mhlo)\.", kept.lowered.as_text())),
+        "operations": len(re.findall(r"^\s+(?:ROOT )?%[\w.\-]+ = ", text, re.MULTILINE)),
+        "largest_array": hlo.largest_array(kept.compiled) if kept.compiled else 0,
+        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    print(json.dumps(measure(*sys.argv[1:])))
