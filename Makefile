@@ -63,7 +63,7 @@ slow: setup-dev
 parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest -m parity
 
-# Compiled for slices of TPUs that need not be there: half an hour on two cores.
+# Compiled for slices of TPUs that need not be there: a quarter of an hour on two cores.
 tpu: .venv-tpu/installed
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 .venv-tpu/bin/python -m pytest -m tpu
 

@@ -7,6 +7,7 @@ calls it.
 import ast
 import dataclasses
 import json
+import math
 import re
 import resource
 import runpy
@@ -61,8 +62,15 @@ def measure(path: str, stage: str, name: str, topology: str, *changes: str) -> d
         "operations_lowered": len(re.findall(r" = \"?(?:stablehlo|sdy|func|chlo|mhlo)\.", kept.lowered.as_text())),
         "operations": len(re.findall(r"^\s+(?:ROOT )?%[\w.\-]+ = ", text, re.MULTILINE)),
         "largest_array": hlo.largest_array(kept.compiled) if kept.compiled else 0,
+        "largest_of_all_tokens": largest_with(name.split()[-1], text),
         "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def largest_with(dimension: str, text: str) -> int:
+    """Elements of the largest array that has a dimension of this size."""
+    shapes = [found.split(",") for found in re.findall(r"\b\w+\[([\d,]+)\]", text)]
+    return max((math.prod(map(int, shape)) for shape in shapes if dimension in shape), default=0)
 
 
 if __name__ == "__main__":

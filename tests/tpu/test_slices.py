@@ -96,8 +96,11 @@ def test_what_is_compiled_does_not_grow_with_layers_or_tokens():
 
 
 def test_two_million_tokens_are_judged_with_room_to_spare_and_nobody_holds_them_all():
-    """Keys or values of all tokens would be 2M times 32 heads of 128."""
+    """Keys or values of all tokens would be 2M times 32 heads of 128, a device's share is less than a quarter of that;
+    all tokens are together only where each is a number.
+    """
     found = measured("evaluate_books", f"windows of {TOKENS}", SLICE)
     assert found["fits"] and found["peak"] < 0.6 * found["hbm"]
-    assert found["largest_array"] < TOKENS * 32
+    assert found["largest_array"] < TOKENS * 32 * 128 // 4
+    assert 0 < found["largest_of_all_tokens"] <= TOKENS
     assert found["host_bytes"] < 6 * GIB
