@@ -541,7 +541,9 @@ def test_a_stage_can_be_added_later_and_another_mesh_taken(progressive_config, c
 
 def test_a_model_tuned_at_less_than_its_factors_are_for_reaches_as_far_as_they_do(progressive_config, copied):
     """LongRoPE tunes Mistral on 16k tokens with the factors of 256k; a method's factors are for the length at hand."""
-    stages = {"finetune_b": "search_4x", "finetune_c": "search_8x_best_seed", "finetune_d": "yarn"}
+    stages = {
+        "finetune_b": "search_4x", "finetune_c": "search_8x_best_seed", "finetune_d": "yarn", "finetune_e": "table"
+    }  # fmt: skip
     config = change(progressive_config, "stages", (*PROGRESSIVE_STAGES, *stages))
     with config.unlocked():
         for name, factors in stages.items():
@@ -550,7 +552,7 @@ def test_a_model_tuned_at_less_than_its_factors_are_for_reaches_as_far_as_they_d
             )
     experiment.run(config, copied)
     trained = experiment.reopen(config, copied).trained
-    assert [trained[name].length for name in ("pretrain", "finetune_a", *stages)] == [LENGTH, 64, 64, 128, 32]
+    assert [trained[name].length for name in ("pretrain", "finetune_a", *stages)] == [LENGTH, 64, 64, 128, 32, 64]
     searched = rope.load_factors(copied / "factors" / "search_4x.json", 8)
     np.testing.assert_array_equal(trained["finetune_b"].factors.lam, searched.lam)
     again = rope.extend("linear", trained["finetune_b"], 128, 8)

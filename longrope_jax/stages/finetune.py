@@ -3,9 +3,11 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.model import LlamaConfig
-from longrope_jax.rope import RopeFactors, Trained
+from longrope_jax.rope import FactorTable, RopeFactors, Trained
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.stages.carried import Carried, load_stage_factors, save_stage_factors
 from longrope_jax.stages.kind import Before, Stage, factors_target, model_stage, sources
@@ -64,9 +66,19 @@ def _load_finetune(settings: FinetuneSettings, carried: Carried, name: str, summ
         load_params, carried.workdir, name, carried.model, carried.layout, settings.steps
     )
     carried.params(name)
-    # Mistral 7B is tuned on 16k tokens with the factors of 256k (LongRoPE sec. 4.1), and is then extended from there.
-    reach = carried.targets.get(settings.factors, settings.length)
-    carried.trained[name] = Trained(reach, factors)  # last: a stage that has to run again is no model yet
+    carried.trained[name] = Trained(
+        _reach(settings, carried), factors
+    )  # last: a stage that has to run again is no model yet
+
+
+def _reach(settings: FinetuneSettings, carried: Carried) -> int:
+    """Up to how many tokens the factors are good that a model was tuned with, which may be shorter: Mistral 7B reads
+    16k with the factors of 256k (LongRoPE sec. 4.1), and is then extended from there.
+    """
+    found = carried.factors.get(settings.factors)
+    if isinstance(found, FactorTable):
+        return int(found.boundaries[np.searchsorted(found.boundaries, settings.length)])
+    return carried.targets.get(settings.factors, settings.length)
 
 
 FINETUNE = Stage(
