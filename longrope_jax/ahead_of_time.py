@@ -5,6 +5,7 @@ No data is touched and no model is read: an experiment whose first stage is a `l
 """
 
 import hashlib
+import importlib.metadata
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -81,11 +82,18 @@ def _compile(program: Program, topology: str, chip: Chip, layout: Layout, known:
         began = time.monotonic()
         lowered = program.lower()
         where = f"{topology} {chip} {dict(layout.mesh.shape)}"
-        what = f"{jax.__version__} {where} {lowered.as_text()}"
+        what = f"{jax.__version__} {_libtpu()} {where} {lowered.as_text()}"
         digest = hashlib.sha256(what.encode()).hexdigest()
         if digest not in known:
             known[digest] = compile_lowered(lowered, chip, began).as_json()
     return Compiled.from_json(known[digest]).beside(program.beside, chip)
+
+
+def _libtpu() -> str:
+    try:
+        return importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:  # compiled for devices that are there
+        return ""
 
 
 def _known(path: epath.Path) -> dict[str, Any]:

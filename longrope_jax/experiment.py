@@ -258,7 +258,9 @@ def _what(settings: dict[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in settings.items() if field not in _HOW}
 
 
-_HOW = {"attention", "accumulate", "remat", "candidates_at_once", "documents_at_once", "tokens_at_once"}
+_HOW = {"attention", "accumulate", "remat"} | {
+    f"{what}_at_once" for what in ("candidates", "documents", "prompts", "tokens")
+}
 
 
 def _begun(workdir: epath.Path, name: str) -> epath.Path:

@@ -33,7 +33,7 @@ def main() -> None:
         with layout.active():
             compiled = compile_lowered(program.lower(), chip, began)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{layers:6} {length:10} {compiled.seconds:8.0f} {compiled.temporaries / 2**30:17.1f} {peak:24.1f}")
+        print(f"{layers:6} {length:10} {compiled.seconds:8.0f} {size:17.1f} {peak:22.1f}")
 
 
 if __name__ == "__main__":

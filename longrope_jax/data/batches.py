@@ -17,7 +17,7 @@ from longrope_jax.data.packing import pack
 from longrope_jax.data.pieces import Pieces, cut, segments
 from longrope_jax.data.sequences import Batch, DisjointWindows, PackedPieces
 
-# Text is in memory, so a batch is made faster than it is used, and two that wait are enough; long ones are large.
+# A batch is read from local files faster than it is used, so two that wait are enough; long ones are large.
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 

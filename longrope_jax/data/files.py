@@ -74,7 +74,7 @@ def fetched(file: epath.Path) -> epath.Path:
     found = file.stat()
     what = hashlib.sha256(f"{file} {found.length} {found.mtime}".encode()).hexdigest()
     local = _cache() / f"{what[:16]}-{file.name}"
-    if not local.exists():
+    if not local.exists() or local.stat().length != found.length:
         local.parent.mkdir(parents=True, exist_ok=True)
         copy(file, local, f".{os.getpid()}")
         _check_size(local, found.length)

@@ -79,7 +79,7 @@ def attention(
     """
     backend = resolve(backend, running_on())
     if backend == "auto":  # a GPU, whose fused kernel knows neither float32 nor segments
-        backend = "cudnn" if cudnn.takes(query.dtype, segment_ids is not None) else "blockwise"
+        backend = "cudnn" if cudnn.takes(query.dtype, query.shape[-1], segment_ids is not None) else "blockwise"
     if backend == "dense":
         return dense(query, key, value, positions, segment_ids)
     if backend == "cudnn":

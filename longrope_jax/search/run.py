@@ -18,7 +18,8 @@ from longrope_jax.runtime import preemption, processes, records
 from longrope_jax.runtime.checkpoints import Checkpoints
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.evolution import EvolutionSettings, SearchState, describe, search
-from longrope_jax.search.objective import perplexity_objective
+from longrope_jax.search.objective import fitting_candidates, perplexity_objective
+from longrope_jax.search.scores import kept
 from longrope_jax.search.space import N_HAT, SearchSpace, paper_seeds, paper_space
 
 
@@ -107,13 +108,13 @@ def run_search(
     """Algorithm 1 on the model's own perplexity; goes on from `workdir/checkpoints/<stage>` if there is something.
 
     The state is saved after every iteration, and every candidate is a line of `workdir/search.jsonl` with its parents,
-    operator, genes and score.
+    operator, genes and score. Scores within an iteration are kept too, see `search/scores.py`.
 
     Args:
         trained: what the model was last trained with; see `paper_seeds`.
 
     Raises:
-        preemption.Preempted: the process was asked to stop; finished iterations are saved.
+        preemption.Preempted: the process was asked to stop; scores and finished iterations are saved.
     """
     config = model.config
     space = settings.space(config.original_length)
@@ -148,6 +149,8 @@ def run_search(
                 settings.documents_at_once,
                 bar.update,
             )
+            together = fitting_candidates(layout, settings.candidates_at_once, settings.documents_at_once)
+            objective = kept(objective, together, workdir / "scores.jsonl", stage, bar.update)
             clock = time.monotonic()
 
             def score(population):

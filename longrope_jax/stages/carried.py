@@ -68,6 +68,10 @@ class Carried:
             self._loaded = stage, self.read_params[stage]()
         return self._loaded[1]
 
+    def forget_params(self) -> None:
+        """Frees what is in memory; who needs parameters again reads them again."""
+        self._loaded = None
+
     def give_away_params(self, stage: str) -> dict:
         """The same to someone who overwrites them: they are not kept here."""
         params, self._loaded = self.params(stage), None

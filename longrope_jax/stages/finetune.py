@@ -45,6 +45,8 @@ def _finetune_factors(settings: FinetuneSettings, carried: Carried) -> RopeFacto
 def _run_finetune(settings: FinetuneSettings, carried: Carried, name: str) -> dict[str, Any]:
     factors = _finetune_factors(settings, carried)
     start = carried.model_stage(settings.model)
+    if (carried.workdir / "checkpoints" / name).exists():
+        carried.forget_params()  # it goes on from there, and would have no use for those it began with
     seconds = finetune(
         carried.model,
         carried.layout,

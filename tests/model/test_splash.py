@@ -171,8 +171,9 @@ def test_the_fused_attention_of_gpus_gets_what_dense_gets(monkeypatch):
             got = in_order(np.argsort(order), run(*in_order(order, (qkv, TOKENS["one document"], d_out))))
             for one, other in zip(got, wanted, strict=True):
                 assert np.abs(np.float32(one) - other).max() < 2e-2 * np.abs(other).max()
-    assert cudnn.takes(jnp.bfloat16, False) and not cudnn.takes(jnp.float32, False)
+    assert cudnn.takes(jnp.bfloat16, 128, False)
+    assert not cudnn.takes(jnp.float32, 128, False) and not cudnn.takes(jnp.bfloat16, 160, False)
     with pytest.raises(ValueError, match="can't keep the segments"):
         attention(*qkv, *TOKENS["packed"], backend="cudnn")
-    with pytest.raises(ValueError, match="'cudnn' computes in bfloat16 or float16, not in float32"):
+    with pytest.raises(ValueError, match="'cudnn' computes in bfloat16 or float16 .* not in float32"):
         attention(*make_qkv(), *TOKENS["one document"], backend="cudnn")
