@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
+from typing import NamedTuple
 
 import grain
 from absl import logging
@@ -15,16 +16,34 @@ from absl import logging
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.packing import pack
 from longrope_jax.data.pieces import Pieces, cut, segments
-from longrope_jax.data.sequences import Batch, DisjointWindows, PackedPieces
+from longrope_jax.data.sequences import Batch, DisjointWindows, NeedleRows, PackedPieces
+from longrope_jax.data.tokenizer import Tokenizer
 
 # A batch is read from local files faster than it is used, so two that wait are enough; long ones are large.
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
+class Needles(NamedTuple):
+    """That some sequences are to be needle prompts with their answers, see `NeedleRows`.
+
+    Attributes:
+        share: of all sequences, in [0, 1].
+        tokenizer: the one that made the documents.
+    """
+
+    share: float
+    tokenizer: Tokenizer
+
+
 def pretraining_batches(
-    documents: Sequence[Document], length: int, batch: int, seed: int, process: tuple[int, int] = (0, 1)
+    documents: Sequence[Document],
+    length: int,
+    batch: int,
+    seed: int,
+    process: tuple[int, int] = (0, 1),
+    needles: Needles | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Batches of disjoint windows, all documents' windows reshuffled in every epoch.
+    """Batches of disjoint windows, all documents' windows reshuffled in every epoch, and of needles if asked for.
 
     Args:
         documents: what to train on.
@@ -32,16 +51,25 @@ def pretraining_batches(
         batch: sequences a step, those of all processes together.
         seed: of the order.
         process: (index, count). Each process loads rows of its own; one after the other, they are the whole batch.
+        needles: which share is needles, met exactly and evenly as `finetuning_batches` meets its own. No two of them
+            are the same, so they have no epochs; windows have theirs among themselves.
 
     Returns:
         An iterator whose `get_state()` is a small dict of numbers; `set_state()` goes on from exactly there.
 
     Raises:
-        ValueError: fewer windows than a batch, or a batch that the processes cannot share evenly.
+        ValueError: fewer windows than a batch takes, a batch that the processes cannot share evenly, a share outside
+            [0, 1], or needles that are not for this length or these documents.
     """
-    windows = DisjointWindows(documents, length)
-    _check_enough(documents, f"{len(windows)} windows of {length} tokens", len(windows), batch)
-    return _batches(_epochs(windows, seed), batch, process)
+    share = _share("needle_share", needles.share) if needles else Fraction(0)
+    kinds = []
+    if share < 1:
+        windows = DisjointWindows(documents, length)
+        _check_enough(documents, f"{len(windows)} windows of {length} tokens", len(windows), batch, 1 - share)
+        kinds.append(_epochs(windows, seed))
+    if share > 0:
+        kinds.append(grain.MapDataset.source(NeedleRows(documents, length, needles.tokenizer, seed)))
+    return _batches(_mixed(kinds, share), batch, process)
 
 
 def finetuning_batches(
@@ -84,11 +112,9 @@ def finetuning_batches(
         ValueError: a share outside [0, 1], an original window above `length`, no document that fills a segment, fewer
             sequences than a batch takes, or a batch that the processes cannot share evenly.
     """
-    if not 0 <= long_share <= 1:
-        raise ValueError(f"long_share = {long_share} must lie in [0, 1]")
+    share = _share("long_share", long_share)
     if not 2 <= original_length <= length:
         raise ValueError(f"original_length = {original_length} must lie in [2, length = {length}]")
-    share = Fraction(str(long_share))  # 0.3 is three tenths here, not the binary number next to it
     make_source = partial(PackedPieces, documents, length=length, bos=bos, eos=eos)
     epochs = []
     if share < 1:
@@ -100,7 +126,7 @@ def finetuning_batches(
         long = make_source(*plan, context=length)
         _check_enough(documents, f"{len(long)} long sequences of {length} tokens", len(long), batch, share)
         epochs.append(_epochs(long, seed))
-    sequences = epochs[0] if len(epochs) == 1 else grain.MapDataset.select_from_datasets(epochs, _Mixture(share))
+    sequences = _mixed(epochs, share)
     if share == 1 and not packed:
         sequences = sequences.map(lambda row: row._replace(segment_ids=None))  # they would mask nothing
     return _batches(sequences, batch, process)
@@ -141,22 +167,33 @@ def _check_enough(documents: Sequence[Document], held: str, count: int, batch: i
         raise ValueError(f"the {len(documents)} training documents hold {held}, fewer than {what}")
 
 
-class _Mixture(grain.transforms.DatasetSelectionMap):
-    """Sequence k -> (1, its number among the long ones) or (0, its number among the short ones).
+def _share(name: str, share: float) -> Fraction:
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} = {share} must lie in [0, 1]")
+    return Fraction(str(share))  # 0.3 is three tenths here, not the binary number next to it
 
-    Counts that are rounded down anew for every k spread the long ones evenly, with no error that adds up.
+
+def _mixed(kinds: Sequence[grain.MapDataset[Batch]], share: Fraction) -> grain.MapDataset[Batch]:
+    """Sequences of two kinds, `share` of them of the second; a kind that has no share is not among `kinds`."""
+    return kinds[0] if len(kinds) == 1 else grain.MapDataset.select_from_datasets(kinds, _Mixture(share))
+
+
+class _Mixture(grain.transforms.DatasetSelectionMap):
+    """Sequence k -> (1, its number among the second kind) or (0, its number among the first).
+
+    Counts that are rounded down anew for every k spread the second kind evenly, with no error that adds up.
     """
 
-    def __init__(self, long_share: Fraction):
-        self._long_share = long_share
+    def __init__(self, share: Fraction):
+        self._share = share
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        long_before = math.floor(index * self._long_share)
-        is_long = math.floor((index + 1) * self._long_share) > long_before
-        return (1, long_before) if is_long else (0, index - long_before)
+        before = math.floor(index * self._share)
+        is_second = math.floor((index + 1) * self._share) > before
+        return (1, before) if is_second else (0, index - before)
 
 
 def _epochs(source: grain.sources.RandomAccessDataSource, seed: int) -> grain.MapDataset[Batch]:

@@ -90,26 +90,56 @@ def needle(
         f"\nWhat is the magic number of {city}? The magic number of {city} is",
         answer,
     )
-    room = parts.room(length, "needle")
-    # Which are long enough is seen without reading them, but for the few where it depends on their markers.
-    fitting = [tokens for tokens in (document.tokens for document in documents) if len(tokens) >= room]
-    fitting = [tokens for tokens in fitting if len(tokens) >= room + 2 or len(_text(tokens, tokenizer)) >= room]
-    if not fitting:
-        longest = max((len(document.tokens) for document in documents), default=0)
-        ends = [d.tokens for d in documents if len(d.tokens) >= longest - 2]
-        raise ValueError(
-            f"none of {len(documents)} documents has the {room} tokens of text that a needle prompt of length = "
-            f"{length} takes; the longest has {max((len(_text(tokens, tokenizer)) for tokens in ends), default=0)}"
-        )
-    tokens = fitting[rng.integers(len(fitting))]
-    text = _text(tokens, tokenizer)
-    start = text.start + rng.integers(len(text) - room + 1)
-    return _hide(parts, tokens[start : start + room], depth, tokenizer)
+    return _hide(parts, _stretch(parts, length, "needle", tokenizer, rng, documents), depth, tokenizer)
+
+
+def needle_cloze(
+    length: int, depth: float, tokenizer: Tokenizer, rng: np.random.Generator, documents: Sequence[Document]
+) -> Prompt:
+    """The same without instruction and question: the needle's sentence begins again at the end, to be completed.
+
+    For models that only continue text, and for short windows: all but the text takes 70 bytes or less. The number's 7
+    digits are all different: what follows one is then told by it alone, which the tiniest models learn to look up in a
+    fraction of the time (they do not know long what to make of 4 in 4147263).
+
+    Args and errors are those of `needle`.
+    """
+    parts = _draw_cloze(tokenizer, rng)
+    return _hide(parts, _stretch(parts, length, "needle_cloze", tokenizer, rng, documents), depth, tokenizer)
+
+
+def answered_cloze(
+    length: int, tokenizer: Tokenizer, rng: np.random.Generator, documents: Sequence[Document]
+) -> Int[np.ndarray, "length"]:
+    """A prompt as `needle_cloze` makes them, at a random depth, and its answer: `length` tokens to train on.
+
+    In every other one that has room for it the needle stands twice. That is twice as much to look up, since the second
+    can be told from the first, and models learn it so much sooner.
+
+    Raises:
+        ValueError: as for `needle`.
+    """
+    parts, depth = _draw_cloze(tokenizer, rng), float(rng.uniform())
+    asked, more = length - len(parts.answer_tokens), len(parts.needle)
+    if rng.integers(2) and asked >= parts.fixed + more:
+        text = _stretch(parts, asked - more, "needle_cloze", tokenizer, rng, documents)
+        place = _nearest_break(text, int(rng.integers(len(text) + 1)), tokenizer)
+        text = np.concatenate([text[:place], parts.needle, text[place:]])
+    else:
+        text = _stretch(parts, asked, "needle_cloze", tokenizer, rng, documents)
+    prompt = _hide(parts, text, depth, tokenizer)
+    return np.concatenate([prompt.tokens, prompt.answer_tokens])
+
+
+def cloze_size(tokenizer: Tokenizer) -> int:
+    """How many tokens a prompt of `needle_cloze` and its answer take at most, with no text around the needle."""
+    largest = [_cloze(tokenizer, city, "8" * NEEDLE_DIGITS) for city in CITIES]
+    return max(len(parts.answer_tokens) + parts.fixed for parts in largest)
 
 
 def answer_room(task: str, tokenizer: Tokenizer) -> int:
-    """How many tokens a model may take for the answer, to the task "passkey" or "needle"."""
-    digits = {"passkey": PASSKEY_DIGITS, "needle": NEEDLE_DIGITS}[task]
+    """How many tokens a model may take for the answer, to the task "passkey", "needle" or "needle_cloze"."""
+    digits = {"passkey": PASSKEY_DIGITS, "needle": NEEDLE_DIGITS, "needle_cloze": NEEDLE_DIGITS}[task]
     return len(_encode(tokenizer, " " + "8" * digits)) + _REMARK_TOKENS
 
 
@@ -134,14 +164,55 @@ class _Parts(NamedTuple):
             _encode(tokenizer, f"{question} {answer}")[len(asked) :],
         )
 
+    @property
+    def fixed(self) -> int:
+        """Tokens of a prompt without a haystack."""
+        return len(self.instruction) + len(self.needle) + len(self.question)
+
     def room(self, length: int, task: str) -> int:
         """Tokens that are left for the haystack."""
-        fixed = len(self.instruction) + len(self.needle) + len(self.question)
-        if length < fixed:
+        if length < self.fixed:
             raise ValueError(
-                f"length = {length} tokens is too short for a {task} prompt, whose fixed parts take {fixed}"
+                f"length = {length} tokens is too short for a {task} prompt, whose fixed parts take {self.fixed}"
             )
-        return length - fixed
+        return length - self.fixed
+
+
+def _draw_cloze(tokenizer: Tokenizer, rng: np.random.Generator) -> _Parts:
+    digits = rng.permutation(10)
+    answer = "".join(map(str, digits[int(digits[0] == 0) :][:NEEDLE_DIGITS]))  # no number begins with 0
+    return _cloze(tokenizer, CITIES[rng.integers(len(CITIES))], answer)
+
+
+def _cloze(tokenizer: Tokenizer, city: str, answer: str) -> _Parts:
+    begun = f"\nThe magic number of {city} is"
+    return _Parts.of(tokenizer, "", f"{begun} {answer}.\n", begun, answer)
+
+
+def _stretch(
+    parts: _Parts,
+    length: int,
+    task: str,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+    documents: Sequence[Document],
+) -> np.ndarray:
+    """As much text of one document as fills the prompt; which document and where is drawn."""
+    room = parts.room(length, task)
+    # Which are long enough is seen without reading them, but for the few where it depends on their markers.
+    fitting = [tokens for tokens in (document.tokens for document in documents) if len(tokens) >= room]
+    fitting = [tokens for tokens in fitting if len(tokens) >= room + 2 or len(_text(tokens, tokenizer)) >= room]
+    if not fitting:
+        longest = max((len(document.tokens) for document in documents), default=0)
+        ends = [d.tokens for d in documents if len(d.tokens) >= longest - 2]
+        raise ValueError(
+            f"none of {len(documents)} documents has the {room} tokens of text that a {task} prompt of length = "
+            f"{length} takes; the longest has {max((len(_text(tokens, tokenizer)) for tokens in ends), default=0)}"
+        )
+    tokens = fitting[rng.integers(len(fitting))]
+    text = _text(tokens, tokenizer)
+    start = text.start + rng.integers(len(text) - room + 1)
+    return tokens[start : start + room]
 
 
 def _hide(parts: _Parts, haystack: np.ndarray, depth: float, tokenizer: Tokenizer) -> Prompt:

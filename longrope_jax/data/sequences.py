@@ -1,5 +1,6 @@
 """What a model is trained on: a batch, its rows, and the sources that make any row when it is asked for."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from jaxtyping import Int
 
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.pieces import Pieces
+from longrope_jax.data.retrieval import answered_cloze, cloze_size
+from longrope_jax.data.tokenizer import Tokenizer
 
 IGNORED = -1
 """The target where nothing is to be predicted."""
@@ -46,9 +49,48 @@ class DisjointWindows:
     def __getitem__(self, index: int) -> Batch:
         which = int(np.searchsorted(self._ends, index, side="right"))
         start = (index - (self._ends[which - 1] if which else 0)) * self._length
-        window = self._documents[which].tokens[start : start + self._length + 1].astype(np.int32)
-        positions = np.arange(self._length, dtype=np.int32)
-        return Batch(window[:-1], window[1:], positions, None, np.int32(self._length))
+        return _one_piece(self._documents[which].tokens[start : start + self._length + 1])
+
+
+class NeedleRows:
+    """Needles in text at random depths, asked for at the end, and answered: a row each (a grain data source).
+
+    The last token of the answer (see `answered_cloze`) is the last target. Row k depends on the arguments and on k
+    alone, and there are as many as anyone could ask for.
+
+    Raises:
+        ValueError: the length is too short for a prompt, or no document is as long.
+    """
+
+    def __init__(self, documents: Sequence[Document], length: int, tokenizer: Tokenizer, seed: int):
+        self._length, self._tokenizer, self._seed = length, tokenizer, seed
+        # Found once: every row draws one of them, and could not look through all.
+        self._documents = [document for document in documents if len(document.tokens) >= length]
+        if not self._documents:
+            longest = max((len(document.tokens) for document in documents), default=0)
+            raise ValueError(
+                f"none of {len(documents)} training documents has the {length} tokens that needles are hidden in; "
+                f"the longest has {longest}"
+            )
+        shortest = cloze_size(tokenizer) - 1  # a row has one token more than its length
+        if length < shortest:
+            raise ValueError(
+                f"length = {length} tokens is too short for needles, which take {shortest} with question and answer"
+            )
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = np.random.default_rng([self._seed, index])
+        document = self._documents[rng.integers(len(self._documents))]
+        return _one_piece(answered_cloze(self._length + 1, self._tokenizer, rng, [document]))
+
+
+def _one_piece(tokens: Int[np.ndarray, "T+1"]) -> Batch:
+    """A row that is a window of its own length."""
+    length, tokens = len(tokens) - 1, tokens.astype(np.int32)
+    return Batch(tokens[:-1], tokens[1:], np.arange(length, dtype=np.int32), None, np.int32(length))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

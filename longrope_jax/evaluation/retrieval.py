@@ -12,7 +12,7 @@ from etils import epath
 from tqdm import tqdm
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.retrieval import Prompt, answer_room, needle, passkey
+from longrope_jax.data.retrieval import Prompt, answer_room, needle, needle_cloze, passkey
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.evaluation.run import Arm, Subject, by_model, published_arms
 from longrope_jax.model import Llama
@@ -21,7 +21,7 @@ from longrope_jax.rope import FactorTable
 from longrope_jax.runtime import preemption, processes, records
 from longrope_jax.runtime.mesh import Layout
 
-TASKS = ("passkey", "needle")
+TASKS = ("passkey", "needle", "needle_cloze")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class RetrievalSettings:
 
     Attributes:
         lengths: tokens of prompt and answer together; the longest is the methods' target.
-        task: "passkey", a number in filler text, or "needle", one in the evaluation documents.
+        task: "passkey", a number in filler text; "needle", one in the evaluation documents; or "needle_cloze", the same
+            for models that only continue text.
         depths: where it is, shares of the text before the question; () draws one for every try, as for the paper's
             passkey test.
         arms: name -> model and factors.
@@ -88,7 +89,8 @@ def make_prompts(
                 prompts.append(passkey(length - room, tokenizer, rng, depth))
             else:
                 chosen = float(rng.uniform()) if depth is None else depth
-                prompts.append(needle(length - room, chosen, tokenizer, rng, documents))
+                make = {"needle": needle, "needle_cloze": needle_cloze}[settings.task]
+                prompts.append(make(length - room, chosen, tokenizer, rng, documents))
         except ValueError as error:
             raise ValueError(f"lengths: of {length} tokens {room} are for the answer, but {error}") from None
     return prompts

@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-from longrope_jax.data.batches import pretraining_batches
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import Trained, unscaled
@@ -21,8 +20,8 @@ def _check_pretrain(settings: PretrainSettings, config: LlamaConfig, before: Bef
 
 
 def _check_pretrain_data(settings: PretrainSettings, carried: Carried) -> None:
-    length = carried.model.config.original_length
-    pretraining_batches(carried.documents[settings.data]["train"], length, settings.batch, settings.seed)
+    train, length = carried.documents[settings.data]["train"], carried.model.config.original_length
+    settings.batches(train, carried.tokenizer, length)
 
 
 def _check_pretrain_layout(settings: PretrainSettings, config: LlamaConfig, layout: Layout) -> None:
@@ -31,7 +30,7 @@ def _check_pretrain_layout(settings: PretrainSettings, config: LlamaConfig, layo
 
 def _run_pretrain(settings: PretrainSettings, carried: Carried, name: str) -> dict[str, Any]:
     train = carried.documents[settings.data]["train"]
-    seconds = pretrain(carried.model, carried.layout, settings, train, carried.workdir, name)
+    seconds = pretrain(carried.model, carried.layout, settings, train, carried.tokenizer, carried.workdir, name)
     return {"steps": settings.steps, "seconds": seconds}
 
 

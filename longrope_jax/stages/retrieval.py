@@ -36,7 +36,7 @@ def _documents(settings: RetrievalSettings, carried: Carried) -> Sequence[Docume
 
 
 def _splits(settings: RetrievalSettings) -> tuple[str, ...]:
-    return ("evaluation",) if settings.task == "needle" else ()
+    return () if settings.task == "passkey" else ("evaluation",)
 
 
 def _run_retrieval(settings: RetrievalSettings, carried: Carried, name: str) -> dict[str, Any]:

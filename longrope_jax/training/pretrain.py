@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from etils import epath
 
-from longrope_jax.data.batches import pretraining_batches
+from longrope_jax.data.batches import Needles, pretraining_batches
 from longrope_jax.data.corpus import Document, tokens_per_byte
+from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.model import Llama
 from longrope_jax.rope import FactorTable, unscaled
 from longrope_jax.runtime.mesh import Layout
@@ -20,10 +21,25 @@ class PretrainSettings(LoopSettings):
     """How a model is trained from scratch on windows of its original length; see `LoopSettings`.
 
     Attributes:
+        needle_share: share of the sequences that hide a needle in the text, ask for it and answer, see `needle_cloze`:
+            a small model learns to retrieve from such, and hardly from text alone.
         data: the section of the text.
     """
 
+    needle_share: float = 0.0
     data: str = "data"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.needle_share <= 1:
+            raise ValueError(f"needle_share = {self.needle_share} must lie in [0, 1]")
+
+    def batches(
+        self, documents: Sequence[Document], tokenizer: Tokenizer, original_length: int, share: tuple[int, int] = (0, 1)
+    ):
+        """What is trained on; raises ValueError where the text or the length does not suffice."""
+        needles = Needles(self.needle_share, tokenizer) if self.needle_share else None
+        return pretraining_batches(documents, original_length, self.batch, self.seed, share, needles)
 
 
 def pretrain(
@@ -31,6 +47,7 @@ def pretrain(
     layout: Layout,
     settings: PretrainSettings,
     documents: Sequence[Document],
+    tokenizer: Tokenizer,
     workdir: epath.Path,
     stage: str,
 ) -> float:
@@ -40,7 +57,7 @@ def pretrain(
         model,
         layout,
         settings,
-        pretraining_batches(documents, length, settings.batch, settings.seed, layout.share),
+        settings.batches(documents, tokenizer, length, layout.share),
         FactorTable.of({length: unscaled(model.config.head_dim)}),
         lambda: init_params(model, settings.seed),
         workdir,

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from longrope_jax.data.batches import finetuning_batches, pretraining_batches
+from longrope_jax.data.batches import Needles, finetuning_batches, pretraining_batches
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.sequences import IGNORED
+from longrope_jax.data.tokenizer import ByteTokenizer
 
 LENGTHS = (30, 3, 12, 5, 50, 4, 17)  # tokens; windows of 4 tokens: 7, 0, 2, 1, 12, 0, 4
 BOS, EOS = 60000, 60001
@@ -265,6 +266,81 @@ def test_a_batch_may_be_exactly_as_large_as_the_epoch():
 def test_fewer_windows_than_a_batch_is_an_error(length, batch, message):
     with pytest.raises(ValueError, match=message):
         pretraining_batches(make_documents(), length, batch, seed=0)
+
+
+def make_prose():
+    """Text that a byte model reads."""
+    tokenizer, texts = ByteTokenizer(), [f"{name} ran home. " * 60 for name in ("Ann", "Bob", "Cid")]
+    return [Document(text[:3], tokenizer.encode(text), len(text)) for text in texts]
+
+
+def with_needles(share=0.7, batch=4, length=96, documents=None, **more):
+    needles = Needles(share, ByteTokenizer())
+    return pretraining_batches(documents or make_prose(), length, batch, seed=3, needles=needles, **more)
+
+
+def is_needle(row):
+    """Whether a row asks for a number and says it."""
+    text = ByteTokenizer().decode(np.append(row.tokens, row.targets[-1]))
+    return (
+        re.search(r"\nThe magic number of \w+ is (\d{7})\.\n.*\nThe magic number of \w+ is \1$", text, re.S) is not None
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 1 / 3, 0.7, 1.0])
+def test_the_share_of_needles_is_met_all_along(share):
+    found = [is_needle(row) for row in rows_of(with_needles(share), 50)]
+    expected = [int(count * Fraction(str(share))) for count in range(1, 201)]
+    assert np.cumsum(found).tolist() == expected
+
+
+def test_without_needles_batches_are_what_they_were():
+    plain = pretraining_batches(make_prose(), 96, 4, seed=3)
+    assert_equal(joined(list(islice(with_needles(0.0), 20))), joined(list(islice(plain, 20))))
+
+
+def test_windows_keep_their_epochs_among_needles():
+    plain = rows_of(pretraining_batches(make_prose(), 96, 4, seed=3), 12)
+    mixed = [row for row in rows_of(with_needles(0.5), 24) if not is_needle(row)]
+    assert_equal(mixed, plain)
+
+
+def test_no_two_needles_are_the_same():
+    rows = rows_of(with_needles(1.0), 50)
+    assert len({row.targets.tobytes() for row in rows}) == 200
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_batches_with_needles(count):
+    processes = [with_needles(process=(index, count)) for index in range(count)]
+    for whole, *parts in islice(zip(with_needles(), *processes, strict=True), 15):
+        assert_equal(joined(parts), whole)
+
+
+def test_batches_with_needles_go_on_from_a_state():
+    batches = with_needles()
+    for _ in range(7):
+        next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = joined(list(islice(batches, 6)))
+    fresh = with_needles(process=(0, 1))
+    fresh.set_state(state)
+    assert_equal(joined(list(islice(fresh, 6))), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"share": -0.1}, "needle_share = -0.1 must lie in [0, 1]"),
+        ({"share": float("nan")}, "needle_share = nan must lie in [0, 1]"),
+        ({"length": 60}, "length = 60 tokens is too short for needles"),
+        ({"length": 1000, "share": 1.0}, "none of 3 training documents has the 1000 tokens that needles are hidden in"),
+        ({"length": 480, "batch": 16}, "hold 3 windows of 480 tokens, fewer than the 5 that a batch of 16 takes"),
+    ],
+)
+def test_needles_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        with_needles(**changes)
 
 
 # --- fine-tuning ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import tokenizers
 
 from longrope_jax.data import retrieval
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.retrieval import answer_room, needle, passkey
+from longrope_jax.data.retrieval import answer_room, answered_cloze, cloze_size, needle, needle_cloze, passkey
 from longrope_jax.data.subwords import SubwordTokenizer
 from longrope_jax.data.tokenizer import ByteTokenizer
 
@@ -84,7 +84,14 @@ def make_needle(tokenizer, length=600, seed=0, depth=0.5, documents=None):
     return needle(length, depth, tokenizer, np.random.default_rng(seed), documents)
 
 
+def make_cloze(tokenizer, length=600, seed=0, depth=0.5, documents=None):
+    documents = make_documents(tokenizer) if documents is None else documents
+    return needle_cloze(length, depth, tokenizer, np.random.default_rng(seed), documents)
+
+
 BOTH = pytest.mark.parametrize("make", [make_passkey, make_needle])
+ALL = pytest.mark.parametrize("make", [make_passkey, make_needle, make_cloze])
+TASKS = {make_passkey: "passkey", make_needle: "needle", make_cloze: "needle_cloze"}
 
 
 def test_these_tokenizers_are_different_and_reversible():
@@ -94,7 +101,7 @@ def test_these_tokenizers_are_different_and_reversible():
         assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
 
-@BOTH
+@ALL
 def test_the_length_is_exact(make, tokenizer):
     for length in range(350, 420):
         prompt = make(tokenizer, length, seed=length)
@@ -121,7 +128,7 @@ def test_what_a_prompt_says(make, tokenizer):
     assert asked in text[: -len(asked)]  # the same city
 
 
-@BOTH
+@ALL
 def test_the_place_of_the_needle(make, tokenizer):
     prompt = make(tokenizer, depth=0.5)
     assert tokenizer.decode(prompt.tokens[prompt.start :]).lstrip().startswith("The ")
@@ -163,19 +170,19 @@ def test_random_depths_are_spread(tokenizer):
     assert min(depths) < 0.15 < 0.85 < max(depths)
 
 
-@BOTH
+@ALL
 def test_the_seed_says_all(make, tokenizer):
     one, same, other = make(tokenizer, seed=1), make(tokenizer, seed=1), make(tokenizer, seed=2)
     np.testing.assert_array_equal(one.tokens, same.tokens)
     assert one.answer == same.answer != other.answer
 
 
-@BOTH
+@ALL
 def test_the_answer_continues_the_prompt(make, tokenizer):
     prompt = make(tokenizer)
     whole = tokenizer.decode(np.concatenate([prompt.tokens, prompt.answer_tokens]))
     assert whole == f"{tokenizer.decode(prompt.tokens)} {prompt.answer}"
-    assert len(prompt.answer_tokens) < answer_room("needle" if make is make_needle else "passkey", tokenizer)
+    assert len(prompt.answer_tokens) < answer_room(TASKS[make], tokenizer)
 
 
 def test_the_passkey_is_surrounded_by_filler(tokenizer):
@@ -199,6 +206,76 @@ def test_the_needle_lies_in_a_stretch_of_a_document():
     assert len(chosen) == 12
 
 
+def test_a_cloze_is_a_sentence_in_a_stretch_of_text_that_begins_again(tokenizer):
+    prompt = make_cloze(tokenizer)
+    text = tokenizer.decode(prompt.tokens)
+    assert re.fullmatch(r"[1-9]\d{6}", prompt.answer)
+    begun = re.search(r"\n ?The magic number of \w+ is$", text)[0]
+    before, after = text[: -len(begun)].split(f"{begun} {prompt.answer}.\n")
+    assert "".join((before + after).split()) in "".join(TEXT.split())
+    assert min(len(before), len(after)) > 200
+    assert prompt.tokens.tolist().count(tokenizer.bos) == (tokenizer.bos is not None)
+
+
+def test_a_cloze_fits_where_a_needle_does_not():
+    with pytest.raises(ValueError, match="length = 71 tokens is too short for a needle prompt"):
+        make_needle(ByteTokenizer(), 71)
+    for seed in range(50):
+        make_cloze(ByteTokenizer(), 71, seed)
+
+
+def test_an_answered_cloze_is_the_prompt_and_its_answer(tokenizer):
+    for length in range(120, 160):
+        rng = np.random.default_rng(length)
+        tokens = answered_cloze(length, tokenizer, rng, make_documents(tokenizer))
+        assert tokens.shape == (length,)
+        assert tokens.dtype == np.int32
+        said = re.findall(r"\n ?The magic number of (\w+) is (\d{7})(\.\n|$)", tokenizer.decode(tokens))
+        city, number, _ = said[0]
+        assert said in ([(city, number, ".\n")] * count + [(city, number, "")] for count in (1, 2))
+
+
+def test_the_digits_of_a_cloze_are_all_different():
+    answers = [make_cloze(ByteTokenizer(), 200, seed).answer for seed in range(200)]
+    assert {len(set(answer)) for answer in answers} == {len(answer) for answer in answers} == {7}
+    assert {answer[0] for answer in answers} == set("123456789")
+    assert {answer[-1] for answer in answers} == set("0123456789")
+
+
+def test_the_size_of_a_cloze_is_that_of_the_largest():
+    tokenizer, shortest = ByteTokenizer(), set()
+    for seed in range(50):
+        with pytest.raises(ValueError, match="fixed parts take") as raised:
+            make_cloze(tokenizer, 1, seed)
+        shortest.add(int(re.search(r"take (\d+)", str(raised.value))[1]) + len(" 8888888"))
+    assert max(shortest) == cloze_size(tokenizer)
+    assert len(shortest) == 3  # names of cities have 4 to 6 letters
+
+
+def test_every_other_answered_cloze_says_the_needle_twice_if_there_is_room():
+    tokenizer = ByteTokenizer()
+    documents = make_documents(tokenizer)
+
+    def count(length):
+        made = [answered_cloze(length, tokenizer, np.random.default_rng(seed), documents) for seed in range(100)]
+        return [tokenizer.decode(tokens).count("The magic") - 1 for tokens in made]
+
+    assert set(count(110)) == {1}
+    assert set(count(130)) == {1, 2}
+    assert 35 < count(130).count(2) < 65
+
+
+def test_answered_clozes_hide_their_needles_at_all_depths():
+    tokenizer = ByteTokenizer()
+    texts = [
+        tokenizer.decode(answered_cloze(1000, tokenizer, np.random.default_rng(seed), make_documents(tokenizer)))
+        for seed in range(60)
+    ]
+    places = [text.index("\nThe magic number") / 930 for text in texts]
+    assert 0.35 < np.mean(places) < 0.65
+    assert min(places) < 0.15 < 0.85 < max(places)
+
+
 def test_a_document_of_just_the_length_will_do_without_its_markers():
     tokenizer = ByteTokenizer()
 
@@ -217,7 +294,7 @@ def test_a_document_of_just_the_length_will_do_without_its_markers():
         make(room - 1)
 
 
-@BOTH
+@ALL
 def test_the_shortest_prompt(make, tokenizer):
     with pytest.raises(ValueError, match="length = 12 tokens is too short for a .* prompt") as raised:
         make(tokenizer, 12)

@@ -182,7 +182,7 @@ def test_accuracy_has_wilsons_interval():
         ({"lengths": ()}, "lengths = "),
         ({"lengths": (0,)}, "lengths = "),
         ({"lengths": (8, 8)}, "lengths = "),
-        ({"task": "haystack"}, "task = 'haystack' must be one of passkey, needle"),
+        ({"task": "haystack"}, "task = 'haystack' must be one of passkey, needle, needle_cloze"),
         ({"depths": (0.5, 1.5)}, "depths = "),
         ({"depths": (0.5, 0.5)}, "depths = "),
         ({"arms": {}}, "arms is empty"),

@@ -22,6 +22,7 @@ from etils import epath
 import numpy as np
 import longrope_jax as lr
 from longrope_jax.data.corpus import Document
+from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.training.pretrain import PretrainSettings, pretrain
@@ -37,7 +38,7 @@ optimizer = OptimizerSettings(learning_rate=1e-2, warmup_steps=4)
 settings = PretrainSettings(steps=12, batch=4, checkpoint_every=6, log_every=1, optimizer=optimizer)
 layout = Layout.of(MeshSettings(axes))
 with layout.active():
-    pretrain(model, layout, settings, documents, epath.Path(workdir), "pretrain")
+    pretrain(model, layout, settings, documents, ByteTokenizer(), epath.Path(workdir), "pretrain")
 """
 
 

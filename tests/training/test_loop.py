@@ -13,6 +13,7 @@ from speeds import SPEEDS
 
 import longrope_jax as lr
 from longrope_jax.data.corpus import Document
+from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.model.arithmetic import TRAINING, count_flops
 from longrope_jax.runtime import preemption
 from longrope_jax.runtime.mesh import Layout, MeshSettings
@@ -25,6 +26,7 @@ from longrope_jax.training.step import OptimizerSettings, train_step
 
 SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
 MODEL = lr.Llama(lr.LlamaConfig(**SIZES, original_length=16))
+TOKENIZER = ByteTokenizer()  # no prompt is made
 SETTINGS = PretrainSettings(
     steps=24, batch=8, checkpoint_every=8, log_every=4, optimizer=OptimizerSettings(learning_rate=1e-2, warmup_steps=4)
 )
@@ -40,7 +42,7 @@ def documents():
 def whole(documents, tmp_path_factory):
     """A run that nothing happened to, and that had its step compiled once."""
     workdir, compiled = tmp_path_factory.mktemp("whole"), train_step._cache_size()
-    pretrain(MODEL, Layout(), SETTINGS, documents, workdir, "pretrain")
+    pretrain(MODEL, Layout(), SETTINGS, documents, TOKENIZER, workdir, "pretrain")
     assert train_step._cache_size() == compiled + 1
     return workdir
 
@@ -69,7 +71,7 @@ def assert_same(a, b):
 
 def test_it_learns_and_reports(documents, tmp_path):
     settings = PretrainSettings(**{**SETTINGS.__dict__, "steps": 150})
-    seconds = pretrain(MODEL, Layout(), settings, documents, tmp_path, "pretrain")
+    seconds = pretrain(MODEL, Layout(), settings, documents, TOKENIZER, tmp_path, "pretrain")
     entries = metrics(tmp_path)
     assert seconds > 0
     assert entries[0]["loss"] > 2.5 and entries[-1]["loss"] < 0.7
@@ -102,9 +104,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(documents, whole, tmp_path, monkeypat
 
     monkeypatch.setattr(loop, "train_step", interrupted)
     with pytest.raises(Stopped):
-        pretrain(MODEL, Layout(), SETTINGS, documents, tmp_path, "pretrain")
+        pretrain(MODEL, Layout(), SETTINGS, documents, TOKENIZER, tmp_path, "pretrain")
     calls = [None] * stop_at
-    pretrain(MODEL, Layout(), SETTINGS, documents, tmp_path, "pretrain")
+    pretrain(MODEL, Layout(), SETTINGS, documents, TOKENIZER, tmp_path, "pretrain")
     assert len(calls) - stop_at == SETTINGS.steps - stop_at // 8 * 8
     assert_same(params_of(tmp_path), params_of(whole))
     assert without_speed(metrics(tmp_path)) == without_speed(metrics(whole))
@@ -122,8 +124,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_for_bit(documents, wh
     monkeypatch.setattr(loop, "train_step", asking)
     for step in (7, 15):
         with pytest.raises(preemption.Preempted, match=f"pretrain: .* step {step} of 24 is saved"):
-            pretrain(MODEL, Layout(), SETTINGS, documents, tmp_path, "pretrain")
-    pretrain(MODEL, Layout(), SETTINGS, documents, tmp_path, "pretrain")
+            pretrain(MODEL, Layout(), SETTINGS, documents, TOKENIZER, tmp_path, "pretrain")
+    pretrain(MODEL, Layout(), SETTINGS, documents, TOKENIZER, tmp_path, "pretrain")
     assert len(calls) == SETTINGS.steps
     assert_same(params_of(tmp_path), params_of(whole))
     assert without_speed(metrics(tmp_path)) == without_speed(metrics(whole))
@@ -141,7 +143,7 @@ def test_a_diverging_run_stops_and_names_the_last_good_checkpoint(documents, tmp
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(Diverged, match=r"loss nan.* at step 12; last good checkpoint: .*pretrain/8"):
-        pretrain(MODEL, Layout(), SETTINGS, documents, tmp_path, "pretrain")
+        pretrain(MODEL, Layout(), SETTINGS, documents, TOKENIZER, tmp_path, "pretrain")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params_of(tmp_path, 8)))
     with pytest.raises(LookupError, match="the newest sound checkpoint is step 8, not 24"):
         params_of(tmp_path)
@@ -151,7 +153,7 @@ def test_parameters_that_blow_up_are_not_saved_as_good(documents, tmp_path):
     wild = OptimizerSettings(learning_rate=1e39, warmup_steps=0)  # the first step is finite, its parameters are not
     settings = PretrainSettings(steps=3, batch=8, checkpoint_every=1, optimizer=wild)
     with pytest.raises(Diverged, match="parameter norm (inf|nan) at step 1; last good checkpoint: none"):
-        pretrain(MODEL, Layout(), settings, documents, tmp_path, "pretrain")
+        pretrain(MODEL, Layout(), settings, documents, TOKENIZER, tmp_path, "pretrain")
 
 
 def test_a_run_goes_on_on_other_devices_with_the_same_numbers(documents, whole, tmp_path):
@@ -160,7 +162,7 @@ def test_a_run_goes_on_on_other_devices_with_the_same_numbers(documents, whole, 
         with layout.active(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "train_step", stopping_after(until))
             with contextlib.nullcontext() if until == SETTINGS.steps else pytest.raises(Stopped):
-                pretrain(MODEL, layout, SETTINGS, documents, tmp_path, "pretrain")
+                pretrain(MODEL, layout, SETTINGS, documents, TOKENIZER, tmp_path, "pretrain")
     one, moved = metrics(whole), metrics(tmp_path)
     assert [entry["step"] for entry in moved] == list(range(4, 25, 4))
     for name in ("loss", "gradient_norm", "parameter_norm", "nll/0-2", "nll/14-16"):
@@ -226,7 +228,7 @@ def events(monkeypatch):
 
 def test_the_next_batch_is_loaded_and_the_last_numbers_are_read_while_a_step_runs(documents, tmp_path, events):
     settings = PretrainSettings(steps=5, batch=8, checkpoint_every=4, log_every=2)
-    pretrain(MODEL, Layout(), settings, documents, tmp_path, "pretrain")
+    pretrain(MODEL, Layout(), settings, documents, TOKENIZER, tmp_path, "pretrain")
     assert events == [
         "batch 1",
         "step 1",
@@ -255,13 +257,13 @@ def test_a_step_takes_nothing_from_the_host(documents, tmp_path, monkeypatch, ax
 
     monkeypatch.setattr(loop, "train_step", careless)
     with layout.active(), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        pretrain(MODEL, layout, SETTINGS, documents, tmp_path, "pretrain")
+        pretrain(MODEL, layout, SETTINGS, documents, TOKENIZER, tmp_path, "pretrain")
 
 
 def test_a_known_chip_tells_how_full_it_is(documents, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "throughput", partial(as_if_on, "TPU v5 lite", progress.throughput))
     monkeypatch.setattr(progress, "memory", lambda statistics: {"hbm_peak_bytes": len(list(statistics))})
-    pretrain(MODEL, Layout(), SETTINGS, documents, tmp_path, "pretrain")
+    pretrain(MODEL, Layout(), SETTINGS, documents, TOKENIZER, tmp_path, "pretrain")
     flops = count_flops(MODEL.config, SETTINGS.batch, 16, TRAINING)
     for entry in metrics(tmp_path):
         per_second = 197e12 * entry["step_seconds"]
