@@ -40,14 +40,15 @@ from longrope_jax.evaluation.run import Arm, EvaluationSettings
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.stages import ExportSettings, LoadSettings, TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.step import OptimizerSettings
 
 K = 1024
-HALVED = EvolutionSettings(population=32, mutations=8, crossovers=8)  # LongRoPE sec. 4.1, above 512k
+PAPER = EvolutionSettings.paper()
+HALVED = EvolutionSettings.paper(population=32, mutations=8, crossovers=8)  # LongRoPE sec. 4.1, above 512k
 
 
 def get_config() -> ConfigDict:
@@ -87,7 +88,7 @@ def _extend(config: ConfigDict) -> None:
     """LongRoPE sec. 3.3."""
     for length in (128, 256):
         config[f"search_{length}k"] = section(
-            SearchSettings(target_length=length * K, model="load", documents=5, data="data_pg19")
+            SearchSettings(target_length=length * K, model="load", documents=5, data="data_pg19", evolution=PAPER)
         )
     tuning = dict(
         batch=32,
@@ -115,6 +116,7 @@ def _extend(config: ConfigDict) -> None:
                 upper_bound=4.0,  # of a model that was tuned with 80 times as much
                 documents=20,
                 documents_at_once=20,
+                evolution=PAPER,
                 data="data_pg19",
             )
         )

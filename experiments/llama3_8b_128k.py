@@ -4,7 +4,8 @@
         --workdir=gs://BUCKET/llama3-128k --config.load.path=gs://BUCKET/Meta-Llama-3-8B \\
         --config.data.folder=gs://BUCKET/redpajama --config.data_pg19.tfds_dir=gs://BUCKET/tfds
 
-Search factors for 128k on the pretrained model; tune 2250 steps, batch 64, learning rate 2e-5 with cosine decay, on
+Search factors for 128k on the pretrained model, by its perplexity on the digits of needles in ten books, above a
+critical dimension that is searched as well; tune 2250 steps, batch 64, learning rate 2e-5 with cosine decay, on
 sequences of 128k of which three in ten are short: packed with documents of at most 8k tokens, none of which sees
 another, under the original rotation. Then a table that has the original rotation up to 8k, perplexity, needles at five
 depths, and an export that loses nothing but start tokens.
@@ -15,7 +16,7 @@ as if all sequences were long).
 
 Published figures to compare with (LongRoPE2): short benchmarks keep 98.6 % of the original model's scores (`python -m
 longrope_jax.harness --model=WORKDIR/export ...`); RULER at 128k is 82.0 with its search on needles, and 78.7 with the
-same search on PG19's perplexity (here it is LongRoPE's search, on PG19's perplexity, and RULER is not part of it).
+same search on PG19's perplexity (`--config.search.objective.needle.kind=perplexity`; RULER is not part of this).
 
 The paper has 10B tokens: 3B short, 3B of up to 100k and 4B of 100k to 200k. These 2250 steps are 19B, as every sequence
 has 128k; `--config.finetune.steps=1190` makes 10B. Weight decay and warmup are not published; these are usual ones.
@@ -30,7 +31,9 @@ from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.evaluation.run import Arm, EvaluationSettings
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.evolution import EvolutionSettings
+from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.terms import TermSettings
 from longrope_jax.settings import section
 from longrope_jax.stages import ExportSettings, LoadSettings, TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
@@ -56,7 +59,16 @@ def mixed_windows(load: LoadSettings, original: int) -> ConfigDict:
     config.load = section(load)
     config.data = section(DataSettings(folder="gs://BUCKET/redpajama", shares=(0.99, 0.01, 0.0)))
     config.data_pg19 = section(DataSettings(tfds="pg19", tfds_dir="gs://BUCKET/tfds"))
-    config.search = section(SearchSettings(target_length=TARGET, documents=10, data="data_pg19"))
+    config.search = section(
+        SearchSettings(
+            target_length=TARGET,
+            documents=10,
+            objective={"needle": TermSettings("needle")},
+            space="critical_dimension",
+            evolution=EvolutionSettings.paper(),
+            data="data_pg19",
+        )
+    )
     config.finetune = section(
         FinetuneSettings(
             length=TARGET,

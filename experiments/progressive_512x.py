@@ -16,7 +16,7 @@ from experiments import progressive_tiny
 from experiments.progressive_tiny import L
 from longrope_jax.evaluation.run import Arm, EvaluationSettings
 from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.stages import TableSettings
 
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
             target_length=512 * L,
             model="finetune_8x",
             documents=1,
-            evolution=EvolutionSettings(population=8, mutations=4, crossovers=4, iterations=1),
+            evolution=EvolutionSettings.paper(population=8, mutations=4, crossovers=4, iterations=1),
         )
     )
     config.table_longrope_512x = section(

@@ -20,7 +20,7 @@ from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.stages import ExportSettings, TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
             target_length=4 * L,
             model="pretrain",
             documents_at_once=5,
-            evolution=EvolutionSettings(iterations=5),
+            evolution=EvolutionSettings.paper(iterations=5),
         )
     )
     config.search_8x = section(
@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
             target_length=8 * L,
             model="pretrain",
             documents_at_once=5,
-            evolution=EvolutionSettings(iterations=10),
+            evolution=EvolutionSettings.paper(iterations=10),
         )
     )
 
@@ -94,10 +94,12 @@ def get_config() -> ConfigDict:
             model="finetune_8x",
             documents=2,
             # Halved, as in the paper above 512k tokens; and fewer iterations, for the clock's sake.
-            evolution=EvolutionSettings(population=24, mutations=8, crossovers=8, iterations=10),
+            evolution=EvolutionSettings.paper(population=24, mutations=8, crossovers=8, iterations=10),
         )
     )
-    short = dict(model="finetune_8x", documents=20, documents_at_once=20, evolution=EvolutionSettings(iterations=6))
+    short = dict(
+        model="finetune_8x", documents=20, documents_at_once=20, evolution=EvolutionSettings.paper(iterations=6)
+    )
     config.search_1x = section(SearchSettings(target_length=L, upper_bound=4.0, **short))
     config.search_2x = section(SearchSettings(target_length=2 * L, upper_bound=4.0, **short))
     config.table_longrope = section(

@@ -17,7 +17,7 @@ from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.stages import ExportSettings, TableSettings
 from longrope_jax.training.pretrain import PretrainSettings
@@ -36,7 +36,9 @@ def get_config() -> ConfigDict:
         )
     )
     config.search = section(
-        SearchSettings(target_length=1024, documents=5, documents_at_once=5, evolution=EvolutionSettings(iterations=30))
+        SearchSettings(
+            target_length=1024, documents=5, documents_at_once=5, evolution=EvolutionSettings.paper(iterations=30)
+        )
     )
     config.evaluate = section(
         EvaluationSettings(lengths=(64, 128, 256, 512, 1024), arms={**published_arms(), "longrope": Arm("search")})

@@ -27,7 +27,7 @@ from longrope_jax.experiment import DataSettings
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.stages import ExportSettings, LoadSettings, TableSettings
 
@@ -56,7 +56,7 @@ def _full(config: ConfigDict) -> None:
     lengths = (2 * L, 4 * L, 8 * L)
     searches = tuple(f"search_{length // 1024}k" for length in lengths)
     for name, length in zip(searches, lengths, strict=True):
-        config[name] = section(SearchSettings(target_length=length, documents=3))
+        config[name] = section(SearchSettings(target_length=length, documents=3, evolution=EvolutionSettings.paper()))
     config.table = section(TableSettings(lengths=(L, *lengths), factors=("load", *searches)))
     longrope = {"longrope": Arm("table")}
     config.evaluate = section(
@@ -77,7 +77,7 @@ def _full(config: ConfigDict) -> None:
 
 def _laptop(config: ConfigDict) -> None:
     target = 2 * L
-    few = EvolutionSettings(population=10, mutations=4, crossovers=4, parents=5, iterations=2)
+    few = EvolutionSettings.paper(population=10, mutations=4, crossovers=4, parents=5, iterations=2)
     config.search = section(SearchSettings(target_length=target, documents=1, evolution=few))
     config.table = section(TableSettings(lengths=(L, target), factors=("load", "search")))
     judged = ("unscaled", "linear", "ntk", "yarn", "yarn_without_temperature")

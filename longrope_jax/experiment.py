@@ -6,7 +6,7 @@ occurs more than once (`search`, `search_64x`); the config section of the same n
 
 import json
 from collections.abc import Callable, Container
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from absl import logging
@@ -247,15 +247,42 @@ def _as_if_now(begun: dict[str, Any], name: str, experiment: Experiment) -> dict
     sections = _settings_of(name, experiment)
     known = {key: value for key, value in begun.items() if key in sections or not text.is_text_section(key)}
     for section, settings in sections.items():
-        defaults = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
         if section in known:
-            known[section] = _what(json.loads(to_json(defaults)) | known[section])
+            known[section] = _what(_filled_up(known[section], _defaults(type(settings))))
     return known
+
+
+def _defaults(settings: type) -> dict[str, Any]:
+    """Of the fields that have one."""
+    made = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
+    return made | {f.name: f.default_factory() for f in fields(settings) if f.default_factory is not MISSING}
+
+
+def _filled_up(known: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What is known, and the defaults of what is not, sections within included; not entries that a config names."""
+    filled = dict(known)
+    for name, value in defaults.items():
+        if name not in known:
+            filled[name] = json.loads(to_json(_plain(value)))
+        elif is_dataclass(value) and isinstance(known[name], dict):
+            filled[name] = _filled_up(known[name], {field.name: getattr(value, field.name) for field in fields(value)})
+    return filled
+
+
+def _plain(value: Any) -> Any:
+    """A value of a field, its sections as dicts."""
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return asdict(value) if is_dataclass(value) else value
 
 
 def _what(settings: dict[str, Any]) -> dict[str, Any]:
     """The fields of a section but those about how devices do the work, which may change with the mesh."""
-    return {field: value for field, value in settings.items() if field not in _HOW}
+    return {
+        field: _what(value) if isinstance(value, dict) else value
+        for field, value in settings.items()
+        if field not in _HOW
+    }
 
 
 _HOW = {"attention", "accumulate", "remat"} | {

@@ -13,29 +13,36 @@ from longrope_jax import rope
 
 STYLES: dict[str, dict] = {
     "longrope": dict(color="#d62728", linewidth=2.4, marker="o", zorder=5),
+    "lambda_only": dict(color="#d62728", marker="o", linestyle="--", markerfacecolor="white"),
     "yarn": dict(color="#1f77b4", marker="s"),
     "yarn_without_temperature": dict(color="#1f77b4", marker="s", linestyle="--", markerfacecolor="white"),
     "yarn_mistral": dict(color="#1f77b4", marker="+", linestyle=":"),
     "dynamic_ntk": dict(color="#2ca02c", marker="^", linestyle="--", markerfacecolor="white"),
+    "ntk_with_start_tokens": dict(color="#2ca02c", marker="^", linestyle=":"),
     "ntk": dict(color="#2ca02c", marker="^"),
+    "linear_with_start_tokens": dict(color="#9467bd", marker="D", linestyle=":"),
     "linear": dict(color="#9467bd", marker="D"),
     "unscaled": dict(color="#7f7f7f", marker="v"),
 }
 LABELS = {
     "longrope": "LongRoPE (searched)",
     "longrope_without_second_search": "LongRoPE, second search's best seed",
+    "lambda_only": "LongRoPE, lambda only",
     "original": "original model",
     "tuned_at_original": "fine-tuned at L",
     "yarn": "YaRN",
     "yarn_without_temperature": "YaRN, no temperature",
     "yarn_mistral": "YaRN, Mistral's ramp",
     "dynamic_ntk": "Dynamic NTK",
+    "ntk_with_start_tokens": "NTK, best start tokens",
     "ntk": "NTK",
+    "linear_with_start_tokens": "PI, best start tokens",
     "linear": "PI (linear)",
     "unscaled": "unscaled",
 }
 
 _OTHER_COLORS = ("#8c564b", "#e377c2", "#bcbd22", "#17becf", "#ff7f0e", "#1a1a1a")
+_SPENT = "forward equivalents spent (1: a candidate on all search documents)"
 _HEADROOM = 1.03  # a convergence plot goes this far above the best seed and below the best candidate
 
 
@@ -151,18 +158,25 @@ def factors_by_pair(factors: Mapping[str, rope.RopeFactors], scale: float, base:
     return figure
 
 
-def search_convergence(curve: Float[np.ndarray, "evaluations"], seeds: Mapping[str, float], population: int) -> Figure:
-    """Best score so far against the number of candidates scored, the seeds as lines.
+def search_convergence(
+    curve: Float[np.ndarray, "evaluations"],
+    seeds: Mapping[str, float],
+    population: int | None,
+    costs: Sequence[float] | None = None,
+) -> Figure:
+    """Best score so far against what was spent, the seeds as lines.
 
     Args:
         curve: best NLL so far (nats per token).
         seeds: name -> NLL, None where it was not finite.
-        population: where population 0 ends.
+        population: how many candidates are population 0; None where there is no such thing.
+        costs: forward equivalents spent after every candidate; without them candidates are counted.
     """
     figure, (axes,) = _panels(1, 3.2)
     seeds = {name: nll for name, nll in seeds.items() if nll is not None}
     ceiling = min(seeds.values(), default=curve[0])
-    axes.plot(np.arange(1, len(curve) + 1), np.exp(curve), color=STYLES["longrope"]["color"], drawstyle="steps-post")
+    spent = np.arange(1, len(curve) + 1) if costs is None else costs
+    axes.plot(spent, np.exp(curve), color=STYLES["longrope"]["color"], drawstyle="steps-post")
     for name, nll in seeds.items():
         if nll < ceiling + np.log(_HEADROOM):  # the others would squeeze the curve into a line
             axes.axhline(np.exp(nll), color=STYLES.get(name, {}).get("color"), linewidth=1, linestyle="--")
@@ -170,13 +184,36 @@ def search_convergence(curve: Float[np.ndarray, "evaluations"], seeds: Mapping[s
                 f"seed: {LABELS.get(name, name)}", (1, np.exp(nll)), xycoords=("axes fraction", "data"), ha="right",
                 xytext=(0, 3), textcoords="offset points", fontsize=8,
             )  # fmt: skip
-    axes.axvline(population, color="black", linewidth=0.8, alpha=0.5)
-    axes.annotate("population 0", (population, 0), xycoords=("data", "axes fraction"), xytext=(4, 6),
-                  textcoords="offset points", fontsize=8)  # fmt: skip
+    if population is not None and population <= len(curve):
+        end = spent[population - 1]
+        axes.axvline(end, color="black", linewidth=0.8, alpha=0.5)
+        axes.annotate("population 0", (end, 0), xycoords=("data", "axes fraction"), xytext=(4, 6),
+                      textcoords="offset points", fontsize=8)  # fmt: skip
     axes.set_ylim(np.exp(curve[-1]) / _HEADROOM, np.exp(ceiling) * _HEADROOM)
-    axes.set_xlabel("candidates evaluated")
+    axes.set_xlabel("candidates evaluated" if costs is None else _SPENT)
     axes.set_ylabel("best perplexity on the search documents")
     axes.set_title("Search convergence")
+    return figure
+
+
+def search_overfitting(held_out: Float[np.ndarray, "changes 3"], spent: float) -> Figure:
+    """The best so far on the documents of the search and on others, and below it how far apart they are.
+
+    Args:
+        held_out: forward equivalents, search score and held-out NLL (nats per token) whenever the best changed.
+        spent: forward equivalents of the whole search.
+    """
+    figure, (upper, lower) = _panels(2, 2.2, columns=1)
+    costs, scores, judged = np.concatenate([held_out, [[spent, *held_out[-1, 1:]]]]).T
+    style = dict(drawstyle="steps-post", markevery=range(len(held_out)), marker=".")
+    upper.plot(costs, np.exp(scores), label="search documents", color=STYLES["longrope"]["color"], **style)
+    upper.plot(costs, np.exp(judged), label="held-out documents", color="#1f77b4", **style)
+    lower.plot(costs, judged - scores, color="black", **style)
+    upper.set_ylabel("perplexity of the best")
+    upper.set_title("Overfitting to the search documents")
+    upper.legend(frameon=False, fontsize=8)
+    lower.set_ylabel("held out minus search\n(nats per token)")
+    lower.set_xlabel(_SPENT)
     return figure
 
 

@@ -14,6 +14,7 @@ from longrope_jax.interop.model_card import cost_table
 from longrope_jax.markdown import picture, table
 from longrope_jax.model import LlamaConfig
 from longrope_jax.report_retrieval import retrieval_figure, retrieval_section, summarize_retrieval
+from longrope_jax.report_search import search_figures, search_section
 from longrope_jax.runtime import records
 from longrope_jax.runtime.records import to_json
 
@@ -39,7 +40,7 @@ def summarize(
     """The content of report.json.
 
     Args:
-        searches: one dict a search stage: target_length, evaluations, seconds, best_nll, curve and more.
+        searches: the summary of every search stage, see `report_search`.
         exports: the summary of every export stage.
         seconds: wall time by stage.
     """
@@ -63,6 +64,13 @@ def _evaluation(config: LlamaConfig, settings: EvaluationSettings, evaluation: R
     result = {
         "perplexity": {str(n): {arm: perplexity(nll[n, arm])._asdict() for arm in arms} for n in lengths},
         "documents": sorted(set(evaluation[0]["documents"])),
+        "start_tokens": {
+            arm: {str(r["length"]): r["factors"]["n_hat"] for r in evaluation if r["method"] == arm} for arm in arms
+        },
+        "compared": [
+            {"arms": pair, "by_length": {str(n): compare(nll[n, pair[0]], nll[n, pair[1]])._asdict() for n in lengths}}
+            for pair in settings.compared
+        ],
         "longrope_minus": {},
         "longrope_minus_disjoint_windows_of_original_length": {},
     }
@@ -90,9 +98,7 @@ def write_report(
     for stage, retrieval in report["retrieval"].items():
         figures[stage] = retrieval_figure(retrieval, config.original_length)
     for search in report["search"]:
-        curve = np.array(search["curve"], float)
-        name = f"convergence_{search['stage']}"
-        figures[name] = plots.search_convergence(curve, search["seeds"], search["population"])
+        figures |= search_figures(search)
     training = _training_curves(workdir)
     if training:
         figures["training"] = plots.training_curves(training)
@@ -177,7 +183,7 @@ def _markdown(config: LlamaConfig, report: dict[str, Any], evaluations: Evaluati
     if "training" in figures:
         parts += ["## Training\n", picture("loss by step", "training")]
     for search in report["search"]:
-        parts += _search(search)
+        parts += search_section(search)
     for stage, export in report["exports"].items():
         parts += _export(stage, export)
     seconds = [[stage, f"{value:.1f}"] for stage, value in report["seconds"].items()]
@@ -187,16 +193,22 @@ def _markdown(config: LlamaConfig, report: dict[str, Any], evaluations: Evaluati
 def _evaluation_section(stage, result, settings, original, figures):
     longest = list(result["perplexity"])[-1]
     suffix = _suffix(stage)
-    arms = [[plots.label(name), arm.factors, arm.model or "the latest before"] for name, arm in settings.arms.items()]
+    tokens = "every length scores the same tokens."
+    if str(original) in result["perplexity"]:
+        tokens += (
+            " The column of L is therefore the control for all longer ones: what a model does with disjoint windows of "
+            "its original length."
+        )
     parts = [
         f"## Perplexity by window length: {stage}\n",
         f"{len(result['documents'])} evaluation documents, which neither training nor search has seen, cut into "
-        f"windows of every length up to {longest} tokens: every length scores the same tokens. The column of L is "
-        "therefore the control for all longer ones: what a model does with disjoint windows of its original length.\n",
+        f"windows of every length up to {longest} tokens: {tokens}\n",
         _perplexity_table(result, original),
         picture("perplexity by length", f"perplexity_by_length{suffix}"),
-        table(["", "factors", "model"], arms),
+        _arms(result, settings),
     ]
+    if result["compared"]:
+        parts += _pairs(result, original)
     if f"perplexity_by_position{suffix}" in figures:
         parts.append(picture("perplexity by position", f"perplexity_by_position{suffix}"))
     if result["longrope_minus"]:
@@ -205,6 +217,38 @@ def _evaluation_section(stage, result, settings, original, figures):
         if name in figures:
             parts.append(picture(what, name))
     return parts
+
+
+def _arms(result, settings) -> str:
+    """What each arm is; with its start tokens by length where there are any."""
+    header = ["", "factors", "model"]
+    rows = [[plots.label(name), arm.factors, arm.model or "the latest before"] for name, arm in settings.arms.items()]
+    tokens = result["start_tokens"]
+    if any(any(by_length.values()) for by_length in tokens.values()):
+        lengths = ", ".join(result["perplexity"])
+        header.append(f"start tokens at {lengths}")
+        rows = [
+            [*row, ", ".join(str(tokens[name][n]) for n in result["perplexity"])]
+            for row, name in zip(rows, settings.arms, strict=True)
+        ]
+    return table(header, rows)
+
+
+def _pairs(result, original) -> list[str]:
+    """The differences that were asked for, at every length."""
+    lengths = list(result["perplexity"])
+    rows = [
+        [
+            " minus ".join(map(plots.label, pair["arms"])),
+            *("{difference:+.4f} [{ci95[0]:+.4f}, {ci95[1]:+.4f}]".format(**pair["by_length"][n]) for n in lengths),
+        ]
+        for pair in result["compared"]
+    ]
+    return [
+        "Differences in nats per token, negative where the first is better, paired by document, with 95 % intervals, a "
+        "bootstrap over documents:\n",
+        table(["", *(f"{n} ({int(n) / original:g}L)" for n in lengths)], rows),
+    ]
 
 
 def _comparisons(result, longest, original):
@@ -231,23 +275,6 @@ def _comparisons(result, longest, original):
         *parts,
         "Differences are paired by document; the interval is a bootstrap over documents. Where the difference to a "
         "control is positive, the model does not make use of the longer context.\n",
-    ]
-
-
-def _search(search):
-    outside = 1 - search["objective_seconds"] / search["seconds"]
-    seeds = ", ".join(
-        f"{plots.label(name)} " + ("not finite" if nll is None else f"{np.exp(nll):.2f}")
-        for name, nll in search["seeds"].items()
-    )
-    factors = ", ".join(f"{value:.2f}" for value in search["factors"]["lam"])
-    return [
-        f"## Search: {search['stage']}, {search['target_length']} tokens, on the model of {search['model']}\n",
-        f"{search['evaluations']} candidates in {search['seconds']:.1f} s, {100 * outside:.1f} % of it outside the "
-        f"objective. Perplexity on the {len(search['documents'])} search documents: {np.exp(search['best_nll']):.2f}; "
-        f"seeds: {seeds}.\n",
-        f"n_hat = {search['factors']['n_hat']}, lambda = {factors}\n",
-        f"![search convergence](figures/convergence_{search['stage']}.png)\n",
     ]
 
 

@@ -24,9 +24,11 @@ from longrope_jax.runtime import ahead_of_time as runtime
 from longrope_jax.runtime.ahead_of_time import described
 from longrope_jax.runtime.chips import Chip
 from longrope_jax.runtime.mesh import Layout, MeshSettings
-from longrope_jax.search import objective
+from longrope_jax.search import gradient, objective
 from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.gradient import GradientSettings
+from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.terms import TermSettings
 from longrope_jax.settings import section
 from longrope_jax.stages import STAGES, ExportSettings, LoadSettings, TableSettings
 from longrope_jax.training import loop
@@ -50,6 +52,16 @@ def config(tmp_path_factory):
         search=SearchSettings(target_length=TARGET, documents=3, evolution=evolution),
         search_wide=SearchSettings(
             target_length=256, documents=4, documents_at_once=2, candidates_at_once=2, evolution=evolution
+        ),
+        search_hybrid=SearchSettings(
+            target_length=128,
+            documents=4,
+            objective={"far": TermSettings(), "near": TermSettings(length=64, documents=2)},
+            method="hybrid",
+            mscale=(0.9, 1.2),
+            evolution=evolution,
+            gradient=GradientSettings(steps=3, starts=2),
+            held_out_documents=2,
         ),
         finetune=FinetuneSettings(
             length=TARGET, long_share=0.5, evaluate_every=1, held_out_documents=3, remat="dots_saveable", **tuning
@@ -99,7 +111,8 @@ def ran(config, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         for module, name in (
-            (loop, "train_step"), (objective, "rows_nll"), (perplexity, "window_nll"), (decode, "advance"),
+            (loop, "train_step"), (objective, "rows_nll"), (gradient, "step"),
+            (perplexity, "window_nll"), (decode, "advance"),
         ):  # fmt: skip
             patch.setattr(module, name, Recorder(name, getattr(module, name)))
         experiment.run(config, tmp_path_factory.mktemp("ran"))
@@ -117,7 +130,7 @@ def test_they_are_the_programs_that_stages_run(config, ran):
                 text = program.lower().as_text()
             lowered[re.search(r"module @jit_(\w+)", text)[1]].add(text)
     assert {name: len(texts) for name, texts in ran.items()} == {
-        "train_step": 3, "rows_nll": 2, "window_nll": 3, "advance": 4
+        "train_step": 3, "rows_nll": 4, "step": 2, "window_nll": 4, "advance": 4
     }  # fmt: skip
     assert lowered.keys() == ran.keys()
     for name in ran:
@@ -161,6 +174,12 @@ PROGRAMS = [
     ("pretrain", "step at 32", 3),
     ("search", "score of candidates at 512", 3 * 3),  # six candidates on three documents, two rows at a time
     ("search_wide", "score of candidates at 256", 3 * 2),
+    # Population 0, an iteration, and two ends with each of ten numbers of start tokens: two at once.
+    ("search_hybrid", "score of candidates at 128", 13 * 4),
+    ("search_hybrid", "step of a descent at 128", 3 * 4 // 6),  # of both candidates at once
+    ("search_hybrid", "score of candidates at 64", 13 * 2),
+    ("search_hybrid", "step of a descent at 64", 3 * 2 // 6),
+    ("search_hybrid", "judging the best", 4),
     ("finetune", "step at 512", 2),
     ("finetune", "held-out evaluation", 2),
     ("finetune_whole", "step at 256", 2),
@@ -199,7 +218,7 @@ def test_every_program_of_every_stage_is_reported_and_the_same_one_compiled_once
     of_stage = {(row["stage"], row["program"]): row for row in report["programs"]}
     assert of_stage["search", "score of candidates at 512"]["collectives"]["ring"]["count"] > 0
     assert of_stage["pretrain", "step at 32"]["tokens"] == 4 * 32
-    for a, b in zip(without_seconds(report)[6:8], without_seconds(report)[-2:], strict=True):
+    for a, b in zip(without_seconds(report)[11:13], without_seconds(report)[-2:], strict=True):
         assert a | {"stage": "evaluate_again"} == b
     content = json.loads((tmp_path / "compile_report.json").read_text())
     assert content.pop("known").keys() and content == json.loads(json.dumps(report))

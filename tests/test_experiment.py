@@ -28,9 +28,9 @@ from longrope_jax.experiment import DataSettings
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.runtime import preemption
 from longrope_jax.runtime.mesh import Layout, MeshSettings
-from longrope_jax.search import run as search_run
 from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.objective import Objective
+from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.stages import TableSettings, evaluate, finetune, pretrain, search
 from longrope_jax.training import loop
@@ -111,6 +111,7 @@ def progressive_config(folder):
                 "second": Arm("search_8x"),
             },
             controls=("original", "yarn"),
+            compared=(("second", "yarn"), ("longrope", "original")),
         ),
     )  # fmt: skip
 
@@ -211,13 +212,11 @@ def test_a_finished_run_is_not_run_again(config, finished, tmp_path, monkeypatch
 def test_two_identical_runs_are_identical_and_so_is_one_stopped_in_every_stage(config, finished, tmp_path, monkeypatch):
     for module, function, after in [
         (loop, "train_step", 6),
-        (search_run, "perplexity_objective", 12),
+        (Objective, "block_nll", 24),  # 12 candidates on 2 documents
         (evaluation_run, "token_nll", 5),
     ]:
         with monkeypatch.context() as patch, pytest.raises(Stopped):
-            original = getattr(module, function)
-            stop = _stop_scoring if function == "perplexity_objective" else _stop
-            patch.setattr(module, function, stop(original, after))
+            patch.setattr(module, function, _stop(getattr(module, function), after))
             experiment.run(config, tmp_path)
     experiment.run(config, tmp_path)
     assert contents(tmp_path) == contents(finished)
@@ -248,23 +247,6 @@ def _stop(function, after):
     return until
 
 
-def _stop_scoring(make_objective, after):
-    """Objectives that stop once they have scored `after` candidates."""
-
-    def make(*args):
-        score, scored = make_objective(*args), []
-
-        def until(population):
-            if sum(scored) >= after:
-                raise Stopped
-            scored.append(len(population.lam))
-            return score(population)
-
-        return until
-
-    return make
-
-
 def change(config, path, value):
     changed = copy.deepcopy(config)
     with changed.unlocked(), changed.ignore_type():
@@ -289,6 +271,12 @@ REFUSED = {
     "below the original": ("search.target_length", 8, "target_length = 8 must not be below.*original_length = 16"),
     "unknown model": ("search.model", "finetune", "config.search: model = 'finetune' is no stage .* are pretrain"),
     "batch too large": ("pretrain.batch", 10_000, "config.pretrain: .*fewer than a batch of 10000"),
+    "share above 1": ("pretrain.needle_share", 1.5, r"config.pretrain: needle_share = 1.5 must lie in \[0, 1\]"),
+    "no room for needles": (
+        "pretrain.needle_share",
+        0.5,
+        "config.pretrain: length = 16 tokens is too short for needles",
+    ),
     "small vocabulary": ("model.vocab_size", 100, "vocab_size = 100 is below"),
     "unknown factors": ("evaluate.arms.yarn.factors", "yern", "config.evaluate: arms.yarn.factors = 'yern' is neither"),
     "unknown model of an arm": ("evaluate.arms.yarn.model", "search", "config.evaluate: arms.yarn.model = 'search' is"),
@@ -319,7 +307,9 @@ def test_bad_configs_are_refused_in_one_line_before_any_work(config, tmp_path, m
 
 def test_lengths_beyond_all_documents_are_refused_before_any_work(config, tmp_path):
     config = change(change(config, "search.target_length", 100_000), "evaluate.lengths", (16, 100_000))
-    with pytest.raises(ValueError, match="config.search: none of .* documents has the 100001 tokens"):
+    with pytest.raises(
+        ValueError, match="config.search: objective.perplexity: none of .* documents has the 100001 tokens"
+    ):
         experiment.prepare(config, tmp_path)
 
 
@@ -428,20 +418,15 @@ def test_windows_of_one_file_count_as_one_document():
 
 
 def test_a_seed_without_a_finite_score_does_not_spoil_a_run(config, tmp_path, monkeypatch):
-    make_objective = search_run.perplexity_objective
+    block_nll, first = Objective.block_nll, []
 
-    def first_overflows(*args):
-        score, first = make_objective(*args), []
+    def first_overflows(self, block, candidates):
+        nll = block_nll(self, block, candidates)
+        if not first:
+            first.append(nll.__setitem__(0, np.inf))
+        return nll
 
-        def scored(population):
-            nll = score(population)
-            if not first:
-                first.append(nll.__setitem__(0, np.inf))
-            return nll
-
-        return scored
-
-    monkeypatch.setattr(search_run, "perplexity_objective", first_overflows)
+    monkeypatch.setattr(Objective, "block_nll", first_overflows)
     path = experiment.run(config, tmp_path)
     assert "PI (linear) not finite" in path.read_text()
     assert json.loads((tmp_path / "report.json").read_text())["search"][0]["seeds"]["linear"] is None
@@ -476,12 +461,16 @@ def test_a_progressive_run_reports_everything(progressive):
     assert {n: set(row) for n, row in evaluation["longrope_minus"].items()} == {n: others for n in ("16", "64", "128")}
     controls = evaluation["longrope_minus_disjoint_windows_of_original_length"]
     assert {n: set(row) for n, row in controls.items()} == {n: {"original", "yarn"} for n in ("64", "128")}
+    assert [pair["arms"] for pair in evaluation["compared"]] == [["second", "yarn"], ["longrope", "original"]]
+    for n, found in evaluation["compared"][1]["by_length"].items():
+        assert found == evaluation["longrope_minus"][n]["original"]
+    assert evaluation["start_tokens"]["original"] == {"16": 0, "64": 0, "128": 0}
     searches = {entry["stage"]: entry for entry in content["search"]}
     assert [(e["target_length"], e["model"]) for e in searches.values()] == [
         (64, "pretrain"), (128, "finetune_a"), (16, "finetune_a")
     ]  # fmt: skip
     assert {"linear", "ntk", "yarn"} <= set(searches["search_8x"]["seeds"])
-    assert {"trained", "unscaled"} >= set(searches["search_1x"]["seeds"])
+    assert {"trained", "trained_clipped", "unscaled"} >= set(searches["search_1x"]["seeds"])
     for entry in searches.values():
         assert entry["curve"][-1] == entry["best_nll"] <= min(entry["seeds"].values())
 
@@ -512,6 +501,7 @@ def test_a_progressive_run_has_its_figures(progressive):
     for name in figures:
         assert (progressive / "figures" / f"{name}.png").stat().st_size > 5000
         assert f"(figures/{name}.png)" in text
+    assert "| second minus YaRN " in text
     trained = {(entry["stage"], "held_out_loss" in entry) for entry in read(progressive / "metrics.jsonl")}
     assert trained == {("pretrain", False), ("finetune_a", False), ("finetune_a", True)}
 

@@ -24,7 +24,7 @@ from longrope_jax.model.decode import complete
 from longrope_jax.model.sampling import Sampling
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.stages import LoadSettings, TableSettings
 from longrope_jax.training.step import init_params

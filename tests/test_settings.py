@@ -8,7 +8,9 @@ from longrope_jax.evaluation.run import Arm, EvaluationSettings, published_arms
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.gradient import GradientSettings
+from longrope_jax.search.settings import SearchSettings, SeedSettings
+from longrope_jax.search.terms import TermSettings
 from longrope_jax.settings import parse, section
 from longrope_jax.stages import TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
@@ -28,10 +30,26 @@ SETTINGS = {
     "changed search": SearchSettings(
         target_length=64, step=0.5, upper_bound=2.0, evolution=EvolutionSettings(iterations=3)
     ),
+    "mixed search": SearchSettings(
+        target_length=64,
+        objective={"far": TermSettings(share=2.0), "needle": TermSettings("needle", length=32, documents=3)},
+        method="hybrid",
+        racing=0.99,
+        ramps=8,
+        published=("yarn",),
+        seeds={"mine": SeedSettings("mine.csv", target_length=32)},
+        mscale=(0.9, 1.3),
+        gradient=GradientSettings(rounds=3, remat="dots_saveable"),
+        held_out_documents=2,
+    ),
     # A config has its fields in alphabetical order, and so the arms.
     "evaluate": EvaluationSettings(lengths=(64, 128), arms=dict(sorted(published_arms().items()))),
     "changed evaluate": EvaluationSettings(
-        lengths=(8,), stride=3, arms={"a": Arm("yarn", "finetune"), "b": Arm("unscaled")}, controls=("b", "a")
+        lengths=(8,),
+        stride=3,
+        arms={"a": Arm("yarn", "finetune"), "b": Arm("unscaled")},
+        controls=("b", "a"),
+        compared=(("a", "b"), ("b", "a")),
     ),
     "finetune": FinetuneSettings(steps=5, batch=2, length=512, factors="search"),
     "changed finetune": FinetuneSettings(
@@ -227,6 +245,11 @@ def test_arms_come_back_as_arms_and_can_be_changed_and_added_in_place():
             {"controls": ("original",)},
             "config.evaluate: controls = ('original',) must be arms; those are dynamic_ntk, l",
         ),
+        (
+            {"compared": (("yarn", "pi"),)},
+            "config.evaluate: compared: ('yarn', 'pi') must be a pair of arms; those",
+        ),
+        ({"compared": (("yarn",),)}, "config.evaluate: compared: ('yarn',) must be a pair of arms; those are"),
     ],
 )
 def test_arms_are_checked_one_by_one(fields, message):
@@ -244,6 +267,50 @@ def test_arms_are_checked_one_by_one(fields, message):
         ("pretrain", {"steps": 0}, "config.pretrain: steps = 0 must be positive"),
         ("pretrain", {"optimizer__beta1": 1.0}, "config.pretrain.optimizer: beta1 = 1.0 must lie in [0, 1)"),
         ("search", {"evolution__parents": 0}, "config.search.evolution: parents = 0 must be positive"),
+        ("search", {"documents": 0}, "config.search: documents = 0 must be positive"),
+        ("search", {"method": "annealing"}, "config.search: method = 'annealing' must be one of evolution, gradient"),
+        ("search", {"space": "all"}, "config.search: space = 'all' must be one of paper, critical_dimension"),
+        ("search", {"racing": 0.5}, "config.search: racing = 0.5 must be a confidence between 0.5 and 1, or 0"),
+        ("search", {"racing": 1.0}, "config.search: racing = 1.0 must be a confidence between 0.5 and 1, or 0"),
+        (
+            "search",
+            {"racing": 0.9, "method": "cma_es"},
+            "config.search: racing = 0.9 is not for method = 'cma_es'",
+        ),
+        (
+            "search",
+            {"racing": 0.9, "method": "start_tokens"},
+            "config.search: racing = 0.9 is not for method = 'start_tokens'",
+        ),
+        ("search", {"seeds": {"yarn": {"factors": "a"}}}, "config.search: seeds.yarn: another seed has that name alr"),
+        ("search", {"ramps": -1}, "config.search: ramps = -1 must not be negative"),
+        ("search", {"published": ("pi",)}, "config.search: published = ('pi',): 'pi' is none of linear, ntk, yarn"),
+        ("search", {"published": ()}, "config.search: published and seeds are empty; there is nothing to start from"),
+        ("search", {"mscale": (1.0,)}, "config.search: mscale = (1.0,) must be two bounds"),
+        ("search", {"held_out_documents": -1}, "config.search: held_out_documents = -1 must not be negative"),
+        ("search", {"objective": {"a": {"kind": "bleu"}}}, "config.search.objective.a: kind = 'bleu' must be one of"),
+        ("search", {"objective": {"a": {"share": 0.0}}}, "config.search.objective.a: share = 0.0 must be positive"),
+        ("search", {"objective": {"a": {"length": -1}}}, "config.search.objective.a: length = -1 must not be negat"),
+        ("search", {"objective": {"a": {"documents": -1}}}, "config.search.objective.a: documents = -1 must not be"),
+        ("search", {"objective": {"a": {"kinds": "b"}}}, "config.search.objective.a.kinds is not a field of TermSe"),
+        ("search", {"seeds": {"a": {}}}, "config.search.seeds.a.factors is missing"),
+        ("search", {"seeds": {"a": {"factors": ""}}}, "config.search.seeds.a: factors is empty"),
+        (
+            "search",
+            {"seeds": {"a": {"factors": "b", "target_length": -1}}},
+            "config.search.seeds.a: target_length = -1 must not be negative",
+        ),
+        ("search", {"gradient__rounds": 0}, "config.search.gradient: rounds = 0 must be positive"),
+        ("search", {"gradient__starts": 0}, "config.search.gradient: starts = 0 must be positive"),
+        ("search", {"gradient__steps": 0}, "config.search.gradient: steps = 0 must be positive"),
+        ("search", {"gradient__learning_rate": 0.0}, "config.search.gradient: learning_rate = 0.0 must be positive"),
+        ("search", {"gradient__cost": 0.0}, "config.search.gradient: cost = 0.0 must be positive"),
+        ("search", {"gradient__remat": "all"}, "config.search.gradient: remat = 'all' must be one of none, nothing"),
+        ("search", {"cma_es__population": 1}, "config.search.cma_es: population = 1 must be at least 2"),
+        ("search", {"cma_es__iterations": 0}, "config.search.cma_es: iterations = 0 must be positive"),
+        ("search", {"cma_es__sigma": 0.0}, "config.search.cma_es: sigma = 0.0 must be positive"),
+        ("search", {"evolution__population": 0}, "config.search.evolution: population = 0 must be positive"),
+        ("search", {"evolution__crossover": "none"}, "config.search.evolution: crossover = 'none' must be one of uni"),
         ("evaluate", {"lengths": (8, 8)}, "config.evaluate: lengths = (8, 8) must be different"),
         ("pretrain", {"accumulate": 3}, "config.pretrain: batch = 2 can't be cut into accumulate = 3 equal parts"),
         ("pretrain", {"optimizer__schedule": "step"}, "config.pretrain.optimizer: schedule = 'step' must be one of"),

@@ -48,6 +48,7 @@ class EvaluationSettings:
         lengths: window lengths, tokens; the longest is the length of the documents and the methods' target.
         arms: name -> model and factors.
         controls: arms whose disjoint windows of the original length the others are held against.
+        compared: pairs of arms whose difference at every length is told, paired by document.
         documents: how many windows of the longest length, from different documents as far as there are enough.
         stride: of the sliding window beyond the original length, tokens; 0 for disjoint windows. Up to the original
             length windows are always disjoint, as the control is.
@@ -59,6 +60,7 @@ class EvaluationSettings:
     lengths: tuple[int, ...]
     arms: dict[str, Arm] = field(default_factory=published_arms)
     controls: tuple[str, ...] = ("unscaled",)
+    compared: tuple[tuple[str, ...], ...] = ()
     documents: int = 64
     stride: int = 0
     seed: int = 0
@@ -73,6 +75,9 @@ class EvaluationSettings:
         unknown = set(self.controls) - set(self.arms)
         if unknown:
             raise ValueError(f"controls = {self.controls} must be arms; those are {', '.join(self.arms)}")
+        for pair in self.compared:
+            if len(pair) != 2 or not set(pair) <= set(self.arms):
+                raise ValueError(f"compared: {pair} must be a pair of arms; those are {', '.join(self.arms)}")
         if self.documents < 2:
             raise ValueError(f"documents = {self.documents} must be at least 2: intervals are over documents")
         if self.tokens_at_once < 1:

@@ -205,12 +205,12 @@ class Layout:
         shards = self.shape["seq"]
         return zigzag(length, shards) if shards > 1 and self.sequence_order == "zigzag" else None
 
-    def abstract_rows(self, *shape: int) -> jax.ShapeDtypeStruct:
-        """What `place` makes of int32 arrays of this shape, [rows, T] or [rows]."""
+    def abstract_rows(self, *shape: int, dtype: type = np.int32) -> jax.ShapeDtypeStruct:
+        """What `place` makes of arrays of this shape, [rows, T] or [rows]."""
         if self.mesh is None:
-            return jax.ShapeDtypeStruct(shape, np.int32)
+            return jax.ShapeDtypeStruct(shape, dtype)
         spec = partition_spec("batch", *["length"] * (len(shape) - 1))
-        return jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(self.mesh, spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
     def abstract_replicated(self, tree: Any) -> Any:
         """What `replicate` makes of a tree."""

@@ -1,96 +1,58 @@
 """A search as a stage of an experiment: checkpoints, a progress bar, search.jsonl, and factors in a file at the end."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from longrope_jax.data.corpus import Document
+from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.data.windows import fixed_windows
+from longrope_jax.evaluation.perplexity import by_document, perplexity, token_nll
 from longrope_jax.model import Llama
 from longrope_jax.rope import RopeFactors, Trained
-from longrope_jax.runtime import preemption, processes, records
+from longrope_jax.runtime import preemption, records
 from longrope_jax.runtime.checkpoints import Checkpoints
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.search.evolution import EvolutionSettings, SearchState, describe, search
-from longrope_jax.search.objective import fitting_candidates, perplexity_objective
-from longrope_jax.search.scores import kept
-from longrope_jax.search.space import N_HAT, SearchSpace, paper_seeds, paper_space
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """What is searched for, on what, and how.
-
-    Attributes:
-        target_length: L', tokens.
-        model: the stage whose parameters are asked; "" is the latest before this one.
-        documents: how many windows of the target length a candidate is scored on, from different documents as far as
-            there are enough.
-        seed: of the windows and of the search.
-        lower_bound: smallest lam (1.0 in table 4).
-        upper_bound: largest lam in units of the scale L'/L (1.25 in table 4); seeds are clipped to it.
-        step: of lam (0.01 in table 4).
-        n_hat: numbers of start tokens to choose from; those above the original length are left out.
-        candidates_at_once: how many candidates are a batch axis of the model: 1 is best on a CPU, more on an
-            accelerator that one candidate does not fill.
-        documents_at_once: how many documents of one candidate are evaluated together.
-        evolution: the numbers of Algorithm 1.
-        data: the section of the text.
-    """
-
-    target_length: int
-    model: str = ""
-    documents: int = 5
-    seed: int = 0
-    lower_bound: float = 1.0
-    upper_bound: float = 1.25
-    step: float = 0.01
-    n_hat: tuple[int, ...] = N_HAT
-    candidates_at_once: int = 1
-    documents_at_once: int = 1
-    evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
-    data: str = "data"
-
-    def __post_init__(self):
-        for name in ("target_length", "documents", "candidates_at_once", "documents_at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
-
-    def check_layout(self, layout: Layout) -> None:
-        """Raises ValueError if documents can't be spread over the devices."""
-        layout.check_length(self.target_length, "target_length")
-
-    def space(self, original_length: int) -> SearchSpace:
-        """All candidates for a model of this original length; raises ValueError where there are none."""
-        scale = self.target_length / original_length
-        return paper_space(scale, original_length, self.lower_bound, self.upper_bound, self.step, self.n_hat)
+from longrope_jax.search.candidates import as_if_now, describe
+from longrope_jax.search.descents import Descents
+from longrope_jax.search.find import prepare
+from longrope_jax.search.methods import plan, search
+from longrope_jax.search.progress import open_bar
+from longrope_jax.search.scores import kept, score_with
+from longrope_jax.search.settings import SearchSettings
 
 
 class SearchResult(NamedTuple):
-    """What a search found and what it took.
+    """What a search found and how it got there.
 
     Attributes:
-        factors: the best candidate.
-        best_seed: the best of the seeds, what the search has to be better than.
-        best_nll: its score on the search documents, nats per token.
-        curve: best score so far by number of evaluations.
+        factors: of the best candidate.
+        best_seed: the best of those it started from.
+        best_nll: its score, nats per token.
+        curve: the best score so far after every candidate.
+        costs: forward equivalents spent until then, 1 for a candidate on all documents.
         seeds: score of every seed.
-        documents: names of the documents that candidates were scored on.
-        seconds: wall time, all processes that worked on it together; objective_seconds is the part spent scoring.
+        dropped: candidates that a race did not read in full; of those from an earlier version that is not known.
+        held_out: (forward equivalents, score, NLL on held-out documents) of the best so far, whenever it changed from
+            one iteration to the next.
+        documents: names of the search documents, by term of the objective.
+        seconds: wall time, over all processes that worked on it.
+        objective_seconds: how much of it scored candidates.
     """
 
     factors: RopeFactors
     best_seed: RopeFactors
     best_nll: float
     curve: list[float]
+    costs: list[float]
     seeds: dict[str, float]
-    documents: list[str]
+    dropped: int
+    held_out: list[tuple[float, float, float]]
+    documents: dict[str, list[str]]
     seconds: float
     objective_seconds: float
 
@@ -101,90 +63,102 @@ def run_search(
     params: dict,
     trained: Trained,
     settings: SearchSettings,
-    documents: Sequence[Document],
+    documents: Mapping[str, Sequence[Document]],
+    tokenizer: Tokenizer,
+    own_seeds: Mapping[str, RopeFactors],
     workdir: epath.Path,
     stage: str,
 ) -> SearchResult:
-    """Algorithm 1 on the model's own perplexity; goes on from `workdir/checkpoints/<stage>` if there is something.
+    """Searches as the settings say; goes on from `workdir/checkpoints/<stage>` if there is something.
 
     The state is saved after every iteration, and every candidate is a line of `workdir/search.jsonl` with its parents,
-    operator, genes and score. Scores within an iteration are kept too, see `search/scores.py`.
+    operator, genes, score and cost. Within an iteration scores are kept too, see `search/scores.py`, and the steps of a
+    descent, see `search/descents.py`.
 
     Args:
         trained: what the model was last trained with; see `paper_seeds`.
+        documents: by split; "search" is searched on, "evaluation" judges the best in the end if the settings say so.
 
     Raises:
-        preemption.Preempted: the process was asked to stop; scores and finished iterations are saved.
+        preemption.Preempted: the process was asked to stop; scores, steps and finished iterations are saved.
     """
-    config = model.config
-    space = settings.space(config.original_length)
-    seeds = paper_seeds(
-        config.head_dim, settings.target_length, config.rope_theta, config.original_length, trained, space
+    space, names, seeds, terms, objective = prepare(
+        model, layout, params, trained, settings, documents["search"], tokenizer, own_seeds
     )
-    mscale = np.float32(trained.factors.mscale)
-    windows = fixed_windows(documents, settings.target_length, settings.documents, settings.seed)
     log = workdir / "search.jsonl"
+    directory = workdir / "checkpoints" / stage
 
-    with preemption.watch(), Checkpoints(workdir / "checkpoints" / stage) as checkpoints:
+    with (
+        preemption.watch(),
+        Checkpoints(directory) as checkpoints,
+        Descents(workdir / "descents" / stage, stage) as descents,
+    ):
         state, spent = None, {"seconds": 0.0, "objective_seconds": 0.0}
         if checkpoints.latest() is not None:
             items, spent = checkpoints.restore(checkpoints.latest())
-            state = SearchState(**jax.tree.map(np.asarray, items["population"]))
-        known = 0 if state is None else len(state.nll)
+            saved = jax.tree.map(np.asarray, items["population"])
+            state = as_if_now(saved, len(objective.weights), float(trained.factors.mscale))
+        known = 0 if state is None else len(state)
         records.keep(log, lambda record: record["stage"] != stage or record["candidate"] < known)
-        with tqdm(
-            total=settings.evolution.evaluations,
-            initial=known,
-            desc=stage,
-            unit="candidate",
-            dynamic_ncols=True,
-            disable=not processes.is_first(),
-        ) as bar:
-            objective = perplexity_objective(
-                model,
-                layout,
-                params,
-                windows.tokens,
-                settings.candidates_at_once,
-                settings.documents_at_once,
-                bar.update,
-            )
-            together = fitting_candidates(layout, settings.candidates_at_once, settings.documents_at_once)
-            objective = kept(objective, together, workdir / "scores.jsonl", stage, bar.update)
+        total = settings.forward_equivalents(len(objective.blocks), len(space.n_hat))
+        with open_bar(stage, total, 0.0 if state is None else float(state.cost.sum())) as bar:
+            losses = kept(objective.block_nll, workdir / "scores.jsonl", stage, settings.documents_at_once)
+            score = score_with(objective, settings.racing, losses, bar.advance)
             clock = time.monotonic()
 
-            def score(population):
+            def timed(population, standing):
                 began = time.monotonic()
-                nll = objective(population.replace(mscale=np.full(len(population.n_hat), mscale)))
+                scores = score(population, standing)
                 spent["objective_seconds"] += time.monotonic() - began
-                return nll
+                return scores
 
             def save(state):
                 nonlocal clock, known
                 now = time.monotonic()
                 spent["seconds"], clock = spent["seconds"] + now - clock, now
                 # The log first: lines beyond the checkpoint are dropped on resuming, missing ones would stay missing.
-                records.append(log, ({"stage": stage, **record} for record in describe(state, list(seeds), known)))
+                records.append(log, ({"stage": stage, **record} for record in describe(state, names, known)))
                 iteration = int(state.iteration[-1])
                 checkpoints.save(iteration, {"population": state.__dict__}, spent)
-                known = len(state.nll)
-                bar.set_postfix(best_perplexity=f"{np.exp(state.nll.min()):.3f}")
-                if preemption.requested() and iteration < settings.evolution.iterations:
+                known = len(state)
+                bar.tell_best(state.nll.min())
+                if preemption.requested() and iteration + 1 < len(moves):
                     checkpoints.latest()  # waits, and raises if it could not be saved
-                    raise preemption.Preempted(
-                        stage, f"iteration {iteration} of {settings.evolution.iterations} is saved"
-                    )
+                    raise preemption.Preempted(stage, f"iteration {iteration} of {len(moves) - 1} is saved")
 
-            state = search(jax.random.key(settings.seed), seeds, space, settings.evolution, score, state, save)
-    if not np.isfinite(state.nll.min()):
-        raise FloatingPointError(f"{stage}: not one of {len(state.nll)} candidates has a finite score")
-
+            key = jax.random.key(settings.seed)
+            moves = plan(settings, key, seeds, space, objective, timed, descents, bar.advance)
+            try:
+                state = search(moves, state, save)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{stage}: {error}") from None
+    records.keep(workdir / "scores.jsonl", lambda record: record["stage"] != stage)
+    started = state.operator == 0
     return SearchResult(
-        state.best().replace(mscale=mscale),
-        list(seeds.values())[int(np.argmin(state.nll[: len(seeds)]))],
+        state.best(),
+        jax.tree.map(lambda leaf: leaf[started][np.argmin(state.nll[started])], state.factors),
         float(state.nll.min()),
         np.minimum.accumulate(state.nll).tolist(),
-        {name: float(nll) for name, nll in zip(seeds, state.nll, strict=False)},
-        windows.names,
+        np.cumsum(state.cost).tolist(),
+        dict(zip(names, state.nll[started].tolist(), strict=True)),
+        int((np.isnan(state.documents).any(1) & ~np.isnan(state.documents).all(1)).sum()),
+        _judge(model, layout, params, state, settings, documents) if settings.held_out_documents else [],
+        {name: term.names for name, term in terms.items()},
         **spent,
     )
+
+
+def _judge(model, layout, params, state, settings, documents) -> list[tuple[float, float, float]]:
+    """The best after every iteration that found a better one, on documents that the search has not seen."""
+    windows = fixed_windows(
+        documents["evaluation"], settings.target_length, settings.held_out_documents, settings.seed
+    ).tokens
+    costs, curve, judged = np.cumsum(state.cost), np.minimum.accumulate(state.nll), []
+    ends = np.flatnonzero(np.diff(state.iteration, append=state.iteration[-1] + 1))
+    for end in ends:
+        if judged and curve[end] == judged[-1][1]:
+            continue
+        factors = state.take(np.arange(end + 1)).best()
+        nll = token_nll(model, layout, params, factors, windows, settings.target_length)
+        judged.append((float(costs[end]), float(curve[end]), perplexity(by_document(nll)).nll))
+    return judged

@@ -1,31 +1,39 @@
-"""Where factors are searched (LongRoPE table 4) and where the search starts."""
+"""Where factors are searched: LongRoPE's table 4, and LongRoPE2's space above a critical dimension."""
 
 from dataclasses import dataclass
 
-import numpy as np
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from longrope_jax.rope import RopeFactors, Trained, extend, unscaled
+from longrope_jax.rope import critical_dimension
 
 # Table 4 without 1: position 0 does not turn, so one start token is the same function as none.
 N_HAT = (0, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
+SPACES = ("paper", "critical_dimension")
+_MOST_PERIODS = 10  # in L, of the first pair that may be the critical one (LongRoPE2 sec. 3.2)
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All candidates: `low <= lam_0 <= lam_1 <= ... <= high`, multiples of `step` where drawn; n_hat from a grid.
+    """All candidates: `low <= lam_c <= lam_{c+1} <= ... <= high` from a critical pair c on, multiples of `step` where
+    drawn; lam_i = lam_c^(i/c), NTK, for the pairs below it; n_hat and mscale from grids.
 
     Seeds keep their own values, which are rarely multiples of the step.
 
     Attributes:
-        low, high: bounds of lam; table 4 has 1.0 and 1.25 s.
+        low, high: bounds of lam; table 4 has 1.0 and 1.25 s, LongRoPE2 s and 2 s.
         step: of lam; table 4 has 0.01.
         n_hat: start tokens to choose from, 0 among them.
+        mscale: bounds of the attention temperature, drawn in multiples of `step`; equal ones fix it.
+        critical: pairs to choose the critical one from; (0,), the paper's space, frees all.
     """
 
     low: float
     high: float
     step: float
     n_hat: tuple[int, ...]
+    mscale: tuple[float, float] = (1.0, 1.0)
+    critical: tuple[int, ...] = (0,)
 
     def __post_init__(self):
         if not 1 <= self.low < self.high:
@@ -34,6 +42,25 @@ class SearchSpace:
             raise ValueError(f"step = {self.step} must be positive and fit between {self.low} and {self.high}")
         if 0 not in self.n_hat or min(self.n_hat) < 0:
             raise ValueError(f"n_hat = {self.n_hat} must contain 0 and nothing below")
+        if not 0 < self.mscale[0] <= self.mscale[1]:
+            raise ValueError(f"mscale = {self.mscale} must be two positive bounds, the lower one first")
+        if not self.critical or min(self.critical) < 0:
+            raise ValueError(f"critical = {self.critical} must be pairs from 0 on")
+
+    def completed(self, lam: Float[Array, "*rows half"], critical: Int[Array, "*rows"]) -> Float[Array, "*rows half"]:
+        """The candidate of this space that has these factors from its critical pair on: they are clipped to the bounds,
+        the pairs below follow by NTK (LongRoPE2 sec. 3.2).
+        """
+        return self.followed(jnp.clip(lam, self.low, self.high), critical)
+
+    def followed(self, lam: Float[Array, "*rows half"], critical: Int[Array, "*rows"]) -> Float[Array, "*rows half"]:
+        """The same of factors that are within the bounds."""
+        if self.critical == (0,):
+            return lam
+        critical = jnp.asarray(critical)[..., None]
+        pairs = jnp.arange(lam.shape[-1])
+        base = jnp.take_along_axis(lam, critical, axis=-1)
+        return jnp.where(pairs >= critical, lam, base ** (jnp.minimum(pairs, critical) / jnp.maximum(critical, 1)))
 
 
 def paper_space(
@@ -43,46 +70,41 @@ def paper_space(
     upper_bound: float = 1.25,
     step: float = 0.01,
     n_hat: tuple[int, ...] = N_HAT,
+    mscale: tuple[float, float] = (1.0, 1.0),
 ) -> SearchSpace:
     """Table 4 for an extension by `scale`: lam in [lower_bound, upper_bound * scale], n_hat up to the original length.
 
     Start tokens beyond that would be positions which the model has never seen unscaled. At a scale of 1 or a little
     more this is the space of the short-context recovery (sec. 3.3), whose smaller maximum is `upper_bound * scale`.
     """
+    _check_scale(scale)
+    return SearchSpace(lower_bound, upper_bound * scale, step, _capped(n_hat, original_length), mscale)
+
+
+def critical_space(
+    scale: float,
+    original_length: int,
+    head_dim: int,
+    base: float,
+    step: float = 0.01,
+    n_hat: tuple[int, ...] = N_HAT,
+    mscale: tuple[float, float] = (1.0, 1.0),
+) -> SearchSpace:
+    """LongRoPE2's space (arXiv 2502.20082, sec. 3.2) for an extension by `scale`: lam in [s, 2 s] from a critical pair
+    on, which lies between the one with ten periods in L and the theoretical critical dimension.
+    """
+    _check_scale(scale)
+    first, last = (
+        min(max(critical_dimension(head_dim, base, original_length, periods), 0), head_dim // 2 - 1)
+        for periods in (_MOST_PERIODS, 1)
+    )
+    return SearchSpace(scale, 2 * scale, step, _capped(n_hat, original_length), mscale, tuple(range(first, last + 1)))
+
+
+def _check_scale(scale: float) -> None:
     if not scale >= 1:
         raise ValueError(f"scale = {scale}; a search needs a target length of the original length or more")
-    return SearchSpace(lower_bound, upper_bound * scale, step, tuple(n for n in n_hat if n <= original_length))
 
 
-def paper_seeds(
-    head_dim: int, target_length: int, base: float, original_length: int, trained: Trained, space: SearchSpace
-) -> dict[str, RopeFactors]:
-    """Algorithm 1's first individuals by name, different from each other, lam within the space.
-
-    Beyond the window that the model was trained with, they are PI, NTK and YaRN as its next extension, on its
-    *effective* wavelengths; for a model that was extended before also YaRN with its wider ramp, as two extensions
-    leave a step between the pairs that neither touched and those that both stretched. For a shorter target (short-
-    context recovery) they are the same methods on the original model, no method at all, and the trained factors. All
-    have the temperature that the model was trained with: a search compares rotations.
-    """
-    methods = {"linear": "linear", "ntk": "ntk", "yarn": "yarn_without_temperature"}
-    if trained.length > original_length:
-        methods["yarn_mistral"] = "yarn_mistral"
-    if target_length > trained.length:
-        seeds = {name: extend(method, trained, target_length, head_dim, base) for name, method in methods.items()}
-    else:
-        original = Trained(original_length, unscaled(head_dim))
-        seeds = {name: extend(method, original, target_length, head_dim, base) for name, method in methods.items()}
-        is_clipped = np.max(trained.factors.lam) > space.high
-        name = "trained_clipped" if is_clipped else "trained"
-        seeds = {name: trained.factors, "unscaled": original.factors, **seeds}
-    clipped = {
-        name: RopeFactors(
-            np.clip(np.asarray(seed.lam), np.float32(space.low), np.float32(space.high)),
-            np.asarray(seed.n_hat),
-            np.asarray(trained.factors.mscale),
-        )
-        for name, seed in seeds.items()
-    }
-    different = {(int(seed.n_hat), seed.lam.tobytes()): name for name, seed in reversed(clipped.items())}
-    return {name: seed for name, seed in clipped.items() if name in different.values()}
+def _capped(n_hat: tuple[int, ...], original_length: int) -> tuple[int, ...]:
+    return tuple(n for n in n_hat if n <= original_length)

@@ -18,7 +18,7 @@ from longrope_jax.model.config import FLOAT_TYPES
 from longrope_jax.rope import FactorTable
 from longrope_jax.rope.huggingface import DROPPABLE
 from longrope_jax.runtime import processes, records
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.settings import SearchSettings
 from longrope_jax.stages.carried import Carried
 from longrope_jax.stages.kind import (
     Before,

@@ -13,7 +13,7 @@ from longrope_jax.model import LlamaConfig
 from longrope_jax.model.attention import BACKENDS
 from longrope_jax.model.config import FLOAT_TYPES, PRESETS
 from longrope_jax.rope import METHODS, FactorTable, unscaled
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.settings import SearchSettings
 from longrope_jax.stages.carried import BEST_SEED, ORIGINAL
 from longrope_jax.training.loop import LoopSettings
 
@@ -184,7 +184,12 @@ def factors_target(source: str, before: Before, field_name: str, *, more: tuple[
 
 def sources(names: tuple[str, ...], before: Before) -> list[str]:
     """The stages that make these sources of factors."""
-    return [_made_by(name, before) for name in names if _made_by(name, before) in before]
+    return [_made_by(name, before) for name in names if is_stage(name, before)]
+
+
+def is_stage(source: str, before: Before) -> bool:
+    """Whether a source of factors is what a stage before makes."""
+    return _made_by(source, before) in before
 
 
 def _made_by(source: str, before: Before) -> str:

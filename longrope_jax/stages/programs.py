@@ -22,8 +22,12 @@ from longrope_jax.model.sharding import partition_spec
 from longrope_jax.rope import FactorTable, RopeFactors, unscaled
 from longrope_jax.runtime.ahead_of_time import Program, bytes_on_device
 from longrope_jax.runtime.mesh import Layout
+from longrope_jax.search.candidates import Genes
+from longrope_jax.search.gradient import make_optimizer as make_descent_optimizer
+from longrope_jax.search.gradient import step as descent_step
+from longrope_jax.search.gradient import variables_of
 from longrope_jax.search.objective import fitting_candidates, rows_nll
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.settings import SearchSettings
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.loop import LoopSettings
 from longrope_jax.training.pretrain import PretrainSettings
@@ -55,18 +59,39 @@ def finetune_programs(settings: FinetuneSettings, config: LlamaConfig, layout: L
 
 
 def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layout) -> Programs:
-    """The score of the candidates that are taken at once, on the documents that are."""
+    """For every length of the objective the score of the candidates that are taken at once, on the documents that are,
+    and a step of their descent; and what judges the best.
+    """
     together = fitting_candidates(layout, settings.candidates_at_once, settings.documents_at_once)
-    rows, length = together * settings.documents_at_once, settings.target_length
-    batches = -(-settings.evolution.evaluations // together) * -(-settings.documents // settings.documents_at_once)
-    factors = layout.abstract_replicated(_factors(config, rows if together > 1 else 1))
-    tokens = layout.abstract_rows(rows, length)
+    rows = together * settings.documents_at_once
+    counts: dict[int, int] = {}
+    for term in settings.terms.values():
+        length = term.length or settings.target_length
+        blocks = -(-(term.documents or settings.documents) // settings.documents_at_once)
+        counts[length] = counts.get(length, 0) + blocks
+    every = sum(counts.values())
+    space = settings.search_space(config)
+    descents = settings.method in ("gradient", "hybrid")
+    steps = settings.gradient.rounds * -(-settings.gradient.starts // together) * settings.gradient.steps
+    candidates = settings.candidates(len(space.n_hat))
+    programs = []
+    for length, blocks in counts.items():
+        text = _text(layout, rows, length)
+        factors = layout.abstract_replicated(_factors(config, rows if together > 1 else 1))
 
-    def lower():
-        return rows_nll.lower(Llama(config), _params(config, layout), factors, tokens, tokens, tokens)
+        def lower(text=text, factors=factors):
+            return rows_nll.lower(Llama(config), _params(config, layout), factors, *text)
 
-    flops = count_flops(config, rows, length)
-    return [Program(f"score of candidates at {length}", lower, batches, rows * length, flops, flops)]
+        flops = count_flops(config, rows, length)
+        calls = -(-candidates // together) * blocks
+        programs.append(Program(f"score of candidates at {length}", lower, calls, rows * length, flops, flops))
+        if descents:
+            programs.append(_descent(settings, config, layout, together, length, steps * blocks // every))
+    if settings.held_out_documents:
+        times = settings.moves
+        count = settings.held_out_documents
+        programs.append(_windows(config, layout, settings.target_length, count, "judging the best", times))
+    return programs
 
 
 def evaluate_programs(settings: EvaluationSettings, config: LlamaConfig, layout: Layout) -> Programs:
@@ -128,13 +153,51 @@ def _step(
         return train_step.lower(model, optimizer, settings.accumulate, _state(settings, config, layout), batch, table)
 
     once, needed = (count_flops(config, settings.batch, length, passes) for passes in (FORWARD, TRAINING))
-    everything_again = 0 if remat in ("none", "everything_saveable") else 1
-    attention_again = 0 if remat == "attention_saveable" else everything_again
+    everything_again, attention_again = _computed_again(remat)
     executed = Flops(
         needed.matrices + everything_again * once.matrices,
         once.attention * (1 + attention_again + _ATTENTION_BACKWARD),
     )
     return Program(f"step at {length}", lower, settings.steps, settings.batch * length, needed, executed)
+
+
+def _descent(
+    settings: SearchSettings, config: LlamaConfig, layout: Layout, together: int, length: int, calls: int
+) -> Program:
+    """A step of a gradient search: the parameters take part, but have no gradient."""
+    remat, rows = settings.gradient.remat, together * settings.documents_at_once
+    model, space = Llama(dataclasses.replace(config, remat=remat)), settings.search_space(config)
+    genes = Genes(
+        np.full((together, config.head_dim // 2), space.low, np.float32),
+        np.zeros(together, np.int32),
+        np.ones(together, np.float32),
+        np.zeros(together, np.int32),
+    )
+    variables, optimizer = variables_of(genes, space), make_descent_optimizer(settings.gradient)
+    small = layout.abstract_replicated((variables, optimizer.init(variables), genes, np.float32(1)))
+
+    def lower():
+        shares, text = layout.abstract_rows(rows, dtype=np.float32), _text(layout, rows, length)
+        options = model, space, optimizer, settings.documents_at_once
+        return descent_step.lower(*options, _params(config, layout), *small, shares, *text)
+
+    once = count_flops(config, rows, length)
+    again, attention_again = _computed_again(remat)
+    needed = Flops(2 * once.matrices, once.attention * (1 + _ATTENTION_BACKWARD))  # no gradient of the parameters
+    executed = Flops(needed.matrices + again * once.matrices, needed.attention + attention_again * once.attention)
+    return Program(f"step of a descent at {length}", lower, calls, rows * length, needed, executed)
+
+
+def _computed_again(remat: str) -> tuple[int, int]:
+    """How many forward passes of (everything, the attention) the backward pass repeats."""
+    everything = 0 if remat in ("none", "everything_saveable") else 1
+    return everything, 0 if remat == "attention_saveable" else everything
+
+
+def _text(layout: Layout, rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Weights of targets, tokens, targets and positions."""
+    tokens = layout.abstract_rows(rows, length)
+    return layout.abstract_rows(rows, length, dtype=np.float32), tokens, tokens, tokens
 
 
 def _windows(

@@ -4,11 +4,16 @@ import dataclasses
 from typing import Any
 
 from longrope_jax.data.windows import fixed_windows
+from longrope_jax.interop.factor_files import factors_for
 from longrope_jax.model import LlamaConfig
+from longrope_jax.rope import FactorTable, RopeFactors
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.search.run import SearchSettings, run_search
+from longrope_jax.search.run import run_search
+from longrope_jax.search.seeds import rescaled
+from longrope_jax.search.settings import SearchSettings, SeedSettings
+from longrope_jax.search.terms import make_terms
 from longrope_jax.stages.carried import BEST_SEED, Carried, load_stage_factors, save_stage_factors
-from longrope_jax.stages.kind import Before, Stage, model_stage
+from longrope_jax.stages.kind import Before, Stage, factors_target, is_stage, model_stage, sources
 from longrope_jax.stages.programs import search_programs
 
 
@@ -19,11 +24,26 @@ def _check_search(settings: SearchSettings, config: LlamaConfig, before: Before)
             f"target_length = {settings.target_length} must not be below the model's original_length = "
             f"{config.original_length}"
         )
-    settings.space(config.original_length)
+    settings.search_space(config)
+    for name, seed in settings.seeds.items():
+        if is_stage(seed.factors, before):
+            factors_target(seed.factors, before, f"seeds.{name}.factors")
+        else:
+            _read_seed(seed, name, config, settings.target_length)
 
 
 def _check_search_data(settings: SearchSettings, carried: Carried) -> None:
-    fixed_windows(carried.documents[settings.data]["search"], settings.target_length, settings.documents, settings.seed)
+    documents = carried.documents[settings.data]
+    make_terms(
+        settings.terms,
+        documents["search"],
+        carried.tokenizer,
+        settings.target_length,
+        settings.documents,
+        settings.seed,
+    )
+    if settings.held_out_documents:
+        fixed_windows(documents["evaluation"], settings.target_length, settings.held_out_documents, settings.seed)
 
 
 def _check_search_layout(settings: SearchSettings, config: LlamaConfig, layout: Layout) -> None:
@@ -38,13 +58,16 @@ def _run_search(settings: SearchSettings, carried: Carried, name: str) -> dict[s
         carried.params(start),
         carried.trained[start],
         settings,
-        carried.documents[settings.data]["search"],
+        carried.documents[settings.data],
+        carried.tokenizer,
+        {name: _seed(seed, name, carried, settings) for name, seed in settings.seeds.items()},
         carried.workdir,
         name,
     )
     scores = {"search_nll": result.best_nll, "seeds_nll": result.seeds}
     provenance = {
         "evaluations": len(result.curve),
+        "forward_equivalents": result.costs[-1],
         "documents": result.documents,
         "settings": dataclasses.asdict(settings),
     }
@@ -62,7 +85,8 @@ def _run_search(settings: SearchSettings, carried: Carried, name: str) -> dict[s
     return {
         "target_length": settings.target_length,
         "model": start,
-        "documents": result.documents,
+        "method": settings.method,
+        "documents": [document for names in result.documents.values() for document in names],
         "evaluations": len(result.curve),
         "population": settings.evolution.population,
         "seconds": result.seconds,
@@ -70,7 +94,36 @@ def _run_search(settings: SearchSettings, carried: Carried, name: str) -> dict[s
         "best_nll": result.best_nll,
         "seeds": result.seeds,
         "curve": result.curve,
+        "costs": result.costs,
+        "dropped": result.dropped,
+        "held_out": result.held_out,
     }
+
+
+def _seed(seed: SeedSettings, name: str, carried: Carried, settings: SearchSettings) -> RopeFactors:
+    """A seed of one's own, at the target length of the search."""
+    config, target = carried.model.config, settings.target_length
+    if seed.factors in carried.factors:
+        factors, made_for = _entry(carried.table(seed.factors, settings.model), target)
+        made_for = seed.target_length or made_for
+    else:
+        factors, made_for = _read_seed(seed, name, config, target)
+    scale, new_scale = made_for / config.original_length, target / config.original_length
+    return rescaled(factors, scale, new_scale)
+
+
+def _read_seed(seed: SeedSettings, name: str, config: LlamaConfig, target: int) -> tuple[RopeFactors, int]:
+    """Factors in a file, and how long a text they were made for."""
+    try:
+        return _entry(factors_for(seed.factors, config, seed.target_length or None), target)
+    except ValueError as error:
+        raise ValueError(f"seeds.{name}: {error}") from None
+
+
+def _entry(table: FactorTable, target: int) -> tuple[RopeFactors, int]:
+    """Of a table, what it has for the target length, or else for the longest; and for which length that is."""
+    length = min(target, int(table.boundaries[-1]))
+    return table.select(length), int(min(boundary for boundary in table.boundaries if boundary >= length))
 
 
 def _load_search(settings: SearchSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
@@ -81,6 +134,11 @@ def _load_search(settings: SearchSettings, carried: Carried, name: str, summary:
     carried.searches.append({"stage": name, **summary, "factors": told})
 
 
+def _inputs(settings: SearchSettings, before: Before) -> list[str]:
+    own = tuple(seed.factors for seed in settings.seeds.values())
+    return [model_stage(settings.model, before), *sources(own, before)]
+
+
 SEARCH = Stage(
     SearchSettings,
     _check_search,
@@ -88,7 +146,7 @@ SEARCH = Stage(
     _check_search_layout,
     _run_search,
     _load_search,
-    inputs=lambda s, before: [model_stage(s.model, before)],
+    inputs=_inputs,
     programs=search_programs,
-    splits=lambda settings: ("search",),
+    splits=lambda settings: ("search", "evaluation") if settings.held_out_documents else ("search",),
 )

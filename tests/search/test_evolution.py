@@ -5,121 +5,253 @@ import numpy as np
 import pytest
 
 from longrope_jax import rope
-from longrope_jax.search.evolution import EvolutionSettings, advance, describe, search, start
-from longrope_jax.search.space import SearchSpace, paper_seeds, paper_space
+from longrope_jax.search.candidates import OPERATORS, Genes, Scores, describe, identities, scored, unscored
+from longrope_jax.search.evolution import EvolutionSettings, advance, populate
+from longrope_jax.search.operators import CROSSOVERS, MUTATIONS
+from longrope_jax.search.space import SearchSpace, critical_space, paper_space
 
 SPACE = paper_space(8.0, 128)
-SEEDS = paper_seeds(32, 1024, 10000.0, 128, rope.Trained(128, rope.unscaled(32)), SPACE)
-SETTINGS = EvolutionSettings(population=16, mutations=6, crossovers=6, parents=8, iterations=6)
+SEEDS = {
+    "linear": rope.linear(32, 8.0),
+    "ntk": rope.ntk(32, 8.0),
+    "yarn": rope.yarn(32, 8.0, original_length=128, temperature=False),
+}
+SETTINGS = EvolutionSettings.paper(population=16, mutations=6, crossovers=6, parents=8, iterations=6)
 TARGET = np.linspace(1, 9.5, 16)
 
 
-def distance(population):
-    """An objective with its optimum at (TARGET, 16 start tokens)."""
-    lam = np.asarray(population.lam, np.float64)
-    return np.square(lam - TARGET).mean(-1) + 0.01 * np.abs(np.asarray(population.n_hat) - 16)
+def distance(factors, standing=None) -> Scores:
+    """An objective of two documents with its optimum at (TARGET, 16 start tokens)."""
+    apart = np.square(np.asarray(factors.lam, np.float64) - TARGET).mean(-1)
+    documents = apart[:, None] + 0.01 * np.abs(np.asarray(factors.n_hat) - 16)[:, None] * np.array([0.5, 1.5])
+    return Scores(documents.mean(1), documents, np.ones(len(documents)))
 
 
-def run(settings=SETTINGS, score=distance, key=0, **kwargs):
-    return search(jax.random.key(key), SEEDS, SPACE, settings, score, **kwargs)
+def total(factors, standing=None) -> Scores:
+    nll = np.asarray(factors.lam, np.float64).sum(-1)
+    return Scores(nll, nll[:, None], np.ones(len(nll)))
+
+
+def seeded(score=distance, seeds=SEEDS, critical=0):
+    factors = rope.stack(list(seeds.values()))
+    count = len(factors.n_hat)
+    genes = Genes(factors.lam, factors.n_hat, np.ones(count), np.full(count, critical))
+    documents = score(factors, None).documents.shape[1]
+    return scored(unscored(genes, "seed", documents), score, None, 0)
+
+
+def run(settings=SETTINGS, score=distance, key=0, space=SPACE, seeds=None):
+    """Every state of a search, population 0 first."""
+    key = jax.random.key(key)
+    states = [populate(key, seeded(score) if seeds is None else seeds, 0, space, settings, score)]
+    for iteration in range(1, settings.iterations + 1):
+        states.append(advance(key, states[-1], iteration, space, settings, score))
+    return states
+
+
+def assert_equal(left, right):
+    for leaf, same in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(leaf, same)
 
 
 def test_population_zero_is_the_seeds_as_they_are_and_mutations_of_them():
-    state = start(jax.random.key(0), SEEDS, SPACE, SETTINGS, distance)
-    assert len(state.nll) == SETTINGS.population
+    state = run()[0]
+    assert len(state) == SETTINGS.population and (state.iteration == 0).all()
     for row, seed in enumerate(SEEDS.values()):
         np.testing.assert_array_equal(state.lam[row], seed.lam)
         assert state.operator[row] == 0 and (state.parents[row] == -1).all()
     assert (state.operator[3:] == 1).all() and set(state.parents[3:, 0]) <= {0, 1, 2}
 
 
-def test_it_finds_a_known_optimum():
-    state = run(EvolutionSettings(iterations=40))
-    seeds = state.nll[:3].min()
-    assert state.nll.min() < seeds / 20
+@pytest.mark.parametrize(
+    "settings", [EvolutionSettings(), EvolutionSettings.paper(), EvolutionSettings.released(islands=2)]
+)
+def test_it_finds_a_known_optimum(settings):
+    state = run(settings)[-1]
+    assert len(state) == settings.evaluations == 64 + 40 * 32
+    assert state.nll.min() < state.nll[:3].min() / 20
     assert abs(int(state.best().n_hat) - 16) <= 4
     np.testing.assert_allclose(state.best().lam, TARGET, atol=1.0)
 
 
 def test_budget_elitism_and_monotone_progress():
-    state = run()
-    assert len(state.nll) == SETTINGS.evaluations == 16 + 6 * 12
+    state = run()[-1]
+    assert len(state) == SETTINGS.evaluations == 16 + 6 * 12
     for iteration in range(1, SETTINGS.iterations + 1):
         children = np.flatnonzero(state.iteration == iteration)
+        assert len(children) == 12
         elite = np.argsort(state.nll[: children[0]], kind="stable")[: SETTINGS.parents]
         parents = state.parents[children]
         assert np.isin(parents[parents >= 0], elite).all()
     np.testing.assert_array_equal(state.top(5), np.argsort(state.nll, kind="stable")[:5])
-    assert distance(rope.stack([state.best()]))[0] == state.nll.min()
+    assert distance(rope.stack([state.best()])).nll[0] == state.nll.min()
 
 
-def test_crossovers_have_two_different_parents_the_better_first():
-    state = run()
-    crossed = np.flatnonzero(state.operator == 2)
-    assert len(crossed) == 6 * 6
+@pytest.mark.parametrize("kind", CROSSOVERS)
+def test_crossovers_have_two_different_parents_the_better_first(kind):
+    state = run(EvolutionSettings(population=16, mutations=6, crossovers=6, parents=8, iterations=6, crossover=kind))[
+        -1
+    ]
+    crossed = np.flatnonzero(state.operator == OPERATORS.index("crossover"))
+    assert 30 <= len(crossed) <= 6 * 6
+    assert len(state) == SETTINGS.evaluations  # mutations take the places of crossovers that bring nothing new
     better, other = state.parents[crossed].T
     assert (better != other).all() and (state.nll[better] <= state.nll[other]).all()
 
 
-def test_no_candidate_is_scored_twice_and_all_are_valid():
-    state = run(EvolutionSettings(population=64, iterations=15))
-    genes = [(*lam.round(6).tolist(), int(n)) for lam, n in zip(state.lam, state.n_hat, strict=True)]
-    assert len(set(genes)) == len(genes)
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_no_candidate_is_scored_twice_and_all_are_valid(mutation):
+    state = run(EvolutionSettings(iterations=15, mutation=mutation))[-1]
+    assert len(set(identities(state.genes))) == len(state) == 64 + 15 * 32
     assert (np.diff(state.lam, axis=1) >= 0).all()
     assert state.lam.min() >= SPACE.low and state.lam.max() <= np.float32(SPACE.high)
     assert np.isin(state.n_hat, SPACE.n_hat).all()
 
 
-def test_a_tiny_space_is_exhausted_without_repeating_or_hanging():
+def test_it_searches_the_temperature_within_its_bounds():
+    space = paper_space(8.0, 128, mscale=(0.9, 1.3))
+
+    def score(factors, standing):
+        scores = distance(factors)
+        extra = 10 * np.abs(np.asarray(factors.mscale, np.float64) - 1.17)  # what matters most
+        return scores._replace(nll=scores.nll + extra, documents=scores.documents + extra[:, None])
+
+    state = run(EvolutionSettings(iterations=20), score, space=space)[-1]
+    assert state.mscale.min() >= np.float32(0.9) and state.mscale.max() <= np.float32(1.3)
+    assert abs(state.best().mscale - 1.17) < 0.03
+
+
+def test_every_candidate_of_a_critical_space_is_ntk_below_its_critical_pair():
+    space = critical_space(8.0, 128, 32, 10000.0)
+    last = space.critical[-1]
+    seeds = seeded(seeds={"ntk": rope.ntk_critical(32, 8.0)}, critical=last)
+    state = run(space=space, seeds=seeds)[-1]
+    assert len(np.unique(state.critical)) > 1
+    for lam, critical in zip(state.lam[1:].astype(float), state.critical[1:], strict=True):
+        np.testing.assert_allclose(lam[:critical], lam[critical] ** (np.arange(critical) / critical), rtol=1e-5)
+        assert lam[critical:].min() >= 8 and lam.max() <= 16 and (np.diff(lam) >= 0).all()
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("islands", [1, 2])
+def test_a_tiny_space_is_exhausted_without_repeating_or_hanging(mutation, islands):
     space = SearchSpace(1.0, 1.02, 0.01, (0,))
-    seeds = {"ones": rope.unscaled(4)}
-    state = search(jax.random.key(0), seeds, space, SETTINGS, lambda p: np.asarray(p.lam, np.float64).sum(-1))
-    assert len(state.nll) == 6  # (1, 1), (1, 1.01), (1, 1.02), (1.01, 1.01), (1.01, 1.02), (1.02, 1.02)
+    settings = EvolutionSettings(population=16, parents=8, iterations=6, mutation=mutation, islands=islands)
+    state = run(settings, total, space=space, seeds=seeded(total, {"ones": rope.unscaled(4)}))[-1]
+    assert len(state) == 6  # (1, 1), (1, 1.01), (1, 1.02), (1.01, 1.01), (1.01, 1.02), (1.02, 1.02)
 
 
 def test_identical_runs_are_identical_and_keys_matter():
-    first, again, other = run(), run(), run(key=1)
-    for leaf, same in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(leaf, same)
+    first, again, other = run()[-1], run()[-1], run(key=1)[-1]
+    assert_equal(first, again)
     assert (first.lam[3:] != other.lam[3:]).any()
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 4])
-def test_a_stopped_search_goes_on_bit_for_bit_with_the_remaining_budget(stop_after):
-    saved = []
-    whole = run(save=saved.append)
-    assert len(saved) == SETTINGS.iterations + 1
-    scored = []
+@pytest.mark.parametrize("islands", [1, 2])
+@pytest.mark.parametrize("stop_after", [0, 1, 3, 4])
+def test_a_stopped_search_goes_on_bit_for_bit_with_the_remaining_budget(stop_after, islands):
+    settings = EvolutionSettings(population=16, mutations=6, crossovers=6, parents=8, iterations=6, islands=islands)
+    states = run(settings)
+    asked = []
 
-    def counted(population):
-        scored.append(len(population.lam))
-        return distance(population)
+    def counted(factors, standing):
+        asked.append(len(factors.n_hat))
+        return distance(factors)
 
-    resumed = run(score=counted, state=saved[stop_after])
-    assert sum(scored) == SETTINGS.evaluations - len(saved[stop_after].nll)
-    for leaf, same in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
-        np.testing.assert_array_equal(leaf, same)
+    resumed = states[stop_after]
+    for iteration in range(stop_after + 1, settings.iterations + 1):
+        resumed = advance(jax.random.key(0), resumed, iteration, SPACE, settings, counted)
+    assert sum(asked) == settings.evaluations - len(states[stop_after])
+    assert_equal(states[-1], resumed)
 
 
 def test_every_candidate_is_described_with_its_origin():
-    state = run()
-    entries = describe(state, list(SEEDS))
+    state = run()[-1]
+    entries = describe(state, SEEDS)
     assert [entry["candidate"] for entry in entries] == list(range(SETTINGS.evaluations))
     assert [entry["seed"] for entry in entries[:3]] == ["linear", "ntk", "yarn"]
     assert {entry["operator"]: len(entry["parents"]) for entry in entries} == {"seed": 0, "mutation": 1, "crossover": 2}
-    assert describe(state, list(SEEDS), 20) == entries[20:]
+    assert describe(state, SEEDS, 20) == entries[20:]
+
+
+def test_advance_only_appends():
+    first, later = run()[:2]
+    assert_equal(later.take(np.arange(len(first))), first)
+    assert (later.iteration[len(first) :] == 1).all()
+
+
+@pytest.mark.parametrize("islands", [2, 3])
+def test_islands_live_apart_for_half_of_the_iterations_and_are_one_then(islands):
+    settings = EvolutionSettings.paper(islands=islands)
+    state = run(settings)[-1]
+    assert len(state) == settings.evaluations
+    made = np.flatnonzero(state.operator > 0)
+    apart = made[state.iteration[made] <= 20]
+    np.testing.assert_array_equal(np.unique(state.island[apart]), np.arange(islands))
+    shares = np.bincount(state.island[state.iteration == 1])
+    assert shares.sum() == 32 and shares.max() - shares.min() <= 2
+    for row in apart:
+        parents = state.parents[row][state.parents[row] >= 0]
+        is_seed = state.operator[parents] == 0
+        assert (is_seed | (state.island[parents] == state.island[row])).all()
+    together = made[state.iteration[made] > 20]
+    parents = state.parents[together]
+    assert len(np.unique(state.island[parents[parents >= 0]])) > 1
+
+
+def test_children_race_for_a_place_among_the_parents_of_their_island():
+    settings = EvolutionSettings.paper(population=16, parents=8, iterations=4, islands=2)
+    state, seen = run(settings)[0], []
+
+    def watched(factors, standing):
+        seen.append(standing)
+        return distance(factors)
+
+    later = advance(jax.random.key(0), state, 1, SPACE, settings, watched)
+    assert len(seen) == 2
+    for island, standing in enumerate(seen):
+        scores = np.sort(state.nll[(state.island == island) | (state.operator == 0)])
+        assert standing.bar == scores[3] and standing.best <= state.nll.min()
+    # They are compared with the best of all islands.
+    np.testing.assert_array_equal(seen[0].documents, state.documents[state.top(16)])
+    advance(jax.random.key(0), later, 3, SPACE, settings, watched)  # one island by then
+    assert (seen[2].bar, seen[2].best) == (np.sort(later.nll)[7], later.nll.min())
+    np.testing.assert_array_equal(seen[2].documents, later.documents[later.top(16)])
+
+
+def test_there_is_no_race_before_there_are_as_many_parents_as_there_may_be():
+    settings, seen = EvolutionSettings.paper(population=16, parents=17, iterations=1), []
+
+    def watched(factors, standing):
+        seen.append(standing)
+        return distance(factors)
+
+    populated = populate(jax.random.key(0), seeded(), 0, SPACE, settings, watched)
+    advance(jax.random.key(0), populated, 1, SPACE, settings, watched)
+    assert seen[0] is None and not seen[1].suffices
+
+
+def test_settings_by_name_keep_other_numbers():
+    paper, released = EvolutionSettings.paper(iterations=3), EvolutionSettings.released(population=7)
+    assert (paper.mutation, paper.mutation_probability, paper.reach, paper.crossover) == ("redraw", 0.3, 1, "uniform")
+    assert (released.mutation, released.reach, released.crossover) == ("sweep", 1, "released")
+    assert (paper.iterations, released.population, paper.islands, released.islands) == (3, 7, 1, 1)
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(population=0), dict(iterations=-1), dict(mutation_probability=0.0), dict(reach=0), dict(parents=0)]
+    "bad",
+    [
+        dict(population=0),
+        dict(iterations=-1),
+        dict(mutation_probability=0.0),
+        dict(reach=0),
+        dict(parents=0),
+        dict(mutation="none"),
+        dict(crossover="none"),
+        dict(islands=0),
+        dict(islands=33),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         EvolutionSettings(**bad)
-
-
-def test_advance_only_appends():
-    state = start(jax.random.key(0), SEEDS, SPACE, SETTINGS, distance)
-    later = advance(jax.random.key(0), state, SPACE, SETTINGS, distance)
-    np.testing.assert_array_equal(later.lam[: len(state.nll)], state.lam)
-    assert (later.iteration[len(state.nll) :] == 1).all()

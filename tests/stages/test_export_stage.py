@@ -17,7 +17,7 @@ from longrope_jax.interop import huggingface
 from longrope_jax.interop.export import CannotCarry, export_checkpoint
 from longrope_jax.rope import load_table, save_table
 from longrope_jax.runtime.mesh import MeshSettings
-from longrope_jax.search.run import SearchSettings
+from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.stages import ExportSettings, LoadSettings, TableSettings
 from longrope_jax.stages.export import EXPORT

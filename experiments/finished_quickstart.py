@@ -1,0 +1,50 @@
+"""A finished quickstart, or any work directory like it, for experiments that call the search as a library."""
+
+import json
+
+import numpy as np
+from etils import epath
+
+from longrope_jax import Llama, LlamaConfig, find_factors
+from longrope_jax.data import corpus
+from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.data.windows import fixed_windows
+from longrope_jax.evaluation.perplexity import Perplexity, by_document, perplexity, token_nll
+from longrope_jax.rope import RopeFactors
+from longrope_jax.runtime.mesh import Layout
+from longrope_jax.search.candidates import SearchState
+from longrope_jax.search.settings import SearchSettings
+from longrope_jax.training.loop import load_params
+
+
+class Quickstart:
+    """The pretrained model of a work directory, and the embedded corpus.
+
+    Attributes:
+        config: of the model.
+    """
+
+    def __init__(self, workdir: str):
+        path = epath.Path(workdir)
+        settings = json.loads((path / "config.json").read_text())
+        self.config = LlamaConfig(**settings["model"])
+        self._model, self._layout = Llama(self.config), Layout()
+        self._params = load_params(path, "pretrain", self._model, self._layout, settings["pretrain"]["steps"])
+        builder = corpus.build(corpus.stdlib_config(), path / "data")
+        self._documents = {
+            split: corpus.documents(builder, split, ByteTokenizer()) for split in ("search", "evaluation")
+        }
+
+    def search(self, settings: SearchSettings) -> SearchState:
+        """All candidates of a search on search documents."""
+        return find_factors(self._model, self._params, self._documents["search"], settings)
+
+    def judge(self, factors: RopeFactors, length: int, documents: int) -> Perplexity:
+        """Of windows of so many tokens of evaluation documents."""
+        windows = fixed_windows(self._documents["evaluation"], length, documents, seed=0).tokens
+        return perplexity(by_document(token_nll(self._model, self._layout, self._params, factors, windows, length)))
+
+
+def mean_and_range(values, digits: int = 3) -> str:
+    """Over the seeds, as a cell of a table."""
+    return f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"

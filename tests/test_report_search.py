@@ -1,0 +1,87 @@
+"""What a report says of searches, those of earlier versions included."""
+
+import numpy as np
+import pytest
+
+from longrope_jax import plots
+from longrope_jax.report_search import search_figures, search_section
+
+SUMMARY = dict(
+    stage="search_4x",
+    target_length=64,
+    model="pretrain",
+    documents=["a", "b"],
+    evaluations=6,
+    population=3,
+    seconds=10.0,
+    objective_seconds=9.0,
+    best_nll=1.0,
+    seeds={"linear": None, "yarn": 2.0},
+    curve=[None, 2.0, 1.5, 1.5, 1.5, 1.0],
+    factors={"lam": [1.0, 2.5], "n_hat": 4, "mscale": 1.0},
+)
+NOW = dict(method="evolution", costs=[1.0, 2.0, 3.0, 3.5, 4.0, 5.0], dropped=2, held_out=[])
+HELD_OUT = [[3.0, 1.5, 1.6], [4.0, 1.25, 1.3], [5.0, 1.0, 1.35]]
+
+
+def drawn(figure, panel=0, line=0):
+    return np.transpose(figure.axes[panel].lines[line].get_data())
+
+
+def test_a_search_of_an_earlier_version_has_its_section_and_its_picture():
+    text = "\n".join(search_section(SUMMARY))
+    assert "6 candidates in 10.0 s, 90.0 % of it scoring candidates. Perplexity on the 2 search documents" in text
+    assert "PI (linear) not finite, YaRN 7.39" in text and "n_hat = 4, lambda = 1.00, 2.50" in text
+    (name, figure), *none = search_figures(SUMMARY).items()
+    assert name == "convergence_search_4x" and not none and f"(figures/{name}.png)" in text
+    assert figure.axes[0].get_xlabel() == "candidates evaluated"
+    np.testing.assert_array_equal(drawn(figure)[:, 0], [1, 2, 3, 4, 5, 6])
+
+
+def test_a_search_is_drawn_against_what_it_spent():
+    (figure,) = search_figures(SUMMARY | NOW).values()
+    assert "forward equivalents" in figure.axes[0].get_xlabel()
+    np.testing.assert_allclose(drawn(figure)[1:], np.transpose([NOW["costs"], np.exp([2, 2, 1.5, 1.5, 1.5, 1])])[1:])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["seed: YaRN", "population 0"]
+    assert figure.axes[0].texts[1].xy[0] == 3.0
+    (figure,) = search_figures(SUMMARY | NOW | {"method": "hybrid"}).values()
+    assert [text.get_text() for text in figure.axes[0].texts] == ["seed: YaRN"]
+
+
+def test_what_a_race_saved_is_told():
+    text = search_section(SUMMARY | NOW)[1]
+    assert text.startswith("By evolution: 6 candidates for 5.0 forward equivalents") and "gradient steps" not in text
+    assert "2 were read in part, until it was plain where they stand: 83 % of the documents" in text
+    assert "in part" not in search_section(SUMMARY | NOW | {"dropped": 0})[1]
+
+
+def test_gradient_steps_are_told_apart_from_candidates():
+    costs = [1.0, 2.0, 3.0, 34.0, 35.0, 36.0]  # the fourth brought 30 forward equivalents of steps with it
+    text = search_section(SUMMARY | NOW | {"method": "gradient", "costs": costs, "dropped": 0})[1]
+    assert "6 candidates for 36.0 forward equivalents" in text and "30.0 of them gradient steps" in text
+
+
+def test_overfitting_is_told_and_drawn():
+    search = SUMMARY | NOW | {"held_out": HELD_OUT}
+    text = "\n".join(search_section(search))
+    assert (
+        "the best candidate is at 1.350 nats per token, +0.350 to its search score" in text and "it was +0.100" in text
+    )
+    assert "gained 0.500 nats on its own documents and 0.250 on the others (50 %)" in text
+    assert "came at 4 forward equivalents already, 0.050 nats below the last" in text
+    assert "(figures/overfitting_search_4x.png)" in text
+    figure = search_figures(search)["overfitting_search_4x"]
+    np.testing.assert_allclose(drawn(figure, 0, 1), [[x, np.exp(y)] for x, _, y in [*HELD_OUT, HELD_OUT[-1]]])
+    np.testing.assert_allclose(drawn(figure, 1)[:, 1], [0.1, 0.05, 0.35, 0.35])
+
+
+def test_a_search_that_found_nothing_better_than_it_started_with_says_nothing_of_a_gain():
+    text = "\n".join(search_section(SUMMARY | NOW | {"held_out": HELD_OUT[:1]}))
+    assert "gained" not in text and "No earlier one was better" in text
+
+
+@pytest.mark.parametrize("population", [3, None, 10])
+def test_population_0_is_marked_where_there_is_one(population):
+    figure = plots.search_convergence(np.array([2.0, 1.5, 1.0]), {"yarn": 2.0}, population)
+    marks = [text.get_text() for text in figure.axes[0].texts if text.get_text() == "population 0"]
+    assert len(marks) == (population == 3)
