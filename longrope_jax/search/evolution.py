@@ -51,8 +51,8 @@ class EvolutionSettings:
         reach: breadth of a redraw in rotary pairs, see `operators.redraw`; 1 is the narrowest reading of the paper.
         crossover: how two parents are mixed, one of `operators.CROSSOVERS`.
         crossover_probability: of every gene to come from the worse parent.
-        islands: parts of the population that evolve apart for the first half of the iterations, each with its share of
-            all the numbers above, and are one from then on.
+        islands: parts of the population that evolve apart, each with its share of all the numbers above, until the
+            search has made half as many moves as there are iterations, and are one from then on.
     """
 
     population: int = 64
