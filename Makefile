@@ -42,7 +42,7 @@ progressive: setup
 progressive_512x: setup
 	$(RUN) -m longrope_jax.main --config=experiments/progressive_512x.py --workdir=$(PROGRESSIVE)
 
-# The paper's ablations on the quickstart's model: ten minutes on two cores, by estimate.
+# The paper's ablations on the quickstart's model: less than half an hour on two cores.
 ablations: setup
 	$(RUN) -m longrope_jax.main --config=experiments/ablations_tiny.py --workdir=$(ABLATIONS)
 

@@ -12,8 +12,8 @@ table is on evaluation documents that neither training nor search has seen, all 
     evaluate_table10_recovery          a model fine-tuned at 8L on short inputs, with and without factors for them
     evaluate_table9_second_extension   the same model extended to 16L, 32L and 64L without more tuning
 
-Ten minutes on two cores with nothing else to do, by estimate: a run of all of it has not been timed. A method has its
-own factors at every length, and up to L the original rotation, so the column of L is the control.
+Half an hour on two cores that had other work as well, half of it pretraining. A method has its own factors at every
+length, and up to L the original rotation, so the column of L is the control.
 """
 
 from ml_collections import ConfigDict
