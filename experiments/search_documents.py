@@ -7,7 +7,7 @@ other candidates; all are judged on the same 64 evaluation documents. Prints the
 search documents and on the evaluation documents, and the gap between them in nats per token, of which a part is that
 documents are not all as hard. The last columns are free of that: by how much the best candidate is below the best seed,
 on either kind of documents. Mean and range over the seeds. A budget is 100 gradient steps, each on one document however
-many there are, or 128 candidates of Algorithm 1; on two cores minutes, not timed yet.
+many there are, or 128 candidates of Algorithm 1; a minute or two on two cores.
 """
 
 import sys
