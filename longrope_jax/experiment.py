@@ -278,10 +278,13 @@ def _plain(value: Any) -> Any:
 
 def _what(settings: dict[str, Any]) -> dict[str, Any]:
     """The fields of a section but those about how devices do the work, which may change with the mesh."""
+    # A race and a descent go from one block of documents to the next, so what they find depends on these.
+    goes_by_blocks = settings.get("racing") or settings.get("method") in ("gradient", "hybrid")
+    how = _HOW - {"documents_at_once"} if goes_by_blocks else _HOW
     return {
         field: _what(value) if isinstance(value, dict) else value
         for field, value in settings.items()
-        if field not in _HOW
+        if field not in how
     }
 
 

@@ -216,3 +216,12 @@ def test_what_a_search_cannot_do_is_refused_before_any_work(config, tmp_path, pa
     with pytest.raises(ValueError, match=f"^{message}") as caught:
         experiment.prepare(changed, tmp_path / "run")
     assert "\n" not in str(caught.value) and not (tmp_path / "run" / "config.json").exists()
+
+
+def test_blocks_that_a_race_goes_by_may_not_change_but_those_of_a_search_in_full_may(config, finished):
+    changed = ConfigDict(config.to_dict())
+    changed.search_near.documents_at_once = config.search_near.documents_at_once + 1
+    experiment.prepare(changed, finished)
+    changed.search.documents_at_once = config.search.documents_at_once + 1
+    with pytest.raises(ValueError, match="documents_at_once"):
+        experiment.prepare(changed, finished)
