@@ -284,13 +284,16 @@ def _what(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         field: _what(value) if isinstance(value, dict) else value
         for field, value in settings.items()
-        if field not in how
+        if field not in how and (field not in _GONE or value != _GONE[field])
     }
 
 
 _HOW = {"attention", "accumulate", "remat"} | {
     f"{what}_at_once" for what in ("candidates", "documents", "prompts", "tokens")
 }
+
+_GONE = {"islands": 1}
+"""Fields of earlier versions, with the value at which they did what is done without them."""
 
 
 def _begun(workdir: epath.Path, name: str) -> epath.Path:

@@ -61,7 +61,7 @@ class SearchState:
         parents: rows of the candidates that each was made of, -1 for none; a mutation has one, a crossover two.
         operator: index into `OPERATORS`.
         iteration: that each was born in, 0 for what a search starts with.
-        island: the island that each lives on.
+        restart: the start of the search that each belongs to, 0 for the first.
     """
 
     lam: Float[np.ndarray, "N half"]
@@ -74,7 +74,7 @@ class SearchState:
     parents: Int[np.ndarray, "N 2"]
     operator: Int[np.ndarray, "N"]
     iteration: Int[np.ndarray, "N"]
-    island: Int[np.ndarray, "N"]
+    restart: Int[np.ndarray, "N"]
 
     def __len__(self) -> int:
         return len(self.n_hat)
@@ -97,6 +97,10 @@ class SearchState:
         """Rows of the k best, best first, of equals the older one: over all history, Algorithm 1's elitist top-k."""
         return np.argsort(self.nll, kind="stable")[:k]
 
+    def own(self, restart: int) -> Int[np.ndarray, "R"]:
+        """Rows of what one start of the search may use: its own candidates, and the seeds."""
+        return np.flatnonzero((self.restart == restart) | (self.operator == OPERATORS.index("seed")))
+
     def standing(self, bar: float) -> Standing:
         """What newcomers race against who want to come under a score, nats per token."""
         order = self.top(len(self))
@@ -114,7 +118,7 @@ def unscored(
     operator: str,
     documents: int,
     parents: Int[np.ndarray, "P 2"] | None = None,
-    island: int | Int[np.ndarray, "P"] = 0,
+    restart: int | Int[np.ndarray, "P"] = 0,
 ) -> SearchState:
     """New candidates (leaves of `genes` have a leading axis P) that have no score yet on so many documents."""
     count = len(genes.n_hat)
@@ -129,14 +133,15 @@ def unscored(
         np.full((count, 2), -1) if parents is None else np.asarray(parents, int),
         np.full(count, OPERATORS.index(operator)),
         np.zeros(count, int),
-        np.broadcast_to(np.asarray(island, int), count).copy(),
+        np.broadcast_to(np.asarray(restart, int), count).copy(),
     )
 
 
 def as_if_now(saved: Mapping[str, np.ndarray], documents: int, mscale: float) -> SearchState:
     """A state from its saved fields. An earlier version had no documents, whose losses are not known then, and one
-    temperature.
+    temperature; another one told restarts as islands.
     """
+    saved = {{"island": "restart"}.get(name, name): values for name, values in saved.items()}
     count = len(saved["n_hat"])
     genes = Genes(saved["lam"], saved["n_hat"], np.full(count, mscale), np.zeros(count))
     return unscored(genes, "seed", documents).replace(cost=np.ones(count)).replace(**saved)

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from longrope_jax.search.candidates import (
-    OPERATORS,
     Genes,
     Score,
     SearchState,
@@ -26,10 +25,10 @@ from longrope_jax.search.candidates import (
 )
 from longrope_jax.search.operators import CROSSOVERS, MUTATIONS
 from longrope_jax.search.space import SearchSpace
+from longrope_jax.search.surrogate import promising
 
 _DRAWN_AT_ONCE = 32  # children that one call of a compiled operator makes
-_MADE_HERE = [OPERATORS.index(name) for name in ("mutation", "crossover")]
-_TRIES = 20  # calls before a generation is left smaller
+_TRIES = 20  # rounds of calls before a generation is left smaller
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class EvolutionSettings:
     The reach is wider than the paper's narrowest reading because, of two tiny models extended four times, it took the
     one with 64 dimensions a head from a search perplexity of 7.31 [7.30, 7.33] to 7.17 [7.14, 7.20] (mean and range of
     two searches of 1344 candidates on one document of 512 tokens), and the one with 32 from 6.60 [6.59, 6.62] to 6.54
-    [6.42, 6.66], which is no clear difference; islands and the other crossovers showed no gain over that noise.
+    [6.42, 6.66], which is no clear difference; the other crossovers showed no gain over that noise.
 
     Attributes:
         population: P, candidates in population 0, the seeds included.
@@ -51,8 +50,10 @@ class EvolutionSettings:
         reach: breadth of a redraw in rotary pairs, see `operators.redraw`; 1 is the narrowest reading of the paper.
         crossover: how two parents are mixed, one of `operators.CROSSOVERS`.
         crossover_probability: of every gene to come from the worse parent.
-        islands: parts of the population that evolve apart, each with its share of all the numbers above, until the
-            search has made half as many moves as there are iterations, and are one from then on.
+        restarts: how often all of that begins anew, from the seeds and from random ramps of its own if there are any:
+            a population settles after a while, and another one settles elsewhere.
+        proposals: children made for each one that is scored; of more than one, a model of the score chooses those that
+            are worth it, see `search/surrogate.py`.
     """
 
     population: int = 64
@@ -65,10 +66,11 @@ class EvolutionSettings:
     reach: int = 4
     crossover: str = "uniform"
     crossover_probability: float = 0.3
-    islands: int = 1
+    restarts: int = 1
+    proposals: int = 1
 
     def __post_init__(self):
-        for name in ("population", "parents", "reach", "islands"):
+        for name in ("population", "parents", "reach", "restarts", "proposals"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
         for name in ("mutations", "crossovers", "iterations"):
@@ -80,13 +82,13 @@ class EvolutionSettings:
         for name, kinds in (("mutation", MUTATIONS), ("crossover", CROSSOVERS)):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(kinds)}")
-        if self.islands > self.parents:
-            raise ValueError(f"islands = {self.islands}: each needs one of the parents = {self.parents}")
 
     @classmethod
     def paper(cls, **changes: Any) -> "EvolutionSettings":
         """Algorithm 1 read literally: every gene is redrawn with p = 0.3, within the gap between its neighbours."""
-        literal = dict(mutation="redraw", mutation_probability=0.3, reach=1, crossover="uniform", islands=1)
+        literal = dict(
+            mutation="redraw", mutation_probability=0.3, reach=1, crossover="uniform", restarts=1, proposals=1
+        )
         return cls(**literal | changes)
 
     @classmethod
@@ -96,7 +98,7 @@ class EvolutionSettings:
 
     @property
     def evaluations(self) -> int:
-        """How many candidates a whole search scores, where no race drops any."""
+        """How many candidates one start scores, the seeds included."""
         return self.population + self.iterations * (self.mutations + self.crossovers)
 
 
@@ -107,16 +109,13 @@ def populate(
     space: SearchSpace,
     settings: EvolutionSettings,
     score: Score,
+    restart: int = 0,
 ) -> SearchState:
-    """Population 0: what there is, and mutations of it until there are P candidates, all scored."""
-    key = jax.random.fold_in(key, iteration)
-    missing = max(settings.population - len(state), 0)
-    new = state.take(np.zeros(0, int))
-    for island in range(settings.islands):
-        island_key, count = jax.random.fold_in(key, island), _share(missing, settings.islands, island)
-        known = joined(state, new)
-        new = joined(new, _mutations(island_key, known, np.arange(len(state)), count, island, space, settings))
-    return joined(state, scored(new, score, None, iteration))
+    """Population 0 of a start: the seeds, its ramps, and mutations of them until there are P candidates, all scored."""
+    key = jax.random.fold_in(jax.random.fold_in(key, iteration), restart)
+    own = state.own(restart)
+    missing = max(settings.population - len(own), 0)
+    return joined(state, scored(_mutations(key, state, own, missing, restart, space, settings), score, None, iteration))
 
 
 def advance(
@@ -126,47 +125,38 @@ def advance(
     space: SearchSpace,
     settings: EvolutionSettings,
     score: Score,
+    restart: int = 0,
 ) -> SearchState:
-    """One iteration: mutations and crossovers of the k best candidates so far, scored and appended.
+    """One iteration: mutations and crossovers of the k best candidates of a start so far, scored and appended.
 
-    Host time is O(N) in the candidates so far; all else is the objective's.
+    Host time is O(N) in the candidates so far, and with `proposals` some tenths of a second; all else is the
+    objective's.
     """
-    key = jax.random.fold_in(key, iteration)
-    islands = settings.islands if iteration <= settings.iterations // 2 else 1
-    elites = [_elite(state, island, islands, settings) for island in range(islands)]
-    for island, elite in enumerate(elites):
-        children = _children(jax.random.fold_in(key, island), state, elite, island, islands, space, settings)
-        is_full = len(elite) == _share(settings.parents, islands, island)
-        standing = state.standing(bar=state.nll[elite[-1]] if is_full else np.inf)
-        state = joined(state, scored(children, score, standing, iteration))
-    return state
+    key = jax.random.fold_in(jax.random.fold_in(key, iteration), restart)
+    own = state.own(restart)
+    elite = own[np.argsort(state.nll[own], kind="stable")[: settings.parents]]
+    children = _children(key, state, elite, restart, space, settings)
+    standing = state.standing(bar=state.nll[elite[-1]] if len(elite) == settings.parents else np.inf)
+    return joined(state, scored(children, score, standing, iteration))
 
 
-def _elite(state, island, islands, settings) -> Int[np.ndarray, "k"]:
-    """Rows of an island's best, best first; what no evolution made, seeds above all, lives on every island."""
-    is_native = (state.island == island) | ~np.isin(state.operator, _MADE_HERE) | (islands == 1)
-    rows = np.flatnonzero(is_native)
-    return rows[np.argsort(state.nll[rows], kind="stable")[: _share(settings.parents, islands, island)]]
-
-
-def _children(key, state, elite, island, islands, space, settings) -> SearchState:
-    """An island's new candidates of one iteration, unscored."""
+def _children(key, state, elite, restart, space, settings) -> SearchState:
+    """The new candidates of one iteration, unscored."""
     mutation_key, crossover_key, spare_key = jax.random.split(key, 3)
-    mutations, crossovers = (_share(count, islands, island) for count in (settings.mutations, settings.crossovers))
-    crossed = _crossovers(crossover_key, state, elite, crossovers, island, space, settings)
-    mutants = _mutations(mutation_key, joined(state, crossed), elite, mutations, island, space, settings)
+    mutations, crossovers = settings.proposals * settings.mutations, settings.proposals * settings.crossovers
+    crossed = _crossovers(crossover_key, state, elite, crossovers, restart, space, settings)
+    mutants = _mutations(mutation_key, joined(state, crossed), elite, mutations, restart, space, settings)
     # Parents that are much alike have few different children; mutations then take their places.
     missing = crossovers - len(crossed)
-    spare = _mutations(spare_key, joined(state, crossed, mutants), elite, missing, island, space, settings)
-    return joined(mutants, crossed, spare)
+    spare = _mutations(spare_key, joined(state, crossed, mutants), elite, missing, restart, space, settings)
+    children = joined(mutants, crossed, spare)
+    if settings.proposals > 1:
+        count = settings.mutations + settings.crossovers
+        children = children.take(promising(state, children, count, goal=state.nll[elite[0]]))
+    return children
 
 
-def _share(count: int, islands: int, island: int) -> int:
-    """Of `count`, what falls to an island: the shares differ by one at most, and their sum is the count."""
-    return count * (island + 1) // islands - count * island // islands
-
-
-def _mutations(key, state, elite, count, island, space, settings) -> SearchState:
+def _mutations(key, state, elite, count, restart, space, settings) -> SearchState:
     draw = partial(
         _mutants,
         space=space,
@@ -174,13 +164,13 @@ def _mutations(key, state, elite, count, island, space, settings) -> SearchState
         probability=settings.mutation_probability,
         reach=settings.reach,
     )
-    return _new_children(key, state, elite, count, island, settings, "mutation", draw)
+    return _new_children(key, state, elite, count, restart, settings, "mutation", draw)
 
 
-def _crossovers(key, state, elite, count, island, space, settings) -> SearchState:
+def _crossovers(key, state, elite, count, restart, space, settings) -> SearchState:
     count = count if len(elite) > 1 else 0
     draw = partial(_crosses, space=space, kind=settings.crossover, probability=settings.crossover_probability)
-    return _new_children(key, state, elite, count, island, settings, "crossover", draw)
+    return _new_children(key, state, elite, count, restart, settings, "crossover", draw)
 
 
 @partial(jax.jit, static_argnames=("space", "kind", "probability", "reach"))
@@ -210,18 +200,21 @@ def _rows(genes: Genes, rows) -> Genes:
     return jax.tree.map(lambda leaf: leaf[rows], genes)
 
 
-def _new_children(key, state, elite, count, island, settings, operator, draw) -> SearchState:
+def _new_children(key, state, elite, count, restart, settings, operator, draw) -> SearchState:
     """Up to `count` unscored candidates drawn from the elite, different from each other and from all in `state`."""
     # One shape for every generation, so each operator compiles once; only the first len(elite) rows are drawn from.
     padded = np.resize(elite, max(settings.parents, len(elite)))
     documents = state.documents.shape[1]
     new = unscored(_rows(state.genes, np.zeros(0, int)), operator, documents)
-    for attempt in range(_TRIES if count > 0 else 0):
-        drawn = draw(jax.random.fold_in(key, attempt), _rows(state.genes, padded), len(elite))
-        parents, genes = jax.device_get(drawn)
+    calls = 0
+    for _ in range(_TRIES if count > 0 else 0):
+        drawn = []
+        for call in range(calls, calls + -(-(count - len(new)) // _DRAWN_AT_ONCE)):
+            drawn.append(draw(jax.random.fold_in(key, call), _rows(state.genes, padded), len(elite)))
+        calls += len(drawn)
+        parents, genes = jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(drawn))
         parents = np.where(parents < 0, -1, elite[parents])
-        children = unscored(genes, operator, documents, parents, island)
-        new = joined(new, without_known(children, state, new))
+        new = joined(new, without_known(unscored(genes, operator, documents, parents, restart), state, new))
         new = new.take(np.arange(min(count, len(new))))
         if len(new) == count:
             break

@@ -134,7 +134,7 @@ def descend(
     genes = genes._replace(n_hat=np.tile(space.n_hat, len(starts)))
     parents = np.stack([np.repeat(starts, len(space.n_hat)), np.full(len(genes.n_hat), -1)], axis=1)
     documents = state.documents.shape[1]
-    new = without_known(unscored(genes, "gradient", documents, parents, state.island[parents[:, 0]]), state)
+    new = without_known(unscored(genes, "gradient", documents, parents, state.restart[parents[:, 0]]), state)
     if len(new):
         new.cost[0] += len(starts) * settings.steps * step_cost(settings, objective)
     return joined(state, scored(new, score, state.standing(bar=state.nll.min()), iteration))

@@ -20,21 +20,29 @@ _BEGIN, _WIDTH, _HEIGHT, _BEND = (-0.1, 0.6), (0.03, 0.7), (0.75, 1.0), (0.5, 2.
 
 
 def scan(
-    key: PRNGKeyArray, state: SearchState, iteration: int, space: SearchSpace, count: int, score: Score
+    key: PRNGKeyArray,
+    state: SearchState,
+    iteration: int,
+    space: SearchSpace,
+    count: int,
+    score: Score,
+    restart: int = 0,
 ) -> SearchState:
-    """Scores `count` random ramps, with the other genes of the best candidate so far; the first ones in full, where a
-    race is on the others only until they can't come under the best.
+    """Scores `count` random ramps for a start of the search, with the other genes of its best candidate so far; the
+    first ones in full, where a race is on the others only until they can't come under the best.
     """
     key = jax.random.fold_in(key, iteration)
     lam = np.asarray(draw_ramps(key, count, state.lam.shape[1], space))
-    fixed = jax.tree.map(lambda leaf: np.repeat(leaf[state.top(1)], count, axis=0), state.genes)
+    own = state.take(state.own(restart))
+    fixed = jax.tree.map(lambda leaf: np.repeat(leaf[own.top(1)], count, axis=0), own.genes)
     critical = np.asarray(space.critical, np.int32)[np.arange(count) % len(space.critical)]
     genes = Genes(np.asarray(space.completed(lam, critical)), fixed.n_hat, fixed.mscale, critical)
     documents = state.documents.shape[1]
-    new = without_known(unscored(genes, "ramp", documents), state)
+    new = without_known(unscored(genes, "ramp", documents, restart=restart), state)
     for first in range(0, len(new), _AT_ONCE):
         some = new.take(np.arange(first, min(first + _AT_ONCE, len(new))))
-        standing = state.standing(bar=state.nll[state.top(_PROMISING)[-1]]) if first else None
+        bar = np.sort(state.nll[state.own(restart)])[:_PROMISING][-1]
+        standing = state.standing(bar) if first else None
         state = joined(state, scored(some, score, standing, iteration))
     return state
 

@@ -129,10 +129,11 @@ class SearchSettings:
     def moves(self) -> int:
         """How many moves the method makes, see `methods.plan`; after each there may be a better candidate."""
         is_scan = self.ramps > 0
+        evolve = self.evolution.restarts * (1 + is_scan + self.evolution.iterations)
         return {
-            "evolution": 1 + 2 * is_scan + self.evolution.iterations,
+            "evolution": evolve + is_scan,
             "gradient": 1 + is_scan + self.gradient.rounds,
-            "hybrid": 2 + is_scan + self.gradient.rounds + self.evolution.iterations,
+            "hybrid": 1 + evolve + self.gradient.rounds,
             "cma_es": 1 + self.cma_es.iterations,
             "start_tokens": 2,
         }[self.method]
@@ -162,10 +163,11 @@ class SearchSettings:
         seeds = constants + len(self.seeds)
         ends = self.gradient.rounds * self.gradient.starts * start_tokens
         grown = max(seeds + self.ramps - self.evolution.population, 0)  # beyond population 0
+        evolved = seeds + self.evolution.restarts * (grown + self.evolution.evaluations - seeds)
         return {
-            "evolution": grown + self.evolution.evaluations,
+            "evolution": evolved,
             "gradient": seeds + self.ramps + ends,
-            "hybrid": grown + self.evolution.evaluations + ends,
+            "hybrid": evolved + ends,
             "cma_es": seeds + self.cma_es.evaluations,
             "start_tokens": seeds * start_tokens,
         }[self.method]

@@ -63,15 +63,21 @@ def test_population_zero_is_the_seeds_as_they_are_and_mutations_of_them():
     assert (state.operator[3:] == 1).all() and set(state.parents[3:, 0]) <= {0, 1, 2}
 
 
-@pytest.mark.parametrize(
-    "settings", [EvolutionSettings(), EvolutionSettings.paper(), EvolutionSettings.released(islands=2)]
-)
+@pytest.mark.parametrize("settings", [EvolutionSettings(), EvolutionSettings.paper(), EvolutionSettings.released()])
 def test_it_finds_a_known_optimum(settings):
     state = run(settings)[-1]
     assert len(state) == settings.evaluations == 64 + 40 * 32
     assert state.nll.min() < state.nll[:3].min() / 20
     assert abs(int(state.best().n_hat) - 16) <= 4
     np.testing.assert_allclose(state.best().lam, TARGET, atol=1.0)
+
+
+def test_a_model_of_the_score_reaches_the_optimum_sooner():
+    few = dict(iterations=8, mutation="redraw_few", reach=4)
+    without, chosen = (run(EvolutionSettings.paper(**few, proposals=count))[-1] for count in (1, 8))
+    assert len(without) == len(chosen) == 64 + 8 * 32
+    assert chosen.nll.min() < 0.5 * without.nll.min()
+    assert (chosen.parents[64:, 0] >= 0).all()
 
 
 def test_budget_elitism_and_monotone_progress():
@@ -133,10 +139,10 @@ def test_every_candidate_of_a_critical_space_is_ntk_below_its_critical_pair():
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-@pytest.mark.parametrize("islands", [1, 2])
-def test_a_tiny_space_is_exhausted_without_repeating_or_hanging(mutation, islands):
+@pytest.mark.parametrize("proposals", [1, 4])
+def test_a_tiny_space_is_exhausted_without_repeating_or_hanging(mutation, proposals):
     space = SearchSpace(1.0, 1.02, 0.01, (0,))
-    settings = EvolutionSettings(population=16, parents=8, iterations=6, mutation=mutation, islands=islands)
+    settings = EvolutionSettings(population=16, parents=8, iterations=6, mutation=mutation, proposals=proposals)
     state = run(settings, total, space=space, seeds=seeded(total, {"ones": rope.unscaled(4)}))[-1]
     assert len(state) == 6  # (1, 1), (1, 1.01), (1, 1.02), (1.01, 1.01), (1.01, 1.02), (1.02, 1.02)
 
@@ -147,10 +153,11 @@ def test_identical_runs_are_identical_and_keys_matter():
     assert (first.lam[3:] != other.lam[3:]).any()
 
 
-@pytest.mark.parametrize("islands", [1, 2])
+@pytest.mark.parametrize("proposals", [1, 3])
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 4])
-def test_a_stopped_search_goes_on_bit_for_bit_with_the_remaining_budget(stop_after, islands):
-    settings = EvolutionSettings(population=16, mutations=6, crossovers=6, parents=8, iterations=6, islands=islands)
+def test_a_stopped_search_goes_on_bit_for_bit_with_the_remaining_budget(stop_after, proposals):
+    numbers = dict(population=16, mutations=6, crossovers=6, parents=8, iterations=6)
+    settings = EvolutionSettings(**numbers, proposals=proposals)
     states = run(settings)
     asked = []
 
@@ -180,43 +187,41 @@ def test_advance_only_appends():
     assert (later.iteration[len(first) :] == 1).all()
 
 
-@pytest.mark.parametrize("islands", [2, 3])
-def test_islands_live_apart_for_half_of_the_iterations_and_are_one_then(islands):
-    settings = EvolutionSettings.paper(islands=islands)
-    state = run(settings)[-1]
-    assert len(state) == settings.evaluations
+def restarted(settings, score=distance):
+    key, states = jax.random.key(0), [seeded(score)]
+    for restart in range(2):
+        begun = states[-1].iteration[-1] + 1
+        states.append(populate(key, states[-1], begun, SPACE, settings, score, restart))
+        for iteration in range(begun + 1, begun + 1 + settings.iterations):
+            states.append(advance(key, states[-1], iteration, SPACE, settings, score, restart))
+    return states
+
+
+def test_a_restart_begins_anew_from_the_seeds_and_stays_by_itself():
+    state = restarted(SETTINGS)[-1]
     made = np.flatnonzero(state.operator > 0)
-    apart = made[state.iteration[made] <= 20]
-    np.testing.assert_array_equal(np.unique(state.island[apart]), np.arange(islands))
-    shares = np.bincount(state.island[state.iteration == 1])
-    assert shares.sum() == 32 and shares.max() - shares.min() <= 2
-    for row in apart:
+    assert np.bincount(state.restart[made]).tolist() == [16 - 3 + 6 * 12] * 2
+    for row in made:
         parents = state.parents[row][state.parents[row] >= 0]
         is_seed = state.operator[parents] == 0
-        assert (is_seed | (state.island[parents] == state.island[row])).all()
-    together = made[state.iteration[made] > 20]
-    parents = state.parents[together]
-    assert len(np.unique(state.island[parents[parents >= 0]])) > 1
+        assert (is_seed | (state.restart[parents] == state.restart[row])).all()
 
 
-def test_children_race_for_a_place_among_the_parents_of_their_island():
-    settings = EvolutionSettings.paper(population=16, parents=8, iterations=4, islands=2)
-    state, seen = run(settings)[0], []
+def test_children_race_for_a_place_among_the_parents_of_their_start():
+    settings, seen = EvolutionSettings.paper(population=16, parents=8, iterations=2), []
+    states = restarted(settings)
+    state = states[-2]
 
     def watched(factors, standing):
         seen.append(standing)
         return distance(factors)
 
-    later = advance(jax.random.key(0), state, 1, SPACE, settings, watched)
-    assert len(seen) == 2
-    for island, standing in enumerate(seen):
-        scores = np.sort(state.nll[(state.island == island) | (state.operator == 0)])
-        assert standing.bar == scores[3] and standing.best <= state.nll.min()
-    # They are compared with the best of all islands.
+    advance(jax.random.key(0), state, 7, SPACE, settings, watched, restart=1)
+    own = (state.restart == 1) | (state.operator == 0)
+    assert seen[0].bar == np.sort(state.nll[own])[7] > np.sort(state.nll)[7]
+    # They are compared with the best of all starts.
+    assert seen[0].best == state.nll.min()
     np.testing.assert_array_equal(seen[0].documents, state.documents[state.top(16)])
-    advance(jax.random.key(0), later, 3, SPACE, settings, watched)  # one island by then
-    assert (seen[2].bar, seen[2].best) == (np.sort(later.nll)[7], later.nll.min())
-    np.testing.assert_array_equal(seen[2].documents, later.documents[later.top(16)])
 
 
 def test_there_is_no_race_before_there_are_as_many_parents_as_there_may_be():
@@ -235,7 +240,7 @@ def test_settings_by_name_keep_other_numbers():
     paper, released = EvolutionSettings.paper(iterations=3), EvolutionSettings.released(population=7)
     assert (paper.mutation, paper.mutation_probability, paper.reach, paper.crossover) == ("redraw", 0.3, 1, "uniform")
     assert (released.mutation, released.reach, released.crossover) == ("sweep", 1, "released")
-    assert (paper.iterations, released.population, paper.islands, released.islands) == (3, 7, 1, 1)
+    assert (paper.iterations, released.population, paper.proposals, released.restarts) == (3, 7, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +253,8 @@ def test_settings_by_name_keep_other_numbers():
         dict(parents=0),
         dict(mutation="none"),
         dict(crossover="none"),
-        dict(islands=0),
-        dict(islands=33),
+        dict(restarts=0),
+        dict(proposals=0),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(bad):

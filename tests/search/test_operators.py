@@ -96,8 +96,17 @@ def test_the_temperature_stays_on_its_grid_within_its_bounds(kind):
     mscale = children.mscale
     assert on_grid(mscale, WITH_MSCALE.step).all()
     assert mscale.min() == np.float32(0.9) and mscale.max() == np.float32(1.3)
-    assert abs((mscale != 1).mean() - 0.3 * 40 / 41) < 0.05
+    usual = (0.3 - 1 / 16) / np.log(0.3 * 16) if kind == "redraw_few" else 0.3
+    assert abs((mscale != 1).mean() - usual * 40 / 41) < 0.05
     assert (mutants(SEEDS["yarn"], kind).mscale == 1).all()  # one that is fixed
+
+
+def test_few_pairs_are_redrawn_more_often_than_many():
+    lam = mutants(genes(np.linspace(1.5, 8, 32)), "redraw_few", count=2000).lam
+    changed = (lam != np.linspace(1.5, 8, 32, dtype=np.float32)).sum(1)
+    assert changed.min() >= 1 and (changed <= 4).mean() > 0.4 and (changed > 8).mean() > 0.05
+    many = mutants(genes(np.linspace(1.5, 8, 32)), "redraw", count=2000).lam
+    assert ((many != np.linspace(1.5, 8, 32, dtype=np.float32)).sum(1) <= 4).mean() < 0.1
 
 
 @pytest.mark.parametrize("kind", MUTATIONS)

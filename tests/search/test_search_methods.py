@@ -47,11 +47,12 @@ class Analytic:
         return Scores(nll, documents, np.ones(len(nll)))
 
 
-def settings_of(method, **changes):
+def settings_of(method, restarts=1, **changes):
+    numbers = dict(population=10, mutations=3, crossovers=3, parents=4, iterations=4, restarts=restarts)
     return SearchSettings(
         target_length=8 * L,
         method=method,
-        evolution=EvolutionSettings(population=10, mutations=3, crossovers=3, parents=4, iterations=4),
+        evolution=EvolutionSettings(**numbers),
         gradient=GradientSettings(rounds=2, starts=1),
         cma_es=CmaEsSettings(population=6, iterations=4),
         **changes,
@@ -144,6 +145,21 @@ def test_more_ramps_than_population_0_has_room_for_are_all_of_it(method):
     assert (np.bincount(state.iteration)[:4] == [3, 20, 0, 6]).all()
 
 
+@pytest.mark.parametrize(("method", "ramps"), [("evolution", 0), ("evolution", 5), ("hybrid", 20)])
+def test_every_start_has_its_own_ramps_population_and_iterations(method, ramps):
+    settings = settings_of(method, restarts=3, ramps=ramps)
+    moves = moves_of(settings, Analytic())
+    assert len(moves) == settings.moves
+    saved = []
+    state = search(moves, save=saved.append)
+    assert len(state) == settings.candidates(len(SPACE.n_hat))
+    evolved = state.take(np.flatnonzero(np.isin(state.operator, [1, 2, OPERATORS.index("ramp")])))
+    shares = np.bincount(evolved.restart)
+    assert len(shares) == 3 and (shares == max(10 - len(SEEDS.n_hat), ramps) + 4 * 6).all()
+    later = search(moves_of(settings, Analytic()), saved[len(saved) // 2])
+    jax.tree.map(np.testing.assert_array_equal, later, state)
+
+
 @EVERY
 def test_from_any_saved_state_every_method_goes_on_bit_for_bit(method, ramps):
     saved, settings = [], settings_of(method, ramps=ramps)
@@ -171,13 +187,13 @@ def test_start_tokens_sweeps_all_numbers_of_every_seed():
 
 
 def test_a_search_of_an_earlier_version_goes_on():
-    """It saved no documents, costs, temperatures, islands or critical pairs."""
+    """It saved no documents, costs, temperatures, restarts or critical pairs."""
     saved = []
     search(moves_of(settings_of("evolution"), Analytic()), save=saved.append)
     old = {name: getattr(saved[2], name) for name in ("lam", "n_hat", "nll", "parents", "operator", "iteration")}
     state = search(moves_of(settings_of("evolution"), Analytic()), as_if_now(old, DOCUMENTS, 1.0))
     wanted = search(moves_of(settings_of("evolution"), Analytic()))
-    for name in (*old, "mscale", "critical", "cost", "island"):
+    for name in (*old, "mscale", "critical", "cost", "restart"):
         np.testing.assert_array_equal(getattr(state, name), getattr(wanted, name))
     assert np.isnan(state.documents[: len(saved[2])]).all() and np.isfinite(state.documents[len(saved[2]) :]).all()
 
