@@ -48,28 +48,27 @@ EVOLUTION = ("narrow", "released")
 
 def searches() -> dict[str, SearchSettings]:
     """Every way to search, by name."""
-    hybrid = dict(method="hybrid", racing=0.9)
+    racing, chosen = dict(racing=0.9, ramps=128), dict(mutation="redraw_few", proposals=16)
 
     def descent(**numbers: int) -> GradientSettings:
         return GradientSettings(cost=GRADIENT_COST, remat="none", **numbers)
 
+    few_steps = descent(rounds=1, starts=3, steps=20)
     return {
         "narrow": _search(evolution=EvolutionSettings.paper()),
         "released": _search(evolution=EvolutionSettings.released()),
         "narrow_racing": _search(racing=0.9, evolution=EvolutionSettings.paper()),
         "cma_es": _search(method="cma_es", cma_es=CmaEsSettings(population=32, iterations=14)),
-        "gradient": _search(method="gradient", racing=0.9, ramps=128, gradient=descent(rounds=2, starts=4, steps=40)),
+        "gradient": _search(**racing, method="gradient", gradient=descent(rounds=2, starts=4, steps=40)),
+        "evolution": _search(**racing, evolution=EvolutionSettings(**chosen, iterations=22)),
         "hybrid_third": _search(
-            **hybrid,
-            ramps=128,
-            gradient=descent(rounds=2, starts=3, steps=40),
-            evolution=EvolutionSettings(iterations=9),
+            **racing, method="hybrid", gradient=few_steps, evolution=EvolutionSettings(**chosen, iterations=19)
         ),
         "hybrid": _search(
-            **hybrid,
-            ramps=256,
-            gradient=descent(rounds=3, starts=4, steps=40),
-            evolution=EvolutionSettings(iterations=56),
+            **racing,
+            method="hybrid",
+            gradient=few_steps,
+            evolution=EvolutionSettings(**chosen, iterations=19, restarts=4),
         ),
     }
 

@@ -108,9 +108,10 @@ def descend(
     score: Score,
     kept: Kept | None = None,
     progress: Callable[[float], Any] = lambda candidates: None,
+    restart: int = 0,
 ) -> SearchState:
-    """One round: steps from the best candidates so far; what they lead to, on the grid of the space and with every
-    number of start tokens, is scored and appended.
+    """One round: steps from the best candidates of a start so far; what they lead to, on the grid of the space and with
+    every number of start tokens, is scored and appended.
 
     Time O(steps T^2) as for training on a block of documents; memory O(T) by device with remat, and the model's
     parameters have no gradient and no optimizer state.
@@ -120,8 +121,9 @@ def descend(
         progress: is told what a step costs, in candidates scored.
     """
     kept, key = kept or Forgotten(), jax.random.fold_in(key, iteration)
-    starts = _different(state, settings.starts)
-    rounds = len(np.unique(state.iteration[state.operator == OPERATORS.index("gradient")]))
+    own = state.own(restart)
+    starts = own[_different(state.take(own), settings.starts)]
+    rounds = len(np.unique(state.iteration[own][state.operator[own] == OPERATORS.index("gradient")]))
     at_once = objective.candidates_at_once
     found = []
     for first in range(0, len(starts), at_once):
@@ -134,7 +136,7 @@ def descend(
     genes = genes._replace(n_hat=np.tile(space.n_hat, len(starts)))
     parents = np.stack([np.repeat(starts, len(space.n_hat)), np.full(len(genes.n_hat), -1)], axis=1)
     documents = state.documents.shape[1]
-    new = without_known(unscored(genes, "gradient", documents, parents, state.restart[parents[:, 0]]), state)
+    new = without_known(unscored(genes, "gradient", documents, parents, restart), state)
     if len(new):
         new.cost[0] += len(starts) * settings.steps * step_cost(settings, objective)
     return joined(state, scored(new, score, state.standing(bar=state.nll.min()), iteration))

@@ -40,24 +40,24 @@ def plan(
     """
     common = dict(space=space, score=score)
     begin = partial(_begin, seeds=seeds, documents=len(objective.weights), score=score)
-    scan = partial(ramps.scan, key, count=settings.ramps, **common)
+    scan = [partial(ramps.scan, key, count=settings.ramps, **common)] * (settings.ramps > 0)
     populate = partial(evolution.populate, key, settings=settings.evolution, **common)
-    advance = partial(evolution.advance, key, settings=settings.evolution, **common)
-    evolve = []
-    for restart in range(settings.evolution.restarts):
-        evolve += [partial(scan, restart=restart)] * (settings.ramps > 0) + [partial(populate, restart=restart)]
-        evolve += [partial(advance, restart=restart)] * settings.evolution.iterations
+    advance = [partial(evolution.advance, key, settings=settings.evolution, **common)] * settings.evolution.iterations
     descend = partial(
         gradient.descend, key, settings=settings.gradient, objective=objective, kept=kept, progress=progress, **common
     )
+    descents = [descend] * settings.gradient.rounds
+    restarts = range(settings.evolution.restarts)
+    if settings.method == "evolution" and not scan:
+        first, *others = [partial(move, restart=r) for r in restarts for move in (populate, *advance)]
+        return [lambda state, iteration: first(begin(state, iteration), iteration), *others]
     if settings.method == "evolution":
-        if settings.ramps:
-            return [begin, *evolve]
-        return [lambda state, iteration: populate(begin(state, iteration), iteration), *evolve[1:]]
-    if settings.method == "gradient":
-        return [begin, *[scan] * (settings.ramps > 0), *[descend] * settings.gradient.rounds]
+        return [begin, *(partial(move, restart=r) for r in restarts for move in (*scan, populate, *advance))]
     if settings.method == "hybrid":
-        return [begin, *evolve, *[descend] * settings.gradient.rounds]
+        one_start = (*scan, *descents, populate, *advance)
+        return [begin, *(partial(move, restart=r) for r in restarts for move in one_start)]
+    if settings.method == "gradient":
+        return [begin, *scan, *descents]
     if settings.method == "cma_es":
         generation = partial(cma_es.generation, key, settings=settings.cma_es, **common)
         return [begin, *[generation] * settings.cma_es.iterations]

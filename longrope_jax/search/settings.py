@@ -45,8 +45,8 @@ class SearchSettings:
         seed: of the documents and of the search.
         objective: what a candidate is asked, by names of your own; see `TermSettings`. Nothing is the paper's: the
             perplexity of documents of the target length.
-        method: "evolution", LongRoPE's Algorithm 1; "gradient"; "hybrid", Algorithm 1, which finds the basin, and then
-            the gradient, which finds its floor; "cma_es", a baseline; "start_tokens", the seeds with every n_hat
+        method: "evolution", LongRoPE's Algorithm 1; "gradient"; "hybrid", the gradient from a few starts and then
+            Algorithm 1 around what it led to; "cma_es", a baseline; "start_tokens", the seeds with every n_hat
             (LongRoPE table 2).
         racing: confidence (0.99, say) with which it is plain before all documents are read whether a candidate comes
             under the best, see `search/racing.py`; 0 reads all. A block of `documents_at_once` is the least that is
@@ -129,11 +129,11 @@ class SearchSettings:
     def moves(self) -> int:
         """How many moves the method makes, see `methods.plan`; after each there may be a better candidate."""
         is_scan = self.ramps > 0
-        evolve = self.evolution.restarts * (1 + is_scan + self.evolution.iterations)
+        evolve = 1 + is_scan + self.evolution.iterations
         return {
-            "evolution": evolve + is_scan,
+            "evolution": self.evolution.restarts * evolve + is_scan,
             "gradient": 1 + is_scan + self.gradient.rounds,
-            "hybrid": 1 + evolve + self.gradient.rounds,
+            "hybrid": 1 + self.evolution.restarts * (evolve + self.gradient.rounds),
             "cma_es": 1 + self.cma_es.iterations,
             "start_tokens": 2,
         }[self.method]
@@ -162,18 +162,22 @@ class SearchSettings:
         constants = self.evolution.population if self.space == "critical_dimension" else len(self.published)
         seeds = constants + len(self.seeds)
         ends = self.gradient.rounds * self.gradient.starts * start_tokens
-        grown = max(seeds + self.ramps - self.evolution.population, 0)  # beyond population 0
-        evolved = seeds + self.evolution.restarts * (grown + self.evolution.evaluations - seeds)
+
+        def evolved(found: int) -> int:
+            """So many are there already when a start makes its population 0."""
+            grown = max(found - self.evolution.population, 0)
+            return seeds + self.evolution.restarts * (grown + self.evolution.evaluations - seeds)
+
         return {
-            "evolution": evolved,
+            "evolution": evolved(seeds + self.ramps),
             "gradient": seeds + self.ramps + ends,
-            "hybrid": evolved + ends,
+            "hybrid": evolved(seeds + self.ramps + ends),
             "cma_es": seeds + self.cma_es.evaluations,
             "start_tokens": seeds * start_tokens,
         }[self.method]
 
     def forward_equivalents(self, blocks: int, start_tokens: int) -> float:
         """The same with its gradient steps, each on one of so many blocks of documents."""
-        steps = self.gradient.rounds * self.gradient.starts * self.gradient.steps
-        is_descent = self.method in ("gradient", "hybrid")
-        return self.candidates(start_tokens) + is_descent * steps * self.gradient.cost / blocks
+        descents = {"gradient": 1, "hybrid": self.evolution.restarts}.get(self.method, 0)
+        steps = descents * self.gradient.rounds * self.gradient.starts * self.gradient.steps
+        return self.candidates(start_tokens) + steps * self.gradient.cost / blocks
