@@ -186,6 +186,8 @@ def test_a_run_leaves_all_that_is_promised(finished):
     assert len(figures) == 5 and all(f"figures/{name}" in text for name in figures)
     longrope = content["perplexity"]["64"]["longrope"]["ppl"]
     assert f"{longrope:.2f}" in text
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(figures) and f"<td>{longrope:.2f}" in page
 
     # Evaluation documents are not search documents, nor training ones.
     files = json.loads(next((finished / "data").rglob("metadata.json")).read_text())["files"]
