@@ -77,7 +77,7 @@ def token_nll(
         for (document, start, scored), row in zip(chosen, nll, strict=False):
             result[document, scored : start + window] = row[scored - start :]
 
-    running = deque()
+    running: deque[tuple[list[tuple[int, int, int]], Array]] = deque()
     for chosen in batches:
         padded = chosen + [chosen[-1]] * (batch - len(chosen))  # a smaller last batch would compile anew
         block = np.stack([tokens[document, start : start + window + 1] for document, start, _ in padded])

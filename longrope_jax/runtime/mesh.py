@@ -139,7 +139,7 @@ class Layout:
         if self.mesh is None or jax.process_count() == 1:
             return (0, 1)
         rows = self.mesh.devices.reshape(self.row_shards, -1)  # data and fsdp are the first two axes
-        held = {}
+        held: dict[int, set[int]] = {}
         for row, devices in enumerate(rows):
             for device in devices:
                 held.setdefault(device.process_index, set()).add(row)

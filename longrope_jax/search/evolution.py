@@ -87,7 +87,7 @@ class EvolutionSettings:
     def paper(cls, **changes: Any) -> "EvolutionSettings":
         """Algorithm 1 read literally: every gene is redrawn with p = 0.3, within the gap between its neighbours."""
         literal = dict(mutation="redraw", mutation_probability=0.3, reach=1, crossover="uniform", islands=1)
-        return cls(**literal | changes)
+        return cls(**{**literal, **changes})
 
     @classmethod
     def released(cls, **changes: Any) -> "EvolutionSettings":

@@ -1,5 +1,6 @@
 """What a search starts from: the published methods, LongRoPE2's constants above a critical pair, and one's own."""
 
+import dataclasses
 from collections.abc import Collection
 
 import numpy as np
@@ -47,7 +48,7 @@ def paper_seeds(
         is_clipped = np.max(trained.factors.lam) > space.high
         seeds = {"trained_clipped" if is_clipped else "trained": trained.factors, "unscaled": start.factors}
     seeds |= {name: extend(method, start, target_length, head_dim, base) for name, method in methods.items()}
-    seeds = {name: seed.replace(mscale=np.asarray(trained.factors.mscale)) for name, seed in seeds.items()}
+    seeds = {name: dataclasses.replace(seed, mscale=np.asarray(trained.factors.mscale)) for name, seed in seeds.items()}
     if space.mscale[0] < space.mscale[1]:
         seeds["yarn_with_temperature"] = extend("yarn", start, target_length, head_dim, base)
     if set(published) != set(PUBLISHED):
@@ -79,7 +80,8 @@ def rescaled(factors: RopeFactors, scale: float, new_scale: float) -> RopeFactor
     """
     if scale <= 1:
         return factors
-    return factors.replace(lam=np.float32(1 + (np.asarray(factors.lam, float) - 1) * (new_scale - 1) / (scale - 1)))
+    lam = 1 + (np.asarray(factors.lam, float) - 1) * (new_scale - 1) / (scale - 1)
+    return dataclasses.replace(factors, lam=np.float32(lam))
 
 
 def as_genes(
