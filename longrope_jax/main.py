@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
 def _compile() -> None:
     _require(config=_CONFIG.value, workdir=_WORKDIR.value, topology=_TOPOLOGY.value)
     jax.config.update("jax_platforms", "cpu")  # with libtpu there, JAX would look for TPUs first
-    ahead_of_time.compile_experiment(_CONFIG.value, _TOPOLOGY.value, _WORKDIR.value)
+    ahead_of_time.compile_experiment(_CONFIG.value, str(_TOPOLOGY.value), str(_WORKDIR.value))
 
 
 def _generate() -> None:
@@ -129,9 +129,10 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise flags.Error(f"unexpected arguments: {' '.join(rest[1:])}")
         return rest
     except (KeyError, AttributeError) as error:
-        while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps one in another
-            error = error.args[0]
-        _fail(f"no such field in the config: {error.args[0] if error.args else error}")
+        inner: Exception = error
+        while inner.args and isinstance(inner.args[0], Exception):  # ml_collections wraps one in another
+            inner = inner.args[0]
+        _fail(f"no such field in the config: {inner.args[0] if inner.args else inner}")
     except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
         _fail(error)
 

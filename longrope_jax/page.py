@@ -67,9 +67,10 @@ def _embedded(picture: epath.Path) -> str:
 
 def _name_headings(tokens: Sequence[Token]) -> list[tuple[str, str]]:
     """Gives the title and the sections an id each; returns those with the text of the headings."""
-    named = []
+    named: list[tuple[str, str]] = []
     for token, inline in zip(tokens, tokens[1:], strict=False):
         if token.type == "heading_open" and token.tag in ("h1", "h2"):
-            token.attrs["id"] = f"section-{len(named)}"
-            named.append((token.attrs["id"], "".join(child.content for child in inline.children or ())))
+            anchor = f"section-{len(named)}"
+            token.attrs["id"] = anchor
+            named.append((anchor, "".join(child.content for child in inline.children or ())))
     return named

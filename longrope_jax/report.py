@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
 
 from longrope_jax import plots, rope
 from longrope_jax.evaluation.perplexity import compare, perplexity
@@ -62,7 +63,7 @@ def _evaluation(config: LlamaConfig, settings: EvaluationSettings, evaluation: R
     lengths = sorted({length for length, _ in nll})
     arms = [arm for arm in settings.arms if (lengths[0], arm) in nll]
     original = config.original_length
-    result = {
+    result: dict[str, Any] = {
         "perplexity": {str(n): {arm: perplexity(nll[n, arm])._asdict() for arm in arms} for n in lengths},
         "documents": sorted(set(evaluation[0]["documents"])),
         "start_tokens": {
@@ -95,7 +96,7 @@ def write_report(
     which holds its pictures; returns the path of report.md.
     """
     (workdir / "report.json").write_text(to_json(report, indent=1) + "\n")
-    figures = {}
+    figures: dict[str, Figure] = {}
     for stage, (settings, evaluation) in evaluations.items():
         figures |= _evaluation_figures(config, report["evaluations"][stage], settings, evaluation, _suffix(stage))
     for stage, retrieval in report["retrieval"].items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
 
 from longrope_jax import plots
 from longrope_jax.comparison import plots as comparison_plots
@@ -31,7 +32,8 @@ def write_comparison(workdirs: Sequence[epath.PathLike], folder: epath.PathLike)
     """
     runs, folder = read_runs(workdirs), epath.Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    parts, figures = ["# Comparison\n", _overview(runs)], {}
+    parts = ["# Comparison\n", _overview(runs)]
+    figures: dict[str, Figure] = {}
     for section, drawn in (_perplexities(runs), _searches(runs), _retrievals(runs), (_configs(runs), {})):
         parts += section
         figures |= drawn

@@ -109,7 +109,7 @@ class StoredDocuments(Sequence[Document]):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
         shard = self._shards[int(np.searchsorted(self._ends, index, side="right"))]
-        tokens = StoredTokens(shard, int(self._first_records[index]), int(self._lengths[index]))
+        tokens: Any = StoredTokens(shard, int(self._first_records[index]), int(self._lengths[index]))
         return Document(self._names[index], tokens, int(self._sizes[index]))
 
     def __repr__(self) -> str:

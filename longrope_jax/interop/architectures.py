@@ -44,7 +44,7 @@ class Origin(NamedTuple):
     shape: tuple[int, ...]
 
 
-def parse_config(config: Mapping[str, Any], **changes: str) -> tuple[LlamaConfig, FactorTable]:
+def parse_config(config: Mapping[str, Any], **changes: Any) -> tuple[LlamaConfig, FactorTable]:
     """The architecture and its rotation by length.
 
     Args:
@@ -62,7 +62,7 @@ def parse_config(config: Mapping[str, Any], **changes: str) -> tuple[LlamaConfig
         problems += _unsupported(config, name, wanted)
     if config.get("quantization_config"):
         problems.append("quantization_config: quantised weights are not supported")
-    sizes = {ours: _size(config, theirs, problems) for ours, theirs in _SIZES.items()}
+    sizes: dict[str, Any] = {ours: _size(config, theirs, problems) for ours, theirs in _SIZES.items()}
     sizes["num_kv_heads"] = _size(config, "num_key_value_heads", problems, sizes["num_heads"] or 1)
     if not _is_number(config.get("rms_norm_eps")):
         problems.append(f"rms_norm_eps = {config.get('rms_norm_eps')!r} must be a positive number")

@@ -89,6 +89,7 @@ class Llama(nn.Module):
         with these tokens. Use: `apply(..., method="extend")`; see `model/cache.py`.
         """
         hidden, memory = self._hidden(tokens, factors, positions, None, Memory(cache, jnp.int32(0)))
+        assert memory is not None  # as one was given
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
         return project(hidden, self._head())[:, 0], memory.cache
 

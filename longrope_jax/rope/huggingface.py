@@ -71,7 +71,7 @@ def to_huggingface(table: FactorTable, original_length: int) -> dict[str, Any]:
     lam = np.asarray(table.factors.lam, np.float32)
     boundaries = np.asarray(table.boundaries)
     original = int(boundaries[0]) if len(boundaries) > 1 else min(original_length, int(boundaries[0]))
-    scale, mscale = int(boundaries[-1]) / original, float(table.factors.mscale[-1])
+    scale, mscale = int(boundaries[-1]) / original, float(np.asarray(table.factors.mscale)[-1])
     parameters = {
         "rope_type": "longrope",
         "short_factor": [float(value) for value in lam[0]],
@@ -109,7 +109,7 @@ def two_lengths(table: FactorTable, original_length: int) -> FactorTable:
     """
     last = int(table.boundaries[-1])
     lengths = {int(table.boundaries[0])} if len(table.boundaries) == 2 else {min(original_length, last)}
-    mscale = np.float32(table.factors.mscale[-1])
+    mscale = np.float32(np.asarray(table.factors.mscale)[-1])
     entries = {length: table.select(length) for length in sorted(lengths | {last})}
     return FactorTable.of({
         length: RopeFactors(factors.lam, np.int32(0), mscale)

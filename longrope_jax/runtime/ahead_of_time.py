@@ -128,7 +128,7 @@ def compile_lowered(lowered: jax.stages.Lowered, chip: Chip, began: float) -> Co
         peak,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
-        traffic(compiled.as_text()),
+        traffic(compiled.as_text() or ""),
     )
 
 

@@ -32,7 +32,7 @@ class Traffic(NamedTuple):
         bytes: that a device receives, if rings are used: of n devices' pieces n - 1, of a sum twice as much.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # in place of the method that a tuple has
     bytes: int
 
 

@@ -90,7 +90,7 @@ class Layout:
             )
         if size == 1:
             return cls()
-        return cls(make_mesh(**shape), settings.sequence_order)
+        return cls(make_mesh(None, **shape), settings.sequence_order)
 
     @property
     def shape(self) -> dict[str, int]:
