@@ -15,7 +15,7 @@ endif
 PROGRESSIVE ?= runs/progressive
 ABLATIONS ?= runs/ablations
 
-.PHONY: setup setup-dev quickstart progressive progressive_512x ablations smollm2 test slow parity tpu versus_pytorch lint clean
+.PHONY: setup setup-dev quickstart progressive progressive_512x ablations smollm2 test slow parity tpu test-matrix versus_pytorch bench lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -27,7 +27,7 @@ setup-dev: .venv/installed-dev
 	$(INSTALL) --no-deps -e .
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-test.txt .venv/installed
 	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
@@ -72,7 +72,7 @@ parity: .venv-parity/installed
 tpu: .venv-tpu/installed
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 .venv-tpu/bin/python -m pytest -m tpu
 
-.venv-tpu/installed: requirements.txt requirements-dev.txt requirements-tpu.txt pyproject.toml
+.venv-tpu/installed: requirements.txt requirements-dev.txt requirements-test.txt requirements-tpu.txt pyproject.toml
 	$(PYTHON) -m venv .venv-tpu
 	.venv-tpu/bin/python -m pip install --quiet -r requirements-tpu.txt -r requirements-dev.txt
 	.venv-tpu/bin/python -m pip install --quiet --no-deps -e .
@@ -82,16 +82,46 @@ tpu: .venv-tpu/installed
 versus_pytorch: .venv-parity/installed
 	.venv-parity/bin/python experiments/benchmarks/versus_pytorch.py
 
-.venv-parity/installed: requirements.txt requirements-dev.txt requirements-parity.txt pyproject.toml
+# Every benchmark as ratios, written to runs/bench/COMMIT.json; with BEFORE=FILE of another commit, what has changed.
+bench: setup
+	$(RUN) experiments/benchmarks/bench.py $(if $(BEFORE),--before $(BEFORE))
+
+.venv-parity/installed: requirements.txt requirements-dev.txt requirements-test.txt requirements-parity.txt pyproject.toml
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/python -m pip install --quiet -r requirements-parity.txt
 	.venv-parity/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
+# The tests on every Python that is supported, the later ones with the newest jax; PYTHON3.12=path names one elsewhere.
+PYTHON3.11 ?= python3.11
+PYTHON3.12 ?= python3.12
+PYTHON3.13 ?= python3.13
+MATRIX := 3.11 3.12 3.13
+
+test-matrix: $(MATRIX:%=test-on-%)
+
+test-on-%: .venv-%/installed
+	.venv-$*/bin/python -m pytest --numprocesses=2 --dist=loadfile
+
+.venv-3.11/installed: requirements.txt requirements-test.txt pyproject.toml
+	$(call make_matrix_venv,3.11,requirements.txt -r requirements-test.txt)
+.venv-3.12/installed .venv-3.13/installed: .venv-%/installed: requirements-newest.txt requirements-test.txt pyproject.toml
+	$(call make_matrix_venv,$*,requirements-newest.txt)
+
+define make_matrix_venv
+	@$(PYTHON$(1)) -c "import sys; sys.exit(sys.version_info[:2] != tuple(map(int, '$(1)'.split('.'))))" 2>/dev/null || \
+	  { echo "error: no Python $(1) answers to $(PYTHON$(1)); install it, or name it: make $(MAKECMDGOALS) PYTHON$(1)=PATH" >&2; exit 1; }
+	$(PYTHON$(1)) -m venv .venv-$(1)
+	.venv-$(1)/bin/python -m pip install --quiet -r $(2)
+	.venv-$(1)/bin/python -m pip install --quiet --no-deps -e .
+	touch .venv-$(1)/installed
+endef
+
 lint: setup-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check --quiet .
 	.venv/bin/lint-imports
+	$(RUN) -m mypy
 
 clean:
-	rm -rf .venv .venv-parity .venv-tpu runs
+	rm -rf .venv .venv-parity .venv-tpu $(MATRIX:%=.venv-%) runs

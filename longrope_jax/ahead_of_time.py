@@ -7,6 +7,7 @@ No data is touched and no model is read: an experiment whose first stage is a `l
 import hashlib
 import importlib.metadata
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -81,7 +82,7 @@ def _compile(program: Program, topology: str, chip: Chip, layout: Layout, known:
     with layout.active():
         began = time.monotonic()
         lowered = program.lower()
-        where = f"{topology} {chip} {dict(layout.mesh.shape)}"
+        where = f"{topology} {chip} {layout.shape}"
         what = f"{jax.__version__} {_libtpu()} {where} {lowered.as_text()}"
         digest = hashlib.sha256(what.encode()).hexdigest()
         if digest not in known:
@@ -101,10 +102,10 @@ def _known(path: epath.Path) -> dict[str, Any]:
 
 
 def _estimate(chip: Chip, layout: Layout, program: Program, compiled: Compiled) -> Estimate | None:
-    if not compiled.fits:
+    if not compiled.fits or compiled.arguments is None or compiled.temporaries is None:
         return None
     held = compiled.arguments + compiled.temporaries
-    return estimate(chip, layout.mesh.size, program.flops, program.executed, compiled.collectives, held)
+    return estimate(chip, math.prod(layout.shape.values()), program.flops, program.executed, compiled.collectives, held)
 
 
 def _report(topology: str, chip: Chip, layout: Layout, rows: list[_Row]) -> dict[str, Any]:
@@ -122,10 +123,10 @@ def _report(topology: str, chip: Chip, layout: Layout, rows: list[_Row]) -> dict
             return found | {"knob": row.knob}
         return found | {"estimate": asdict(row.estimate) | {"attention_share": row.estimate.attention_share}}
 
-    mesh = {axis: size for axis, size in layout.mesh.shape.items() if size > 1}
+    mesh = {axis: size for axis, size in layout.shape.items() if size > 1}
     return {
         "topology": topology,
-        "devices": layout.mesh.size,
+        "devices": math.prod(layout.shape.values()),
         "mesh": mesh,
         "hbm_bytes": chip.hbm_bytes,
         "chip": asdict(chip),
@@ -144,7 +145,7 @@ _TIME_HEADER = (
 def _markdown(report: dict[str, Any], rows: list[_Row]) -> str:
     mesh = ", ".join(f"{axis}:{size}" for axis, size in report["mesh"].items())
     knobs = [f"* {row.stage}, {row.program.name}: {row.knob}\n" for row in rows if row.knob]
-    times = [_time_cells(row) for row in rows if row.estimate]
+    times = [_time_cells(row, row.estimate) for row in rows if row.estimate]
     hours = sum(row.estimate.total * row.program.calls for row in rows if row.estimate) / 3600
     parts = [
         f"# {report['topology']}: {report['devices']} devices as {mesh}\n",
@@ -173,8 +174,7 @@ def _memory_cells(row: _Row, hbm_bytes: int) -> tuple[str, ...]:
     )
 
 
-def _time_cells(row: _Row) -> tuple[str, ...]:
-    guess = row.estimate
+def _time_cells(row: _Row, guess: Estimate) -> tuple[str, ...]:
     return (
         row.stage,
         row.program.name,

@@ -67,13 +67,13 @@ def parse_experiment(config: ConfigDict) -> Experiment:
             )
     for key in sorted(needed - set(config)):
         raise ValueError(f"config.{key} is missing")
-    settings = {name: parse(STAGES[kind_of(name)].settings, config[name], name) for name in stages}
+    parsed: dict[str, Any] = {name: parse(STAGES[kind_of(name)].settings, config[name], name) for name in stages}
     experiment = Experiment(
-        _model_config(stages[0], settings[stages[0]]) if is_loaded else parse(LlamaConfig, config.model, "model"),
-        text.parse_sections(config, _reads(settings)),
+        _model_config(stages[0], parsed[stages[0]]) if is_loaded else parse(LlamaConfig, config.model, "model"),
+        text.parse_sections(config, _reads(parsed)),
         parse(MeshSettings, config.get("mesh", ConfigDict()), "mesh"),
         parse(ProfileSettings, config.get("profile", ConfigDict()), "profile"),
-        settings,
+        parsed,
     )
     _naming_section("profile", experiment.profile.check_stages, tuple(stages))
     for name, settings in experiment.stages.items():
@@ -273,7 +273,7 @@ def _plain(value: Any) -> Any:
     """A value of a field, its sections as dicts."""
     if isinstance(value, dict):
         return {name: _plain(entry) for name, entry in value.items()}
-    return asdict(value) if is_dataclass(value) else value
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _what(settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -91,7 +91,9 @@ def write(writer: Writer, settings: GenerateSettings) -> list[str]:
     """
     model, params, tokenizer, table, layout = writer
     prompts = [_prompt(path, tokenizer) for path in settings.prompt_files]
-    options = dict(sampling=settings.sampling, stops=tokenizer.stops, seed=settings.seed, switch=settings.switch)
+    options: dict[str, Any] = dict(
+        sampling=settings.sampling, stops=tokenizer.stops, seed=settings.seed, switch=settings.switch
+    )
     with layout.active():
         if len(prompts) == 1:
             steps = generate(model, params, table, prompts, settings.max_new_tokens, **options)

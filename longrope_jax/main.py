@@ -2,6 +2,7 @@
 
 `--mode=generate --prompt_file=FILE` continues a text, with a model of the experiment's or `--pretrained=PATH`.
 `--mode=compile --topology=v5p:4x4x4` compiles every stage for that slice, without one, and says what will fit.
+`--mode=compare DIR DIR...` puts finished work directories side by side, as compare.md and compare.html in --workdir.
 
 Exit status: 0 done, 2 something that the user can mend, 75 (EX_TEMPFAIL) asked to stop and everything saved, 130
 interrupted from the keyboard.
@@ -15,7 +16,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from longrope_jax import ahead_of_time, experiment, generate
+from longrope_jax import ahead_of_time, comparison, experiment, generate
 from longrope_jax.interop.export import CannotCarry
 from longrope_jax.model.decode import SWITCHES, Sampling
 from longrope_jax.runtime import processes, storage
@@ -25,14 +26,16 @@ from longrope_jax.runtime.preemption import Preempted
 from longrope_jax.training.progress import Diverged
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file with get_config().")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the experiment makes is kept.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where everything the experiment makes is kept. compare: where it is written, . by default."
+)
 _CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Where compiled programs are kept for the next start; on accelerators by default in the "
     "work directory, '' keeps none."
 )  # fmt: skip
 _MODE = flags.DEFINE_enum(
-    "mode", "run", ["run", "generate", "compile"], "Run the experiment, write text with a model, or compile all stages "
-    "for a slice of TPUs that need not be there."
+    "mode", "run", ["run", "generate", "compile", "compare"], "Run the experiment, write text with a model, compile "
+    "all stages for a slice of TPUs that need not be there, or put finished work directories side by side."
 )  # fmt: skip
 _TOPOLOGY = flags.DEFINE_string("topology", None, "compile: chip and shape of the slice, such as v5p:4x4x4.")
 _PRETRAINED = flags.DEFINE_string(
@@ -66,6 +69,8 @@ def main(argv: list[str]) -> None:
     try:
         if _MODE.value == "compile":
             return _compile()
+        if _MODE.value == "compare":
+            return print(f"report: {comparison.write_comparison(argv[1:], _WORKDIR.value or '.')}")
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         storage.see_what_others_write()
         keep_programs(_CACHE.value, _WORKDIR.value)
@@ -90,7 +95,7 @@ def main(argv: list[str]) -> None:
 def _compile() -> None:
     _require(config=_CONFIG.value, workdir=_WORKDIR.value, topology=_TOPOLOGY.value)
     jax.config.update("jax_platforms", "cpu")  # with libtpu there, JAX would look for TPUs first
-    ahead_of_time.compile_experiment(_CONFIG.value, _TOPOLOGY.value, _WORKDIR.value)
+    ahead_of_time.compile_experiment(_CONFIG.value, str(_TOPOLOGY.value), str(_WORKDIR.value))
 
 
 def _generate() -> None:
@@ -120,13 +125,14 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, but a config field that does not exist or a value that does not fit is one line, no traceback."""
     try:
         rest = flags.FLAGS(argv)
-        if len(rest) > 1:
+        if len(rest) > 1 and _MODE.value != "compare":
             raise flags.Error(f"unexpected arguments: {' '.join(rest[1:])}")
         return rest
     except (KeyError, AttributeError) as error:
-        while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps one in another
-            error = error.args[0]
-        _fail(f"no such field in the config: {error.args[0] if error.args else error}")
+        inner: Exception = error
+        while inner.args and isinstance(inner.args[0], Exception):  # ml_collections wraps one in another
+            inner = inner.args[0]
+        _fail(f"no such field in the config: {inner.args[0] if inner.args else inner}")
     except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
         _fail(error)
 

@@ -1,9 +1,10 @@
-"""A run's records -> report.json, report.md and figures: every number a reader of the paper would ask for."""
+"""A run's records -> report.json, report.md with figures, and report.html: all that the paper's readers ask for."""
 
 from typing import Any
 
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
 
 from longrope_jax import plots, rope
 from longrope_jax.evaluation.perplexity import compare, perplexity
@@ -13,6 +14,7 @@ from longrope_jax.evaluation.substitution import Cost
 from longrope_jax.interop.model_card import cost_table
 from longrope_jax.markdown import picture, table
 from longrope_jax.model import LlamaConfig
+from longrope_jax.page import to_page
 from longrope_jax.report_retrieval import retrieval_figure, retrieval_section, summarize_retrieval
 from longrope_jax.report_search import search_figures, search_section
 from longrope_jax.runtime import records
@@ -61,7 +63,7 @@ def _evaluation(config: LlamaConfig, settings: EvaluationSettings, evaluation: R
     lengths = sorted({length for length, _ in nll})
     arms = [arm for arm in settings.arms if (lengths[0], arm) in nll]
     original = config.original_length
-    result = {
+    result: dict[str, Any] = {
         "perplexity": {str(n): {arm: perplexity(nll[n, arm])._asdict() for arm in arms} for n in lengths},
         "documents": sorted(set(evaluation[0]["documents"])),
         "start_tokens": {
@@ -90,9 +92,11 @@ def _evaluation(config: LlamaConfig, settings: EvaluationSettings, evaluation: R
 def write_report(
     workdir: epath.Path, config: LlamaConfig, report: dict[str, Any], evaluations: Evaluations
 ) -> epath.Path:
-    """Writes what `summarize` made as report.json and report.md, with figures/*.png; returns the path of report.md."""
+    """Writes what `summarize` made as report.json, report.md with figures/*.png, and the same as one page, report.html,
+    which holds its pictures; returns the path of report.md.
+    """
     (workdir / "report.json").write_text(to_json(report, indent=1) + "\n")
-    figures = {}
+    figures: dict[str, Figure] = {}
     for stage, (settings, evaluation) in evaluations.items():
         figures |= _evaluation_figures(config, report["evaluations"][stage], settings, evaluation, _suffix(stage))
     for stage, retrieval in report["retrieval"].items():
@@ -106,8 +110,10 @@ def write_report(
     for name, figure in figures.items():
         with (workdir / "figures" / f"{name}.png").open("wb") as file:
             figure.savefig(file)
+    text = _markdown(config, report, evaluations, set(figures))
     path = workdir / "report.md"
-    path.write_text(_markdown(config, report, evaluations, set(figures)))
+    path.write_text(text)
+    (workdir / "report.html").write_text(to_page(text, workdir))
     return path
 
 

@@ -22,7 +22,8 @@ def search_figures(search: Summary) -> dict[str, Figure]:
     population = search["population"] if search.get("method", "evolution") == "evolution" else None
     figures = {f"convergence_{stage}": plots.search_convergence(curve, search["seeds"], population, costs)}
     if search.get("held_out"):
-        figures[f"overfitting_{stage}"] = plots.search_overfitting(np.array(search["held_out"], float), costs[-1])
+        spent = search["costs"][-1]
+        figures[f"overfitting_{stage}"] = plots.search_overfitting(np.array(search["held_out"], float), spent)
     return figures
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from timing import median_seconds
+from timing import Ratio, median_seconds
 
 from longrope_jax.model.attention import attention
 
@@ -30,6 +30,29 @@ def arguments(length: int):
     return *map(jax.random.normal, keys, shapes), jnp.arange(length, dtype=jnp.int32)[None]
 
 
+def memory(gradient, length: int) -> float:
+    """MiB of temporaries of a function with gradients."""
+    shapes = jax.eval_shape(lambda: arguments(length))
+    return gradient.lower(*shapes).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+
+def seconds(by_backend: dict, values: tuple) -> dict[str, float]:
+    """Of every backend's function of these arguments."""
+    return median_seconds({name: lambda f=f: f(*values) for name, f in by_backend.items()}, 5)
+
+
+def ratios() -> list[Ratio]:
+    """Dense beside blockwise, time at 2,048 tokens and memory at 4,096."""
+    forward, gradient = ({name: functions(name)[part] for name in BACKENDS} for part in (0, 1))
+    values = arguments(2048)
+    found = {
+        "forward, 2,048 tokens": seconds(forward, values),
+        "with gradients, 2,048 tokens": seconds(gradient, values),
+        "memory with gradients, 4,096 tokens": {name: memory(f, 4096) for name, f in gradient.items()},
+    }
+    return [Ratio(case, of["dense"] / of["blockwise"], "dense / blockwise", "higher") for case, of in found.items()]
+
+
 def main() -> None:
     """Prints one line a length."""
     forward = {backend: functions(backend)[0] for backend in BACKENDS}
@@ -38,21 +61,14 @@ def main() -> None:
     print("  tokens   forward   gradients   dense MiB   blockwise MiB")
     for length in (256, 1024, 2048, 4096, 16384, 32768):
         backends = [backend for backend in BACKENDS if backend != "dense" or length <= DENSE_UP_TO]
-        shapes = jax.eval_shape(lambda length=length: arguments(length))
-        memory = {
-            backend: gradient[backend].lower(*shapes).compile().memory_analysis().temp_size_in_bytes / 2**20
-            for backend in backends
-        }
-        ratios = ("-", "-")
+        needed = {backend: memory(gradient[backend], length) for backend in backends}
+        times = ("-", "-")
         if "dense" in backends:
-            values = arguments(length)
-            timed = [
-                median_seconds({b: lambda f=f[b], v=values: f(*v) for b in backends}, 5) for f in (forward, gradient)
-            ]
-            ratios = tuple(f"{seconds['dense'] / seconds['blockwise']:.1f}" for seconds in timed)
+            timed = [seconds(by_backend, arguments(length)) for by_backend in (forward, gradient)]
+            times = tuple(f"{of['dense'] / of['blockwise']:.1f}" for of in timed)
         print(
-            f"{length:8d} {ratios[0]:>9} {ratios[1]:>11} "
-            f"{format(memory['dense'], '.1f') if 'dense' in memory else '-':>11} {memory['blockwise']:15.1f}"
+            f"{length:8d} {times[0]:>9} {times[1]:>11} "
+            f"{format(needed['dense'], '.1f') if 'dense' in needed else '-':>11} {needed['blockwise']:15.1f}"
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import median_seconds
+from timing import Ratio, median_seconds
 
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.cache import empty_cache
@@ -46,11 +46,37 @@ class Reader:
         return lambda: [self.read(tokens[:, at : at + chunk], at) for at in range(0, tokens.shape[1], chunk)][-1]
 
 
+def init_params() -> dict:
+    """Random ones."""
+    return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), unscaled(CONFIG.head_dim))["params"]
+
+
+def prefill_seconds(params: dict, prompt: int, chunks: tuple[int, ...]) -> dict[str, float]:
+    """Of so many tokens at once without a cache and without logits, and in chunks with one."""
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, prompt)).astype(np.int32)
+    reader = Reader(params, prompt)
+    hidden = jax.jit(lambda params, tokens: MODEL.apply({"params": params}, tokens, FACTORS, method="hidden"))
+    competitors = {f"chunks of {chunk}": reader.prefill(tokens, chunk) for chunk in chunks}
+    return median_seconds({"without cache": lambda: hidden(params, tokens), **competitors}, 3)
+
+
+def ratios() -> list[Ratio]:
+    """A step in a large cache beside a small one, and prefill beside a forward pass."""
+    params = init_params()
+    small, large = SLOTS[0], SLOTS[-1]
+    step = median_seconds({slots: Reader(params, slots).step(500) for slots in (small, large)}, 9)
+    prefill = prefill_seconds(params, 1024, (512,))
+    return [
+        Ratio(f"a step after 500 tokens, {large} slots", step[large] / step[small], f"of {small} slots", "lower"),
+        Ratio(
+            "prefill of 1,024 tokens", prefill["chunks of 512"] / prefill["without cache"], "with / without", "lower"
+        ),
+    ]
+
+
 def main() -> None:
     """Prints three tables."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    params = jax.jit(MODEL.init)(jax.random.key(0), one, unscaled(CONFIG.head_dim))["params"]
-
+    params = init_params()
     seconds = median_seconds({slots: Reader(params, slots).step(500) for slots in SLOTS}, 25)
     print("A step after 500 tokens, by slots in the cache.\n   slots   ms   ratio")
     for slots in SLOTS:
@@ -62,11 +88,7 @@ def main() -> None:
     for used in USED:
         print(f"{used:8d} {1e3 * seconds[used]:4.0f} {seconds[used] / seconds[USED[0]]:7.2f}")
 
-    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, PROMPT)).astype(np.int32)
-    reader = Reader(params, PROMPT)
-    hidden = jax.jit(lambda params, tokens: MODEL.apply({"params": params}, tokens, FACTORS, method="hidden"))
-    competitors = {f"chunks of {chunk}": reader.prefill(tokens, chunk) for chunk in CHUNKS}
-    seconds = median_seconds({"without cache": lambda: hidden(params, tokens), **competitors}, 3)
+    seconds = prefill_seconds(params, PROMPT, CHUNKS)
     print(f"{PROMPT} tokens at once, without logits, and with a cache.\n                tokens/s   ratio")
     for name, value in seconds.items():
         print(f"{name:>15} {PROMPT / value:8.0f} {seconds['without cache'] / value:7.2f}")

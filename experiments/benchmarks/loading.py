@@ -20,6 +20,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+from timing import Ratio
 
 from longrope_jax.interop import describe_pretrained
 from longrope_jax.interop.architectures import origins
@@ -116,6 +117,20 @@ def watch(path: Path, param_dtype: str, axes: str) -> tuple[int, int, int, int]:
     return kept, largest, peak - before, high - all_before
 
 
+def ratios() -> list[Ratio]:
+    """A checkpoint in bfloat16 that is kept in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bfloat16"
+        write_checkpoint(path, *FILES["bfloat16"])
+        kept, largest, peak, _ = watch(path, "float32", "data:1")
+    return [Ratio("peak of host memory, SmolLM2-135M", peak / allowed(kept, largest), "of what is allowed", "lower")]
+
+
+def allowed(kept: int, largest: int) -> float:
+    """Bytes of host memory that reading may take at most."""
+    return 1.1 * kept + largest
+
+
 def main() -> None:
     """Prints one line a checkpoint, float and mesh."""
     parser = argparse.ArgumentParser()
@@ -135,9 +150,9 @@ def main() -> None:
             rows += [(options.path, "float32", "data:1"), (options.path, "bfloat16", "fsdp:8")]
         for path, param_dtype, axes in rows:
             kept, largest, peak, high = watch(path, param_dtype, axes)
-            allowed = 1.1 * kept + largest
-            numbers = " ".join(f"{size / MIB:8.0f}" for size in (kept, largest, peak, allowed))
-            verdict = "inside" if peak <= allowed else "OVER"
+            bound = allowed(kept, largest)
+            numbers = " ".join(f"{size / MIB:8.0f}" for size in (kept, largest, peak, bound))
+            verdict = "inside" if peak <= bound else "OVER"
             print(f"{path.name[:11]:11} {param_dtype:9} {axes:7} {numbers}  {verdict} {high / MIB:20.0f}", flush=True)
 
 

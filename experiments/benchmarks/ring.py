@@ -7,6 +7,7 @@ import re
 
 import jax
 import numpy as np
+from timing import Ratio
 
 from longrope_jax.data.sequences import Batch
 from longrope_jax.model import Llama, LlamaConfig
@@ -46,6 +47,19 @@ def imbalance(order: np.ndarray, shards: int) -> float:
     ranges = [[key_blocks(BLOCK, queries, keys) for keys in tokens] for queries in tokens]
     pairs = [sum(int((last - first).sum()) for first, last in row) for row in ranges]
     return max(pairs) / np.mean(pairs)
+
+
+def ratios() -> list[Ratio]:
+    """A sequence over four devices beside all of it on one; 1 is what can be had at best."""
+    jax.config.update("jax_num_cpu_devices", max(SHARDS))
+    shards = 4
+    alone, needed = (compile_step(count).memory_analysis().temp_size_in_bytes for count in (1, shards))
+    return [
+        Ratio(f"memory of {shards} devices, {LENGTH} tokens", shards * needed / alone, "together / one alone", "lower"),
+        Ratio(
+            f"work of {shards} devices, zigzag", imbalance(zigzag(LENGTH, shards), shards), "busiest / mean", "lower"
+        ),
+    ]
 
 
 def main() -> None:

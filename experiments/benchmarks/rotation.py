@@ -6,7 +6,7 @@ python experiments/benchmarks/rotation.py
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import median_seconds
+from timing import Ratio, median_seconds
 
 from longrope_jax import rope
 
@@ -20,30 +20,43 @@ def plain(positions, lam):
     return jnp.cos(angle), jnp.sin(angle)
 
 
+exact = jax.jit(rope.rotary_embedding, static_argnums=2)
+
+
+def measure(length: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds, and the largest error against float64, of both at the far end of so many positions."""
+    factors = rope.yarn(HEAD_DIM, SCALE, BASE, temperature=False)
+    # A table of 2^15 rows: the error depends on the position, the cost on the rows.
+    positions = jnp.arange(max(0, length - 2**15), length, dtype=jnp.int32)
+    tables = {"plain": lambda: plain(positions, factors.lam), "exact": lambda: exact(positions, factors, BASE)}
+    angle = np.asarray(positions, np.float64)[:, None] * (
+        rope.frequencies(HEAD_DIM, BASE) / np.asarray(factors.lam, np.float64)
+    )
+    found = {name: jax.device_get(make()) for name, make in tables.items()}
+    errors = {
+        name: float(max(np.abs(np.cos(angle) - cos).max(), np.abs(np.sin(angle) - sin).max()))
+        for name, (cos, sin) in found.items()
+    }
+    return median_seconds(tables), errors
+
+
+def ratios() -> list[Ratio]:
+    """At the end of 2,097,152 positions."""
+    seconds, errors = measure(2**21)
+    return [
+        Ratio("time of a table, 2,097,152 positions", seconds["exact"] / seconds["plain"], "exact / plain", "lower"),
+        Ratio("error against float64, the same", errors["exact"] / errors["plain"], "exact / plain", "lower"),
+    ]
+
+
 def main() -> None:
     """Prints one line a length."""
-    factors = rope.yarn(HEAD_DIM, SCALE, BASE, temperature=False)
-    exact = jax.jit(rope.rotary_embedding, static_argnums=2)
     print("  tokens   plain ms   exact ms   ratio   plain error   exact error")
     for length in (2**12, 2**15, 2**18, 2**21):
-        # A table of 2^15 rows at the far end of the window: the error depends on the position, the cost on the rows.
-        positions = jnp.arange(max(0, length - 2**15), length, dtype=jnp.int32)
-        seconds = median_seconds(
-            {
-                "plain": lambda p=positions: plain(p, factors.lam),
-                "exact": lambda p=positions: exact(p, factors, BASE),
-            }
-        )
-        angle = np.asarray(positions, np.float64)[:, None] * (
-            rope.frequencies(HEAD_DIM, BASE) / np.asarray(factors.lam, np.float64)
-        )
-        errors = [
-            max(np.abs(np.cos(angle) - cos).max(), np.abs(np.sin(angle) - sin).max())
-            for cos, sin in jax.device_get((plain(positions, factors.lam), exact(positions, factors, BASE)))
-        ]
+        seconds, errors = measure(length)
         print(
             f"{length:8d} {1e3 * seconds['plain']:10.2f} {1e3 * seconds['exact']:10.2f} "
-            f"{seconds['exact'] / seconds['plain']:7.2f} {errors[0]:13.1e} {errors[1]:13.1e}"
+            f"{seconds['exact'] / seconds['plain']:7.2f} {errors['plain']:13.1e} {errors['exact']:13.1e}"
         )
 
 

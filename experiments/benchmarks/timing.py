@@ -3,8 +3,25 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
+
+
+class Ratio(NamedTuple):
+    """One number of a benchmark, for the table of all of them.
+
+    Attributes:
+        case: what was measured.
+        ratio: the number.
+        against: what it is a ratio of.
+        better: "higher" or "lower".
+    """
+
+    case: str
+    ratio: float
+    against: str
+    better: str
 
 
 def median_seconds(competitors: Mapping[str, Callable], rounds: int = 9) -> dict[str, float]:

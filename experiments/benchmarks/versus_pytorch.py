@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import torch
 import transformers
-from timing import median_seconds
+from timing import Ratio, median_seconds
 
 import longrope_jax as lr
 from longrope_jax.search.objective import rows_nll
@@ -54,26 +54,46 @@ def nll_of_peer(model: transformers.LlamaForCausalLM, tokens: torch.Tensor) -> f
     return float(sum(losses)) / (len(tokens) - 1)
 
 
+class Pair:
+    """Both implementations with the same weights."""
+
+    def __init__(self):
+        self.torch_model = peer()
+        with tempfile.TemporaryDirectory() as folder:
+            self.torch_model.save_pretrained(folder)
+            config, self.params, _, table = lr.load_pretrained(folder)
+        self.model, self.factors = lr.Llama(config), lr.rope.stack([table.select(1)])
+
+    def measure(self, length: int, rounds: int) -> tuple[dict[str, float], float]:
+        """Seconds of either for a document of so many tokens, and how far apart their NLL is (nats per token)."""
+        tokens = np.random.default_rng(0).integers(0, self.model.config.vocab_size, length + 1)
+        rows = [part.astype(np.int32)[None] for part in (tokens[:-1], tokens[1:], np.arange(length))]
+        mean = np.full((1, length), 1 / length, np.float32)
+        competitors = {
+            "PyTorch": partial(nll_of_peer, self.torch_model, torch.from_numpy(tokens)),
+            "ours": partial(rows_nll, self.model, self.params, self.factors, mean, *rows),
+        }
+        apart = abs(competitors["PyTorch"]() - float(competitors["ours"]()[0]))
+        return median_seconds(competitors, rounds), apart
+
+
+def ratios() -> list[Ratio]:
+    """At 2,048 tokens."""
+    seconds, _ = Pair().measure(2048, 3)
+    return [
+        Ratio("a candidate's score, 2,048 tokens", seconds["PyTorch"] / seconds["ours"], "of PyTorch's speed", "higher")
+    ]
+
+
 def main(lengths: tuple[int, ...]) -> None:
     """Prints one line a length."""
-    torch_model = peer()
-    with tempfile.TemporaryDirectory() as folder:
-        torch_model.save_pretrained(folder)
-        config, params, _, table = lr.load_pretrained(folder)
-    model, factors = lr.Llama(config), lr.rope.stack([table.select(1)])
+    pair = Pair()
     versions = f"PyTorch {torch.__version__}, Transformers {transformers.__version__}, JAX {jax.__version__}"
     print(f"Tokens a second, median of {ROUNDS}; {versions}, {torch.get_num_threads()} threads.")
     print("  tokens   PyTorch   ours   ratio   NLL apart")
     for length in lengths:
-        tokens = np.random.default_rng(0).integers(0, config.vocab_size, length + 1)
-        rows = [part.astype(np.int32)[None] for part in (tokens[:-1], tokens[1:], np.arange(length))]
-        competitors = {
-            "PyTorch": partial(nll_of_peer, torch_model, torch.from_numpy(tokens)),
-            "ours": partial(rows_nll, model, params, factors, *rows),
-        }
-        apart = abs(competitors["PyTorch"]() - float(competitors["ours"]()[0]))
-        seconds = median_seconds(competitors, ROUNDS)
-        theirs, ours = (length / seconds[name] for name in competitors)
+        seconds, apart = pair.measure(length, ROUNDS)
+        theirs, ours = length / seconds["PyTorch"], length / seconds["ours"]
         print(f"{length:8d} {theirs:9.0f} {ours:6.0f} {ours / theirs:7.2f} {apart:11.1e}")
 
 

@@ -67,7 +67,7 @@ def pretraining_batches(
         windows = DisjointWindows(documents, length)
         _check_enough(documents, f"{len(windows)} windows of {length} tokens", len(windows), batch, 1 - share)
         kinds.append(_epochs(windows, seed))
-    if share > 0:
+    if needles and share > 0:
         kinds.append(grain.MapDataset.source(NeedleRows(documents, length, needles.tokenizer, seed)))
     return _batches(_mixed(kinds, share), batch, process)
 

@@ -249,7 +249,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return tokenizer.encode(text, bos=False, eos=False).astype(np.int32)
 
 
-def _text(tokens: Sequence[int], tokenizer: Tokenizer) -> range:
+def _text(tokens: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> range:
     """Where the text of a document, or of a stretch of one, is: markers are at its ends, if anywhere."""
     first = int(len(tokens) > 0 and tokens[0] == tokenizer.bos)
     return range(first, len(tokens) - int(len(tokens) > first and tokens[-1] == tokenizer.eos))

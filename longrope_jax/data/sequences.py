@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     targets: Int[np.ndarray, "B T"]
     positions: Int[np.ndarray, "B T"]
     segment_ids: Int[np.ndarray, "B T"] | None
-    context: Int[np.ndarray, "B"]
+    context: Int[np.ndarray | np.integer, "B"]
 
 
 class DisjointWindows:

@@ -31,7 +31,8 @@ class Shard:
         """Args: the file, its bytes and their digest, the type of its tokens and how many of them are a record."""
         self.dtype, self.record = dtype, record
         self._file, self._size, self._sha256 = file, size, sha256
-        self._reader, self._lock = None, threading.Lock()
+        self._reader: ArrayRecordReader | None = None
+        self._lock = threading.Lock()
 
     def records(self, first: int, stop: int) -> UInt[np.ndarray, "tokens"]:
         """The tokens of records first..stop-1, one after the other; raises OSError where the file is damaged."""
@@ -39,8 +40,9 @@ class Shard:
             if self._reader is None:
                 path = local_copy(self._file, self._size, self._sha256)
                 self._reader = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+            reader = self._reader
         try:
-            return np.frombuffer(b"".join(self._reader.read(first, stop)), self.dtype)
+            return np.frombuffer(b"".join(reader.read(first, stop)), self.dtype)
         except RuntimeError as error:  # records have hashes
             raise OSError(
                 f"{self._file} is damaged; without {self._file.parent} the same command makes its tokens again: {error}"
@@ -107,7 +109,7 @@ class StoredDocuments(Sequence[Document]):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
         shard = self._shards[int(np.searchsorted(self._ends, index, side="right"))]
-        tokens = StoredTokens(shard, int(self._first_records[index]), int(self._lengths[index]))
+        tokens: Any = StoredTokens(shard, int(self._first_records[index]), int(self._lengths[index]))
         return Document(self._names[index], tokens, int(self._sizes[index]))
 
     def __repr__(self) -> str:
@@ -120,7 +122,8 @@ def _joined(parts: Sequence[Any]) -> np.ndarray:
 
 def _distinct(names: list[str]) -> list[str]:
     """The same names; one that occurs again gets a number: windows of one name count as one document's."""
-    seen, made = Counter(), []
+    seen: Counter[str] = Counter()
+    made = []
     for name in names:
         seen[name] += 1
         made.append(name if seen[name] == 1 else f"{name} ({seen[name]})")

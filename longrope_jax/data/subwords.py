@@ -62,7 +62,7 @@ class SubwordTokenizer:
                 raise ValueError(f"{name} = {wrong[0]!r} must be an id of the tokenizer, below {self.vocab_size}")
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        _make_special(tokenizer, {bos, eos} - {None}, stops)
+        _make_special(tokenizer, {mark for mark in (bos, eos) if mark is not None}, stops)
         # Special tokens enter by `bos` and `eos` only; a text that spells one must not be able to end a document.
         tokenizer.encode_special_tokens = True
         self.bos, self.eos, self.stops = bos, eos, tuple(dict.fromkeys(ends))
@@ -119,9 +119,9 @@ def _make_special(tokenizer: tokenizers.Tokenizer, marks: set[int], stops: Seque
     files only say so outside of tokenizer.json.
     """
     added = tokenizer.get_added_tokens_decoder()
-    special = {index for index in [*marks, *stops] if index in marks or index in added}
-    special = [index for index in special if index not in added or not added[index].special]
-    tokens = [tokenizer.id_to_token(index) for index in sorted(special)]
+    wanted = {index for index in [*marks, *stops] if index in marks or index in added}
+    special = sorted(index for index in wanted if index not in added or not added[index].special)
+    tokens = [tokenizer.id_to_token(index) for index in special]
     tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
 
 

@@ -8,21 +8,27 @@ from jaxtyping import Integer, UInt16
 
 
 class Tokenizer(Protocol):
-    """What the rest of the library knows of a tokenizer.
+    """What the rest of the library knows of a tokenizer."""
 
-    Attributes:
-        vocab_size: every id is below it.
-        bos: what a document begins with; None where the tokenizer has nothing for it.
-        eos: what a document ends with, or None.
-        stops: the ids that end a generated text.
-        identity: the same for two that make the same tokens of every text, in every process.
-    """
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below it."""
 
-    vocab_size: int
-    bos: int | None
-    eos: int | None
-    stops: tuple[int, ...]
-    identity: str
+    @property
+    def bos(self) -> int | None:
+        """What a document begins with; None where the tokenizer has nothing for it."""
+
+    @property
+    def eos(self) -> int | None:
+        """What a document ends with, or None."""
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end a generated text."""
+
+    @property
+    def identity(self) -> str:
+        """The same for two that make the same tokens of every text, in every process."""
 
     def encode(self, text: str | bytes, *, bos: bool = True, eos: bool = True) -> Integer[np.ndarray, "tokens"]:
         """The ids of a text, between BOS and EOS where asked for and where there are such: uint16 if all ids fit into

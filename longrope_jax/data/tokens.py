@@ -9,7 +9,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,7 @@ def _write(file: epath.Path, documents: Iterator[tuple[str, bytes]], tokenizer: 
 
 def _encoded(documents: Iterator[tuple[str, bytes]], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, int]]:
     """(name, tokens, bytes of text), in order; a few documents at a time, as tokenizers leave Python's lock alone."""
-    waiting = deque()
+    waiting: deque[tuple[str, Future, int]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, text in documents:
             waiting.append((name, pool.submit(tokenizer.encode, text), len(text)))

@@ -4,7 +4,7 @@ An optional extra (requirements-harness.txt). Every request takes the factors of
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,14 +97,17 @@ class HarnessModel(TemplateLM):
         self.max_gen_toks = 256  # where a task does not say; the harness's own default
 
     @property
-    def eot_token_id(self) -> int:
+    def eot_token_id(self) -> int | None:
         """What ends a text."""
         return self._text.bos if self._text.eos is None else self._text.eos
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text."""
-        return self.eot_token_id if self._text.bos is None else self._text.bos
+        token = self.eot_token_id if self._text.bos is None else self._text.bos
+        if token is None:
+            raise ValueError("the tokenizer has neither BOS nor EOS, one of which a text without a context comes after")
+        return token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Token ids, after BOS unless that is not wanted."""
@@ -171,8 +174,8 @@ class HarnessModel(TemplateLM):
                 indices, prompts = zip(*group[:at_once], strict=True)
                 del group[:at_once]
                 # A smaller last batch would compile anew.
-                prompts = [np.array(prompt) for prompt in prompts] + [np.array(prompts[-1])] * (at_once - len(prompts))
-                texts = self._complete(prompts, len(indices), new, sampling, until)
+                padded = [np.array(prompt) for prompt in prompts] + [np.array(prompts[-1])] * (at_once - len(prompts))
+                texts = self._complete(padded, len(indices), new, sampling, until)
                 yield from zip(indices, texts, strict=True)
 
     def _complete(
@@ -191,7 +194,7 @@ class HarnessModel(TemplateLM):
         return [_cut(text, until) for text in texts]
 
     @staticmethod
-    def _progress(made: Iterator, total: int, what: str, disable: bool) -> Iterator:
+    def _progress(made: Iterator, total: int, what: str, disable: bool) -> Iterable:
         return tqdm(made, what, total, unit="request", dynamic_ncols=True, disable=disable or not processes.is_first())
 
 

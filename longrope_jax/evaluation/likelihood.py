@@ -4,7 +4,7 @@ have given it.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def _score(
     targets: Int[Array, "B n C"],
 ) -> tuple[Float[Array, "B n C"], Bool[Array, "B n C"]]:
     """Of C alternatives for the token that follows each of n places: log-probability, and whether it is the argmax."""
-    hidden = model.apply({"params": params}, tokens, factors, method="hidden")
+    hidden: Any = model.apply({"params": params}, tokens, factors, method="hidden")
     hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
     head = params["embed"]["embedding"].T if model.config.tie_embeddings else params["lm_head"]
 
@@ -138,7 +138,8 @@ def _score(
     chunk = min(places.shape[1], 2 ** (max(largest, 1).bit_length() - 1))  # both are powers of two
     chunks = (jnp.moveaxis(x.reshape(len(x), -1, chunk, x.shape[-1]), 1, 0) for x in (hidden, targets))
     made = jax.lax.map(of_chunk, tuple(chunks))
-    return tuple(constrain(jnp.moveaxis(x, 0, 1).reshape(targets.shape)) for x in made)
+    log_probabilities, is_best = (constrain(jnp.moveaxis(x, 0, 1).reshape(targets.shape)) for x in made)
+    return log_probabilities, is_best
 
 
 def _power_of_two(number: int) -> int:

@@ -7,7 +7,7 @@ counts are reduced from there apart, never means of means.
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,7 +32,8 @@ def window_nll(
     positions: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
     """NLL of every target of a window, in nats, on every device. One compilation a shape, whatever the factors."""
-    return constrain(model.apply({"params": params}, tokens, targets, factors, positions, method="token_nll"))
+    nll: Any = model.apply({"params": params}, tokens, targets, factors, positions, method="token_nll")
+    return constrain(nll)
 
 
 def token_nll(
@@ -77,7 +78,7 @@ def token_nll(
         for (document, start, scored), row in zip(chosen, nll, strict=False):
             result[document, scored : start + window] = row[scored - start :]
 
-    running = deque()
+    running: deque[tuple[list[tuple[int, int, int]], Array]] = deque()
     for chosen in batches:
         padded = chosen + [chosen[-1]] * (batch - len(chosen))  # a smaller last batch would compile anew
         block = np.stack([tokens[document, start : start + window + 1] for document, start, _ in padded])
@@ -113,7 +114,7 @@ class DocumentNll(NamedTuple):
 
 def by_document(nll: Float[np.ndarray, "N T"]) -> DocumentNll:
     """Sums and counts of the scored tokens; nan marks a token that was not scored, such as padding."""
-    return DocumentNll(np.nansum(nll, axis=1, dtype=np.float64), (~np.isnan(nll)).sum(1))
+    return DocumentNll(np.asarray(np.nansum(nll, axis=1, dtype=np.float64)), (~np.isnan(nll)).sum(1))
 
 
 def by_file(nll: DocumentNll, names: Sequence[str]) -> DocumentNll:

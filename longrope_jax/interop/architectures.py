@@ -44,7 +44,7 @@ class Origin(NamedTuple):
     shape: tuple[int, ...]
 
 
-def parse_config(config: Mapping[str, Any], **changes: str) -> tuple[LlamaConfig, FactorTable]:
+def parse_config(config: Mapping[str, Any], **changes: Any) -> tuple[LlamaConfig, FactorTable]:
     """The architecture and its rotation by length.
 
     Args:
@@ -62,7 +62,7 @@ def parse_config(config: Mapping[str, Any], **changes: str) -> tuple[LlamaConfig
         problems += _unsupported(config, name, wanted)
     if config.get("quantization_config"):
         problems.append("quantization_config: quantised weights are not supported")
-    sizes = {ours: _size(config, theirs, problems) for ours, theirs in _SIZES.items()}
+    sizes: dict[str, Any] = {ours: _size(config, theirs, problems) for ours, theirs in _SIZES.items()}
     sizes["num_kv_heads"] = _size(config, "num_key_value_heads", problems, sizes["num_heads"] or 1)
     if not _is_number(config.get("rms_norm_eps")):
         problems.append(f"rms_norm_eps = {config.get('rms_norm_eps')!r} must be a positive number")
@@ -70,7 +70,8 @@ def parse_config(config: Mapping[str, Any], **changes: str) -> tuple[LlamaConfig
     if tied not in (None, True, False):
         problems.append(f"tie_word_embeddings = {tied!r} must be true or false")
     rotation = _rotation(config, problems)
-    _refuse(problems)
+    if rotation is None or problems:
+        raise _refusal(problems)
     _tell_of_window(config.get("sliding_window"), int(rotation.table.boundaries[-1]))
     model = LlamaConfig(
         **sizes,
@@ -92,7 +93,8 @@ def parse_rotation(config: Mapping[str, Any]) -> Rotation:
     """
     problems: list[str] = []
     rotation = _rotation(config, problems)
-    _refuse(problems)
+    if rotation is None:
+        raise _refusal(problems)
     return rotation
 
 
@@ -149,7 +151,7 @@ def _rotation(config: Mapping[str, Any], problems: list[str]) -> Rotation | None
     max_length = _size(config, "max_position_embeddings", problems)
     hidden, heads = (_size(config, name, problems) for name in ("hidden_size", "num_attention_heads"))
     head_dim = _size(config, "head_dim", problems, hidden // heads if hidden and heads else 2)
-    if head_dim is not None and head_dim % 2:
+    if head_dim % 2:
         problems.append(f"head_dim = {head_dim} must be even: rotary embedding turns pairs")
     rope = _rope(config)
     if not isinstance(rope, Mapping):
@@ -184,24 +186,23 @@ def _rope(config: Mapping[str, Any]) -> Any:
     return rope
 
 
-def _size(config: Mapping[str, Any], name: str, problems: list[str], default: int | None = None) -> int | None:
-    """A positive whole number of a config; None, and a problem more, where it is none."""
+def _size(config: Mapping[str, Any], name: str, problems: list[str], default: int | None = None) -> int:
+    """A positive whole number of a config; 0, and a problem more, where it is none."""
     value = config.get(name)
     value = default if value is None else value
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31:
         return value
     problems.append(f"{name} = {value!r} must be a positive whole number")
-    return None
+    return 0
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
 
 
-def _refuse(problems: list[str]) -> None:
-    """Raises with all of them, each once."""
-    if problems:
-        raise ValueError("; ".join(dict.fromkeys(problems)))
+def _refusal(problems: list[str]) -> ValueError:
+    """Of all of them, each once."""
+    return ValueError("; ".join(dict.fromkeys(problems)))
 
 
 def _tell_of_window(window: Any, max_length: int) -> None:

@@ -227,7 +227,7 @@ def _tensors(config: LlamaConfig, architecture: str) -> list[_Tensor]:
             name = origin.tensor.format(number)
             tensor = found.setdefault(name, _Tensor(name, origin.shape, []))
             tensor.parts.append((leaf, number))
-            places[name] = number if is_stacked else (-1 if leaf.startswith("embed/") else config.num_layers)
+            places[name] = number if number is not None else (-1 if leaf.startswith("embed/") else config.num_layers)
     return sorted(found.values(), key=lambda tensor: places[tensor.name])
 
 

@@ -81,7 +81,7 @@ class GgufTensors:
             return _dequantize(tensor.rows, tensor)[0, slices[0]]
         rows, columns = slices
         if heads := self._heads.get(".".join(name.split(".")[-2:])):
-            rows = _order_of_rows(tensor.shape[0], heads)[rows]
+            return _dequantize(tensor.rows[_order_of_rows(tensor.shape[0], heads)[rows]], tensor, columns)
         return _dequantize(tensor.rows[rows], tensor, columns)
 
 

@@ -89,7 +89,7 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
     unknown = next((token for token, index in vocabulary.items() if types[index] == TokenType.UNKNOWN), None)
     merges = _merges(pieces, scores)
     tokenizer = Tokenizer(_bpe(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    as_marks = [normalizers.Replace(" ", _MARK)]
+    as_marks: list[normalizers.Normalizer] = [normalizers.Replace(" ", _MARK)]
     as_text = [decoders.Replace(_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get(PREFIX + "add_space_prefix", True):
         # Before the text, and again after a token that is taken whole: as llama.cpp has it.

@@ -107,7 +107,7 @@ def _read_rope(metadata: Mapping[str, Any], context_length: int, factors: Mappin
     if factors:
         if kind in ("linear", "yarn") and scale != 1:
             raise ValueError(f"{prefix}type = {kind!r} on top of the factors in {sorted(factors)} is not supported")
-        short = factors.get(ROPE_SHORT, factors.get(ROPE_FREQS))
+        short = factors[ROPE_SHORT if ROPE_SHORT in factors else ROPE_FREQS]
         return rope | {
             "rope_type": "longrope",
             "short_factor": short.tolist(),

@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType,
 from jaxtyping import UInt8
 
 _VERSIONS = (2, 3)
-_NUMBERS = {
+_NUMBERS: dict[int, str] = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
     GGUFValueType.UINT16: "H",
@@ -124,7 +124,7 @@ class _Cursor:
 
 def _read(mapped: np.ndarray) -> GgufFile:
     data = np.asarray(mapped)  # plain slices of it are several times as fast as those of np.memmap
-    cursor = _Cursor(memoryview(data), at=4)
+    cursor = _Cursor(data.data, at=4)
     version = cursor.number("I")
     if version not in _VERSIONS:
         # The version is a small number; read in the wrong byte order it has nothing in its lower half.

@@ -138,7 +138,9 @@ def _tokenizer(path: str) -> SubwordTokenizer | None:
 
 
 def _documents(paths: Sequence[str], tokenizer: SubwordTokenizer | None) -> list[Document]:
-    if paths and tokenizer is None:
+    if not paths:
+        return []
+    if tokenizer is None:
         raise ValueError("text can't be measured on: the model has no tokenizer")
     files = dict.fromkeys(epath.Path(path).resolve() for path in paths)
     texts = {str(file): file.read_bytes() for file in files}

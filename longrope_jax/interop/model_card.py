@@ -80,7 +80,8 @@ def model_card(card: Card) -> str:
 def _entries(table: FactorTable) -> str:
     rows = []
     after = 0
-    for boundary, lam, mscale in zip(table.boundaries, table.factors.lam, table.factors.mscale, strict=True):
+    leaves = map(np.asarray, (table.boundaries, table.factors.lam, table.factors.mscale))
+    for boundary, lam, mscale in zip(*leaves, strict=True):
         span = f"up to {int(boundary):,} tokens" if not after else f"{after + 1:,} to {int(boundary):,} tokens"
         rows.append([span, f"{np.min(lam):.3g} to {np.max(lam):.3g}", f"{float(mscale):.4g}"])
         after = int(boundary)
@@ -130,11 +131,11 @@ def _dropped(card: Card) -> list[str]:
 
 
 def _found(table: FactorTable) -> str:
+    factors = table.factors
+    leaves = map(np.asarray, (table.boundaries, factors.lam, factors.n_hat, factors.mscale))
     rows = [
         [f"{int(boundary):,}", str(int(n_hat)), f"{float(mscale):.4g}", f"{np.min(lam):.3g} to {np.max(lam):.3g}"]
-        for boundary, lam, n_hat, mscale in zip(
-            table.boundaries, table.factors.lam, table.factors.n_hat, table.factors.mscale, strict=True
-        )
+        for boundary, lam, n_hat, mscale in zip(*leaves, strict=True)
     ]
     return markdown_table(["up to tokens", "start tokens", "temperature", "factors"], rows)
 

@@ -28,7 +28,7 @@ class Flops(NamedTuple):
         """Both."""
         return self.matrices + self.attention
 
-    def __mul__(self, factor: float) -> "Flops":
+    def __mul__(self, factor: float) -> "Flops":  # type: ignore[override]  # a tuple's would repeat the numbers
         return Flops(self.matrices * factor, self.attention * factor)
 
 

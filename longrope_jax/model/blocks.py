@@ -110,7 +110,7 @@ def even_block(length: int, largest: int, granule: int = 1) -> int:
 def may_attend(queries: Tokens, keys: Tokens) -> Bool[Array, "#B 1 1 T S"]:
     """The mask of every pair."""
     mask = keys.positions[:, None, :] <= queries.positions[:, :, None]
-    if queries.segments is not None:
+    if queries.segments is not None and keys.segments is not None:
         mask = mask & (keys.segments[:, None, :] == queries.segments[:, :, None])
     return mask[:, None, None]
 

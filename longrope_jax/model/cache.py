@@ -81,7 +81,7 @@ def attend(
         cut = partition_spec(*CACHE_AXES)
         rows, heads = partition_spec("batch", None), partition_spec("batch", None, "heads", None)
         kv_heads = partition_spec("batch", None, "kv_heads", None)
-        memory_specs = Memory(Cache(cut, cut), partition_spec())
+        memory_specs = Memory(Cache(cut, cut), partition_spec())  # type: ignore[arg-type]  # specs for arrays
         share = jax.shard_map(
             share,
             in_specs=(memory_specs, heads, kv_heads, kv_heads, rows),

@@ -6,6 +6,7 @@ mean another cache: where a row crosses a boundary of the table, everything is r
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -175,7 +176,8 @@ def advance(
     The cache that is passed in is used up, not copied.
     """
     positions = start[:, None] + np.arange(tokens.shape[1], dtype=np.int32)
-    logits, cache = model.apply({"params": params}, tokens, factors, positions, cache, last, method="extend")
+    made: Any = model.apply({"params": params}, tokens, factors, positions, cache, last, method="extend")
+    logits, cache = made
     key = jax.random.key(seed)
     rows = np.arange(len(tokens), dtype=np.uint32)
     keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(rows, start + last)

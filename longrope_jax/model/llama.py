@@ -38,8 +38,8 @@ class Llama(nn.Module):
         config = self.config
         # Looked up in param_dtype and cast afterwards: a frequent token's gradient is a sum over all its places, which
         # bfloat16 could not hold.
-        types = dict(dtype=config.param_dtype, param_dtype=config.param_dtype)
-        self.embed = nn.Embed(config.vocab_size, config.hidden_size, **types)
+        dtype = config.param_dtype
+        self.embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype)
         block = Block
         if config.remat != "none":
             block = nn.remat(
@@ -89,6 +89,7 @@ class Llama(nn.Module):
         with these tokens. Use: `apply(..., method="extend")`; see `model/cache.py`.
         """
         hidden, memory = self._hidden(tokens, factors, positions, None, Memory(cache, jnp.int32(0)))
+        assert memory is not None  # as one was given
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
         return project(hidden, self._head())[:, 0], memory.cache
 
@@ -108,8 +109,8 @@ class Llama(nn.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         with jax.named_scope("rope"):
-            rotation = rotary_embedding(positions, factors, self.config.rope_theta)
-            rotation = tuple(constrain(part, batch_axis(part), length_axis(part), None) for part in rotation)
+            tables = rotary_embedding(positions, factors, self.config.rope_theta)
+            rotation = tuple(constrain(part, batch_axis(part), length_axis(part), None) for part in tables)
         # Gathered over fsdp like other parameters at their use, and in one piece as wide as x is: looking up pieces of
         # rows would have every device make x for all tokens.
         with jax.named_scope("embed"):

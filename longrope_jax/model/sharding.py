@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, Shaped
 
 from longrope_jax.model.attention import check_platform, partial_backend
@@ -131,7 +131,7 @@ def smallest_batch() -> tuple[int, int]:
     return shards("batch"), shards("length")
 
 
-def tree_shardings(mesh: Mesh, tree: PyTree) -> PyTree[NamedSharding]:
+def tree_shardings(mesh: Mesh | AbstractMesh, tree: PyTree) -> PyTree[NamedSharding]:
     """Parameters, or anything that holds arrays under the same names (a train state) -> the sharding of every leaf.
 
     Leaves that are none of the model's parameters, such as counters, are on all devices.

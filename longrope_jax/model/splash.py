@@ -11,7 +11,8 @@ A last key says everything where keys of one segment come in the order of their 
 that are whole, in zigzag, or packed. For any other order `blockwise` takes over.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,9 +96,7 @@ def forward(
         out = jnp.where((log_sum > MASKED)[..., None], out, 0).astype(dtype)
         return out.reshape(query.shape), jnp.maximum(log_sum, MASKED).reshape(query.shape[:-1])
 
-    def otherwise(*arguments):
-        return blockwise.forward(block, *arguments, dtype)
-
+    otherwise = partial(blockwise.forward, block, dtype=dtype)
     return jax.lax.cond(_in_text_order(keys), _by_row(row), otherwise, query, key, value, queries, keys)
 
 
@@ -130,7 +129,7 @@ def backward(
             d_out.reshape(heads, *d_out.shape[2:]),
             correction.reshape(heads, -1),
         )
-        how = dict(
+        how: dict[str, Any] = dict(
             bq=size,
             bkv=size,
             is_mqa=False,
@@ -149,9 +148,7 @@ def backward(
         d_query = d_query.astype(jnp.float32) * query.shape[-1] ** -0.5  # d_key has it from the scaled queries
         return d_query.astype(dtype).reshape(query.shape), d_key.astype(dtype), d_value.astype(dtype)
 
-    def otherwise(*arguments):
-        return blockwise.backward(block, *arguments, dtype)
-
+    otherwise = partial(blockwise.backward, block, dtype=dtype)
     arguments = query, key, value, queries, keys, log_sum, correction, d_out
     return jax.lax.cond(_in_text_order(keys), _by_row(row), otherwise, *arguments)
 
@@ -181,7 +178,9 @@ def _is_visible(last_key: Int[Array, "T S"], key: Int[Array, "T S"]) -> Bool[Arr
 
 
 def _segments(queries: Tokens, keys: Tokens) -> kernels.SegmentIds | None:
-    return None if queries.segments is None else kernels.SegmentIds(queries.segments, keys.segments)
+    if queries.segments is None or keys.segments is None:
+        return None
+    return kernels.SegmentIds(queries.segments, keys.segments)
 
 
 def _reach(queries: Tokens, keys: Tokens) -> tuple[Int[Array, "T"], Int[Array, "T"]]:
@@ -215,7 +214,8 @@ def _schedule(block: int, count: int, reach: tuple[Int[Array, "T"], Int[Array, "
     # After the last one nothing is fetched.
     fetched = jnp.where(following < visible.shape[axis], following, preceding)
     # Small types: they are in the chip's scalar memory, which is small.
-    return MaskInfo(fetched.astype(jnp.int16)[None], None, visible.astype(jnp.int8)[None], None, reach[1])
+    sizes = fetched.astype(jnp.int16)[None], visible.astype(jnp.int8)[None]
+    return MaskInfo(sizes[0], None, sizes[1], None, reach[1])  # type: ignore[arg-type]  # traced, where it has NumPy's
 
 
 def _part(block: int, largest: int) -> int:

@@ -26,9 +26,9 @@ class RopeFactors:
         mscale: attention temperature; cos and sin are multiplied by it, so logits by its square.
     """
 
-    lam: Float[Array, "*batch half"]
-    n_hat: Int[Array, "*batch"]
-    mscale: Float[Array, "*batch"]
+    lam: Float[Array | np.ndarray, "*batch half"]
+    n_hat: Int[Array | np.ndarray | np.integer, "*batch"]
+    mscale: Float[Array | np.ndarray | np.floating, "*batch"]
 
     def check(self, head_dim: int | None = None, *, monotone: str = "error") -> "RopeFactors":
         """Returns self if these factors make sense; needs concrete values, so call it outside `jit`.
@@ -75,7 +75,7 @@ class FactorTable:
         factors: the entries, stacked: lam [N, D/2], n_hat [N], mscale [N].
     """
 
-    boundaries: Int[Array, "N"]
+    boundaries: Int[Array | np.ndarray, "N"]
     factors: RopeFactors
 
     @classmethod
@@ -102,7 +102,7 @@ class FactorTable:
                 raise ValueError(f"boundary {boundary}: {error}") from None
         return cls(np.asarray(boundaries, np.int32), stack([entries[boundary] for boundary in boundaries]))
 
-    def select(self, length: int | Int[Array, "*batch"]) -> RopeFactors:
+    def select(self, length: int | Int[Array | np.ndarray | np.integer, "*batch"]) -> RopeFactors:
         """The factors of a sequence, or of each sequence of a batch; `length` (tokens) may be traced: one gather.
 
         Raises:

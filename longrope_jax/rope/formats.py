@@ -74,11 +74,11 @@ def save_table(path: epath.PathLike, table: FactorTable, **metadata: Any) -> Non
     path = epath.Path(path)
     if path.suffix != ".json":
         raise ValueError(f"{path}: a table of factors is kept in a .json file")
+    factors = table.factors
+    leaves = map(np.asarray, (table.boundaries, factors.lam, factors.n_hat, factors.mscale))
     entries = [
-        {"boundary": int(boundary), **_to_content(RopeFactors(*leaves))}
-        for boundary, *leaves in zip(
-            table.boundaries, table.factors.lam, table.factors.n_hat, table.factors.mscale, strict=True
-        )
+        {"boundary": int(boundary), **_to_content(RopeFactors(*entry))}
+        for boundary, *entry in zip(*leaves, strict=True)
     ]
     content = {"format": _TABLE_FORMAT, "entries": entries, "metadata": metadata}
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -1,5 +1,6 @@
 """Hugging Face's `rope_parameters` (formerly `rope_scaling`) <-> factors by length."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -44,13 +45,14 @@ def from_huggingface(parameters: Mapping[str, Any] | None, head_dim: int, base: 
     original = _original(parameters)
     scale = _number(parameters, "factor", max_length / original if kind == "yarn" else None)
     if kind == "llama3":
-        ramp = {name: _number(parameters, name) for name in ("low_freq_factor", "high_freq_factor")}
-        return FactorTable.of({max_length: llama3(head_dim, scale, base, original, **ramp)})
+        low, high = (_number(parameters, name) for name in ("low_freq_factor", "high_freq_factor"))
+        return FactorTable.of({max_length: llama3(head_dim, scale, base, original, low, high)})
     if not parameters.get("truncate", True):
         raise ValueError("truncate = False is not supported for yarn: its ramp begins and ends at whole pairs")
-    betas = {name: _number(parameters, name, default) for name, default in (("beta_fast", 32), ("beta_slow", 1))}
-    factors = yarn(head_dim, scale, base, original, **betas)
-    return FactorTable.of({max_length: factors.replace(mscale=np.float32(_yarn_mscale(parameters, scale)))})
+    fast, slow = _number(parameters, "beta_fast", 32), _number(parameters, "beta_slow", 1)
+    factors = yarn(head_dim, scale, base, original, fast, slow)
+    mscale = np.float32(_yarn_mscale(parameters, scale))
+    return FactorTable.of({max_length: dataclasses.replace(factors, mscale=mscale)})
 
 
 def to_huggingface(table: FactorTable, original_length: int) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def to_huggingface(table: FactorTable, original_length: int) -> dict[str, Any]:
     lam = np.asarray(table.factors.lam, np.float32)
     boundaries = np.asarray(table.boundaries)
     original = int(boundaries[0]) if len(boundaries) > 1 else min(original_length, int(boundaries[0]))
-    scale, mscale = int(boundaries[-1]) / original, float(table.factors.mscale[-1])
+    scale, mscale = int(boundaries[-1]) / original, float(np.asarray(table.factors.mscale)[-1])
     parameters = {
         "rope_type": "longrope",
         "short_factor": [float(value) for value in lam[0]],
@@ -107,7 +109,7 @@ def two_lengths(table: FactorTable, original_length: int) -> FactorTable:
     """
     last = int(table.boundaries[-1])
     lengths = {int(table.boundaries[0])} if len(table.boundaries) == 2 else {min(original_length, last)}
-    mscale = np.float32(table.factors.mscale[-1])
+    mscale = np.float32(np.asarray(table.factors.mscale)[-1])
     entries = {length: table.select(length) for length in sorted(lengths | {last})}
     return FactorTable.of({
         length: RopeFactors(factors.lam, np.int32(0), mscale)
@@ -159,7 +161,7 @@ def _original(parameters: Mapping[str, Any]) -> int:
 
 
 def _number(parameters: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    value = parameters.get(name)
+    value: Any = parameters.get(name)
     if value is None and default is not None:
         return float(default)
     if not _is_number(value) or not value > 0:

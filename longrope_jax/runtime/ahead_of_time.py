@@ -119,7 +119,7 @@ def compile_lowered(lowered: jax.stages.Lowered, chip: Chip, began: float) -> Co
             raise
         return Compiled(time.monotonic() - began, False, needed)
     seconds = time.monotonic() - began
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()  # its class is not public
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
     return Compiled(
@@ -128,7 +128,7 @@ def compile_lowered(lowered: jax.stages.Lowered, chip: Chip, began: float) -> Co
         peak,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
-        traffic(compiled.as_text()),
+        traffic(compiled.as_text() or ""),
     )
 
 

@@ -133,11 +133,13 @@ class Checkpoints:
 
         So there never is a step without a manifest, wherever the process is killed.
         """
-        named = self.directory / str(self._saving)
+        step = self._saving
+        assert step is not None  # or there would be nothing to describe
+        named = self.directory / str(step)
         unnamed = ocp.path.atomicity_defaults.get_default_temporary_path_class(named).from_final(named).get()
         entries = manifests.describe(unnamed).items()
         manifest = {name: entry for name, entry in entries if name not in _WRITTEN_LAST}
-        _write_manifest(self.directory, self._saving, manifest)
+        _write_manifest(self.directory, step, manifest)
 
     def _finish_saving(self) -> None:
         """Waits for the step that is being saved, if there is one, and brings the manifests up to date."""

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ class Traffic(NamedTuple):
         bytes: that a device receives, if rings are used: of n devices' pieces n - 1, of a sum twice as much.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # in place of the method that a tuple has
     bytes: int
 
 
@@ -53,7 +53,8 @@ def traffic(hlo: str) -> dict[str, Traffic]:
     computations, entry = _computations(hlo)
     times = _times_run(computations, entry)
     everyone = max(map(int, re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", hlo[: hlo.find("\n")])), default=1)
-    count, received = Counter(), Counter()
+    count: Counter[str] = Counter()
+    received: defaultdict[str, float] = defaultdict(float)
     for name, operations in computations.items():
         if not times[name] or _goes_on(name, operations):
             continue
@@ -82,7 +83,8 @@ def _kind(computation: str, operation: _Operation) -> str | None:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[_Operation]], str]:
-    computations, entry, current = {}, "", []
+    computations: dict[str, list[_Operation]] = {}
+    entry, current = "", []
     for line in hlo.splitlines():
         if begin := _COMPUTATION.match(line):
             current = computations[begin[1]] = []
@@ -94,7 +96,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[_Operation]], str]:
 
 def _times_run(computations: dict[str, list[_Operation]], entry: str) -> Counter[str]:
     """How often each computation is run in one run of the entry."""
-    times = Counter()
+    times: Counter[str] = Counter()
 
     def run(name: str, often: int) -> None:
         times[name] += often

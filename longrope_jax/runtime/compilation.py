@@ -20,7 +20,8 @@ def keep_programs(directory: str | None, workdir: epath.PathLike | None) -> None
         workdir: the work directory, if there is one.
     """
     if directory is None:
-        if jax.config.jax_compilation_cache_dir or workdir is None or jax.default_backend() == "cpu":
+        told = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds it at run time
+        if told or workdir is None or jax.default_backend() == "cpu":
             return
         directory = os.path.join(os.fspath(workdir), "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", directory or None)

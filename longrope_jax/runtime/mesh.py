@@ -90,7 +90,7 @@ class Layout:
             )
         if size == 1:
             return cls()
-        return cls(make_mesh(**shape), settings.sequence_order)
+        return cls(make_mesh(None, **shape), settings.sequence_order)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -139,7 +139,7 @@ class Layout:
         if self.mesh is None or jax.process_count() == 1:
             return (0, 1)
         rows = self.mesh.devices.reshape(self.row_shards, -1)  # data and fsdp are the first two axes
-        held = {}
+        held: dict[int, set[int]] = {}
         for row, devices in enumerate(rows):
             for device in devices:
                 held.setdefault(device.process_index, set()).add(row)

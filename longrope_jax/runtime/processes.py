@@ -34,8 +34,8 @@ def join(coordinator: str | None, count: int | None, index: int | None) -> None:
                     f"num_processes and process_id: {error}"
                 ) from None
         return
-    missing = [name for name, value in given.items() if value is None]
-    if missing:
+    if count is None or index is None:
+        missing = [name for name, value in given.items() if value is None]
         raise ValueError(f"coordinator = {coordinator!r} needs {' and '.join(missing)} too")
     if not 0 <= index < count:
         raise ValueError(f"process_id = {index} must lie between 0 and num_processes - 1 = {count - 1}")

@@ -1,5 +1,6 @@
 """What a search has scored so far: every candidate with its genes, its score, where it came from and what it cost."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -26,10 +27,10 @@ class Genes(NamedTuple):
         critical: the pair from which on lam is free, see `SearchSpace`; 0 where all are.
     """
 
-    lam: Float[Array, "half"]
-    n_hat: Int[Array, ""]
-    mscale: Float[Array, ""]
-    critical: Int[Array, ""]
+    lam: Float[Array | np.ndarray, "half"]
+    n_hat: Int[Array | np.ndarray, ""]
+    mscale: Float[Array | np.ndarray, ""]
+    critical: Int[Array | np.ndarray, ""]
 
 
 class Scores(NamedTuple):
@@ -144,7 +145,7 @@ def as_if_now(saved: Mapping[str, np.ndarray], documents: int, mscale: float) ->
     saved = {{"island": "restart"}.get(name, name): values for name, values in saved.items()}
     count = len(saved["n_hat"])
     genes = Genes(saved["lam"], saved["n_hat"], np.full(count, mscale), np.zeros(count))
-    return unscored(genes, "seed", documents).replace(cost=np.ones(count)).replace(**saved)
+    return dataclasses.replace(unscored(genes, "seed", documents), **{"cost": np.ones(count), **saved})
 
 
 def scored(candidates: SearchState, score: Score, standing: Standing | None, iteration: int) -> SearchState:
@@ -152,7 +153,8 @@ def scored(candidates: SearchState, score: Score, standing: Standing | None, ite
     if not len(candidates):
         return candidates
     scores = score(candidates.factors, standing)
-    return candidates.replace(
+    return dataclasses.replace(
+        candidates,
         nll=scores.nll,
         documents=scores.documents,
         cost=candidates.cost + scores.cost,

@@ -89,7 +89,7 @@ class EvolutionSettings:
         literal = dict(
             mutation="redraw", mutation_probability=0.3, reach=1, crossover="uniform", restarts=1, proposals=1
         )
-        return cls(**literal | changes)
+        return cls(**{**literal, **changes})
 
     @classmethod
     def released(cls, **changes: Any) -> "EvolutionSettings":

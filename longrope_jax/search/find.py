@@ -65,11 +65,11 @@ def find_factors(
     """
     if not (settings.published or seeds):
         raise ValueError("published = () and no seeds; there is nothing to start from")
-    layout, tokenizer, seeds = layout or Layout(), tokenizer or ByteTokenizer(), seeds or {}
+    layout, seeds = layout or Layout(), seeds or {}
     trained = trained or Trained(model.config.original_length, unscaled(model.config.head_dim))
     with layout.active():
         settings.check_layout(layout)
-        prepared = prepare(model, layout, params, trained, settings, documents, tokenizer, seeds)
+        prepared = prepare(model, layout, params, trained, settings, documents, tokenizer or ByteTokenizer(), seeds)
         objective, key = prepared.objective, jax.random.key(settings.seed)
         total = settings.forward_equivalents(len(objective.blocks), len(prepared.space.n_hat))
         with open_bar("search", total) as bar:

@@ -27,7 +27,7 @@ from longrope_jax.search.candidates import OPERATORS, Genes, Score, SearchState,
 from longrope_jax.search.objective import Block, Objective
 from longrope_jax.search.space import SearchSpace
 
-Variables = dict[str, Float[Array, "..."]]
+Variables = dict[str, Float[Array | np.ndarray, "..."]]
 """What is optimised: "logs" [C, D/2] of lam, and "mscale" [C], a logit between its bounds."""
 
 
@@ -84,7 +84,9 @@ class Forgotten:
         """Keeps nothing."""
 
 
-def to_lam(logs: Float[Array, "C half"], critical: Int[Array, "C"], space: SearchSpace) -> Float[Array, "C half"]:
+def to_lam(
+    logs: Float[Array | np.ndarray, "C half"], critical: Int[Array | np.ndarray, "C"], space: SearchSpace
+) -> Float[Array, "C half"]:
     """lam is exp of the logarithms in rising order, so it never falls whatever they are, and each of them has a
     gradient, those of a plateau too. Those of pairs that follow by NTK take no part.
     """
@@ -93,9 +95,9 @@ def to_lam(logs: Float[Array, "C half"], critical: Int[Array, "C"], space: Searc
     return space.followed(jnp.exp(jnp.where(is_free, rising, np.log(space.low))), critical)
 
 
-def from_lam(lam: Float[np.ndarray, "C half"], space: SearchSpace) -> Float[np.ndarray, "C half"]:
+def from_lam(lam: Float[Array | np.ndarray, "C half"], space: SearchSpace) -> Float[np.ndarray, "C half"]:
     """The inverse of `to_lam`, within the bounds of the space."""
-    return np.float32(np.log(np.clip(np.asarray(lam, np.float64), space.low, space.high)))
+    return np.asarray(np.log(np.clip(np.asarray(lam, np.float64), space.low, space.high)), np.float32)
 
 
 def descend(
@@ -251,7 +253,7 @@ def variables_of(genes: Genes, space: SearchSpace) -> Variables:
     place = np.clip((genes.mscale - low) / max(high - low, 1e-9), 0.05, 0.95)
     return {
         "logs": from_lam(genes.lam, space),
-        "mscale": np.float32(np.log(place / (1 - place))),
+        "mscale": np.asarray(np.log(place / (1 - place)), np.float32),
     }
 
 
@@ -263,8 +265,8 @@ def _genes(variables: Variables, fixed: Genes, space: SearchSpace) -> Genes:
 
 def on_grid(genes: Genes, space: SearchSpace) -> Genes:
     """The nearest candidate of the space whose numbers are multiples of its step; rounding keeps their order."""
-    rounded = np.float32(np.round(np.asarray(genes.lam, np.float64) / space.step) * space.step)
+    rounded = np.asarray(np.round(np.asarray(genes.lam, np.float64) / space.step) * space.step, np.float32)
     mscale = genes.mscale
     if space.mscale[0] < space.mscale[1]:
-        mscale = np.float32(np.clip(np.round(mscale / space.step) * space.step, *space.mscale))
+        mscale = np.asarray(np.clip(np.round(mscale / space.step) * space.step, *space.mscale), np.float32)
     return genes._replace(lam=np.asarray(space.completed(rounded, genes.critical)), mscale=mscale)

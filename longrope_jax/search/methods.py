@@ -38,10 +38,10 @@ def plan(
         kept: where a descent under way is kept; nowhere without it.
         progress: is told what a gradient step costs, in candidates scored; what scoring costs `score` tells itself.
     """
-    common = dict(space=space, score=score)
+    common: dict[str, Any] = dict(space=space, score=score)
     begin = partial(_begin, seeds=seeds, documents=len(objective.weights), score=score)
     scan = [partial(ramps.scan, key, count=settings.ramps, **common)] * (settings.ramps > 0)
-    populate = partial(evolution.populate, key, settings=settings.evolution, **common)
+    populate: Move = partial(evolution.populate, key, settings=settings.evolution, **common)
     advance = [partial(evolution.advance, key, settings=settings.evolution, **common)] * settings.evolution.iterations
     descend = partial(
         gradient.descend, key, settings=settings.gradient, objective=objective, kept=kept, progress=progress, **common
@@ -81,6 +81,8 @@ def search(
         state = move(state, iteration)
         if len(state) > before:
             save(state)
+    if state is None:
+        raise ValueError("moves is empty; there is nothing to search with")
     if not np.isfinite(state.nll.min()):
         raise FloatingPointError(f"not one of {len(state)} candidates has a finite score")
     return state

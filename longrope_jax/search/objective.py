@@ -124,7 +124,7 @@ class Objective:
     def _losses(self, block: Block, rows: RopeFactors) -> Float[np.ndarray, "R"]:
         with jax.transfer_guard_host_to_device("disallow"):
             running = rows_nll(self.model, self.params, rows, block.weights, *block.rows)
-        return np.float64(jax.device_get(running))
+        return np.asarray(jax.device_get(running), np.float64)
 
 
 def _blocks(layout: Layout, term: Term, first: int, together: int, at_once: int) -> list[Block]:

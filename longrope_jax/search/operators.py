@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from longrope_jax.search.candidates import Genes
@@ -57,7 +58,8 @@ def redraw_few(key: PRNGKeyArray, parent: Genes, space: SearchSpace, probability
     return _with_redrawn(lam_key, child, visited, space, reach)
 
 
-Mutation = Callable[[PRNGKeyArray, Genes, SearchSpace, float, int], Genes]
+Mutation = Callable[..., Genes]
+"""(key, parent, space, probability, reach) -> child."""
 
 MUTATIONS: dict[str, Mutation] = {"redraw": redraw, "redraw_few": redraw_few, "sweep": sweep}
 """By the name that a config gives."""
@@ -114,7 +116,8 @@ def released_crossover(key: PRNGKeyArray, better: Genes, other: Genes, space: Se
     return child._replace(lam=space.completed(jnp.where(is_child(lam), lam, better.lam), child.critical))
 
 
-Crossover = Callable[[PRNGKeyArray, Genes, Genes, SearchSpace, float], Genes]
+Crossover = Callable[..., Genes]
+"""(key, better, other, space, probability) -> child."""
 
 CROSSOVERS: dict[str, Crossover] = {
     "uniform": uniform_crossover,
@@ -150,13 +153,15 @@ def _with_redrawn(
     return genes._replace(lam=space.completed(jax.lax.fori_loop(0, half, visit, genes.lam), genes.critical))
 
 
-def _ordered(lam: Float[Array, "half"], critical: Int[Array, ""], space: SearchSpace) -> Float[Array, "half"]:
+def _ordered(
+    lam: Float[Array, "half"], critical: Int[Array | np.ndarray, ""], space: SearchSpace
+) -> Float[Array, "half"]:
     """The candidate of the space that has these factors, sorted, in the pairs that are free."""
     is_free = jnp.arange(lam.shape[-1]) >= critical
     return space.completed(jnp.sort(jnp.where(is_free, lam, -jnp.inf)), critical)
 
 
-def _is_monotone(lam: Float[Array, "half"], critical: Int[Array, ""]) -> Bool[Array, ""]:
+def _is_monotone(lam: Float[Array, "half"], critical: Int[Array | np.ndarray, ""]) -> Bool[Array, ""]:
     """Whether the free pairs are in order."""
     return jnp.where(jnp.arange(1, lam.shape[-1]) > critical, jnp.diff(lam) >= 0, True).all()
 

@@ -28,6 +28,8 @@ class Bar:
 @contextlib.contextmanager
 def open_bar(name: str, total: float, done: float = 0.0) -> Iterator[Bar]:
     """On the first process, of `total` candidates, of which so many are done already."""
-    options = dict(desc=name, unit="candidate", dynamic_ncols=True, disable=not processes.is_first())
-    with tqdm(total=round(total), initial=int(done), **options) as bar:
+    with tqdm(
+        desc=name, total=round(total), initial=int(done), unit="candidate", dynamic_ncols=True,
+        disable=not processes.is_first(),
+    ) as bar:  # fmt: skip
         yield Bar(bar, done)

@@ -40,7 +40,8 @@ def informative_first(
     """The order in which to read blocks of documents: each next one is that after which differences between the best
     are nearest to what they are on all documents.
     """
-    order, left = [], list(range(len(blocks)))
+    order: list[int] = []
+    left = list(range(len(blocks)))
     while left:
         errors = [_error(standing, weights, np.concatenate([blocks[b] for b in (*order, block)])) for block in left]
         order.append(left.pop(int(np.argmin(errors))))

@@ -94,8 +94,8 @@ def run_search(
         Descents(workdir / "descents" / stage, stage) as descents,
     ):
         state, spent = None, {"seconds": 0.0, "objective_seconds": 0.0}
-        if checkpoints.latest() is not None:
-            items, spent = checkpoints.restore(checkpoints.latest())
+        if (latest := checkpoints.latest()) is not None:
+            items, spent = checkpoints.restore(latest)
             saved = jax.tree.map(np.asarray, items["population"])
             state = as_if_now(saved, len(objective.weights), float(trained.factors.mscale))
         known = 0 if state is None else len(state)
@@ -153,7 +153,8 @@ def _judge(model, layout, params, state, settings, documents) -> list[tuple[floa
     windows = fixed_windows(
         documents["evaluation"], settings.target_length, settings.held_out_documents, settings.seed
     ).tokens
-    costs, curve, judged = np.cumsum(state.cost), np.minimum.accumulate(state.nll), []
+    costs, curve = np.cumsum(state.cost), np.minimum.accumulate(state.nll)
+    judged: list[tuple[float, float, float]] = []
     ends = np.flatnonzero(np.diff(state.iteration, append=state.iteration[-1] + 1))
     for end in ends:
         if judged and curve[end] == judged[-1][1]:

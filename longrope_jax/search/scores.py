@@ -46,8 +46,8 @@ def score_with(
     def score(population: RopeFactors, standing: Standing | None) -> Scores:
         size = len(population.lam)
         documents, cost = np.full((size, len(objective.weights)), np.nan), np.zeros(size)
-        is_race = racing > 0 and standing is not None and standing.suffices
-        order = informative_first(standing.documents, objective.weights, columns) if is_race else range(len(columns))
+        rivals = standing if racing > 0 and standing is not None and standing.suffices else None
+        order = informative_first(rivals.documents, objective.weights, columns) if rivals else [*range(len(columns))]
         nll, running = np.full(size, np.inf), np.arange(size)
         for place, block in enumerate(order):
             for first in range(0, len(running), objective.candidates_at_once):
@@ -56,8 +56,8 @@ def score_with(
                 documents[np.ix_(chosen, columns[block])] = losses(block, candidates)
                 cost[chosen] += share[block]
                 progress(len(chosen) * share[block])
-            if is_race and place + 1 < len(columns):
-                nll[running], is_plain = judge(documents[running], standing, objective.weights, racing)
+            if rivals and place + 1 < len(columns):
+                nll[running], is_plain = judge(documents[running], rivals, objective.weights, racing)
                 progress(is_plain.sum() * (1 - sum(share[b] for b in order[: place + 1])))
                 running = running[~is_plain]
         nll[running] = (documents[running] * objective.weights).sum(1)  # bit for bit, whoever else is running

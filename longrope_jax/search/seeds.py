@@ -1,5 +1,6 @@
 """What a search starts from: the published methods, LongRoPE2's constants above a critical pair, and one's own."""
 
+import dataclasses
 from collections.abc import Collection
 
 import numpy as np
@@ -47,7 +48,7 @@ def paper_seeds(
         is_clipped = np.max(trained.factors.lam) > space.high
         seeds = {"trained_clipped" if is_clipped else "trained": trained.factors, "unscaled": start.factors}
     seeds |= {name: extend(method, start, target_length, head_dim, base) for name, method in methods.items()}
-    seeds = {name: seed.replace(mscale=np.asarray(trained.factors.mscale)) for name, seed in seeds.items()}
+    seeds = {name: dataclasses.replace(seed, mscale=np.asarray(trained.factors.mscale)) for name, seed in seeds.items()}
     if space.mscale[0] < space.mscale[1]:
         seeds["yarn_with_temperature"] = extend("yarn", start, target_length, head_dim, base)
     if set(published) != set(PUBLISHED):
@@ -79,7 +80,8 @@ def rescaled(factors: RopeFactors, scale: float, new_scale: float) -> RopeFactor
     """
     if scale <= 1:
         return factors
-    return factors.replace(lam=np.float32(1 + (np.asarray(factors.lam, float) - 1) * (new_scale - 1) / (scale - 1)))
+    lam = 1 + (np.asarray(factors.lam, float) - 1) * (new_scale - 1) / (scale - 1)
+    return dataclasses.replace(factors, lam=np.asarray(lam, np.float32))
 
 
 def as_genes(
@@ -91,12 +93,12 @@ def as_genes(
         critical: the critical pair of each; without it they get the last that there is, which frees the fewest pairs.
     """
     factors = [_within(seed, space) for seed in seeds.values()]
-    critical = np.array([space.critical[-1]] * len(seeds) if critical is None else critical, np.int32)
+    pairs = np.array([space.critical[-1]] * len(seeds) if critical is None else critical, np.int32)
     genes = Genes(
-        np.asarray(space.completed(np.stack([seed.lam for seed in factors]), critical)),
+        np.asarray(space.completed(np.stack([seed.lam for seed in factors]), pairs)),
         np.array([seed.n_hat for seed in factors], np.int32),
         np.array([seed.mscale for seed in factors], np.float32),
-        critical,
+        pairs,
     )
     first = _first_of_each([(*lam.tolist(), *rest) for lam, *rest in zip(*genes, strict=True)])
     return [list(seeds)[row] for row in first], Genes(*(leaf[first] for leaf in genes))
@@ -116,5 +118,5 @@ def _within(seed: RopeFactors, space: SearchSpace) -> RopeFactors:
     return RopeFactors(
         np.clip(np.asarray(seed.lam, np.float32), low, high),
         np.int32(seed.n_hat),
-        np.clip(np.float32(seed.mscale), *np.float32(space.mscale)),
+        np.clip(np.float32(seed.mscale), *np.asarray(space.mscale, np.float32)),
     )

@@ -1,6 +1,7 @@
 """What a search is told: for which length, on what, where and how."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import Layout
@@ -147,7 +148,8 @@ class SearchSettings:
     def search_space(self, config: LlamaConfig, mscale: float = 1.0) -> SearchSpace:
         """All candidates for a model, whose temperature is `mscale`; raises ValueError where there are none."""
         length = config.original_length
-        common = dict(step=self.step, n_hat=self.n_hat, mscale=tuple(bound * mscale for bound in self.mscale))
+        temperatures = tuple(bound * mscale for bound in self.mscale)
+        common: dict[str, Any] = dict(step=self.step, n_hat=self.n_hat, mscale=temperatures)
         scale = self.target_length / length
         if self.space == "critical_dimension":
             return critical_space(scale, length, config.head_dim, config.rope_theta, **common)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from longrope_jax.rope import critical_dimension
@@ -47,13 +48,17 @@ class SearchSpace:
         if not self.critical or min(self.critical) < 0:
             raise ValueError(f"critical = {self.critical} must be pairs from 0 on")
 
-    def completed(self, lam: Float[Array, "*rows half"], critical: Int[Array, "*rows"]) -> Float[Array, "*rows half"]:
+    def completed(
+        self, lam: Float[Array | np.ndarray, "*rows half"], critical: Int[Array | np.ndarray | np.integer, "*rows"]
+    ) -> Float[Array, "*rows half"]:
         """The candidate of this space that has these factors from its critical pair on: they are clipped to the bounds,
         the pairs below follow by NTK (LongRoPE2 sec. 3.2).
         """
         return self.followed(jnp.clip(lam, self.low, self.high), critical)
 
-    def followed(self, lam: Float[Array, "*rows half"], critical: Int[Array, "*rows"]) -> Float[Array, "*rows half"]:
+    def followed(
+        self, lam: Float[Array, "*rows half"], critical: Int[Array | np.ndarray | np.integer, "*rows"]
+    ) -> Float[Array, "*rows half"]:
         """The same of factors that are within the bounds."""
         if self.critical == (0,):
             return lam

@@ -1,5 +1,6 @@
 """The stage `evaluate`: models and factors side by side."""
 
+from functools import partial
 from typing import Any
 
 from longrope_jax.data.windows import fixed_windows
@@ -43,7 +44,7 @@ def _check_evaluate_layout(settings: EvaluationSettings, config: LlamaConfig, la
 def _run_evaluate(settings: EvaluationSettings, carried: Carried, name: str) -> dict[str, Any]:
     longest = max(settings.lengths)
     subjects = {
-        arm_name: Subject(lambda arm=arm: carried.params(arm.model), carried.source(arm.factors, arm.model, longest))
+        arm_name: Subject(partial(carried.params, arm.model), carried.source(arm.factors, arm.model, longest))
         for arm_name, arm in settings.arms.items()
     }
     documents = carried.documents[settings.data]["evaluation"]

@@ -55,8 +55,8 @@ def _register(settings: LoadSettings, carried: Carried, name: str) -> None:
 
 def _files(path: str) -> dict[str, int]:
     """Bytes by name of the files that hold the weights: enough to notice that they are others."""
-    path = epath.Path(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    place = epath.Path(path)
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
     return {file.name: file.stat().length for file in files}
 
 

@@ -145,7 +145,7 @@ def _step(
 ) -> Program:
     model = Llama(dataclasses.replace(config, remat=remat))
     rows = layout.abstract_rows(settings.batch, length)
-    batch = Batch(rows, rows, rows, rows if is_packed else None, layout.abstract_rows(settings.batch))
+    batch = Batch(rows, rows, rows, rows if is_packed else None, layout.abstract_rows(settings.batch))  # type: ignore[arg-type]  # shapes
     table = layout.abstract_replicated(FactorTable.of({window: unscaled(config.head_dim) for window in lengths}))
 
     def lower():

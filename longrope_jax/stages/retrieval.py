@@ -1,6 +1,7 @@
 """The stage `retrieval`: does a model find what it read a long time ago?"""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from longrope_jax.data.corpus import Document
@@ -42,7 +43,7 @@ def _splits(settings: RetrievalSettings) -> tuple[str, ...]:
 def _run_retrieval(settings: RetrievalSettings, carried: Carried, name: str) -> dict[str, Any]:
     longest = max(settings.lengths)
     subjects = {
-        arm_name: Subject(lambda arm=arm: carried.params(arm.model), carried.source(arm.factors, arm.model, longest))
+        arm_name: Subject(partial(carried.params, arm.model), carried.source(arm.factors, arm.model, longest))
         for arm_name, arm in settings.arms.items()
     }
     documents = _documents(settings, carried)

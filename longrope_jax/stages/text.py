@@ -66,7 +66,7 @@ def read(
     for stage, (section, splits) in reads.items():
         for split in splits:
             needed.setdefault(section, {}).setdefault(split, []).append(stage)
-    documents = {}
+    documents: dict[str, dict[str, Sequence[Document]]] = {}
     for section, stages in needed.items():
         settings = sections[section]
         folder = _folder(settings, section, tokenizer, workdir)

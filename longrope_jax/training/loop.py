@@ -160,7 +160,7 @@ def train(
                     progress.note(step, result, state.params, schedule(step - 1), is_logged=is_logged)
                 if is_saved or is_stopped or is_judged:
                     progress.tell()  # nothing is saved before it is known to be sound
-                if is_judged:
+                if held_out and is_judged:
                     paused = time.monotonic()
                     metrics.write(step, **held_out.evaluate(state.params))
                     progress.skip(time.monotonic() - paused)  # speed is that of training

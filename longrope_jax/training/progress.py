@@ -114,7 +114,7 @@ _norm = jax.jit(optax.global_norm)  # a program for all leaves, not several for 
 
 def _scalars(result: StepResult, length: int, bits_per_nat: float) -> dict[str, float]:
     """A step's result as numbers by name."""
-    nll, tokens = np.float64(result.nll), np.float64(result.tokens)
+    nll, tokens = (np.asarray(numbers, np.float64) for numbers in (result.nll, result.tokens))
     loss = nll.sum() / tokens.sum()
     by_position = {
         f"nll/{k * length // BUCKETS}-{(k + 1) * length // BUCKETS}": nll[k] / tokens[k]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -143,7 +143,7 @@ def train_step(
     def summed_nll(params, part: Batch):
         factors = table.select(part.context)
         targets = jnp.maximum(part.targets, 0)
-        nll = model.apply(
+        nll: Any = model.apply(
             {"params": params}, part.tokens, targets, factors, part.positions, part.segment_ids, method="token_nll"
         )
         nll = jnp.where(part.targets == IGNORED, 0.0, nll)

@@ -1,0 +1,248 @@
+"""Several finished work directories side by side -> compare.md, compare.html and figures.
+
+The first is what the others are held against. A difference is told only where both were judged on the same tokens.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+
+from longrope_jax import plots
+from longrope_jax.comparison import plots as comparison_plots
+from longrope_jax.comparison.runs import Run, other_tokens, read_runs
+from longrope_jax.evaluation.perplexity import compare
+from longrope_jax.markdown import picture, table
+from longrope_jax.page import to_page
+from longrope_jax.runtime.records import flat
+
+_ABSENT = "–"
+
+
+def write_comparison(workdirs: Sequence[epath.PathLike], folder: epath.PathLike) -> epath.Path:
+    """Writes compare.md, with figures/compare_*.png, and the same as one page, compare.html, into `folder`; returns the
+    path of compare.md.
+
+    Raises:
+        ValueError: fewer than two work directories, one twice, or one that has no finished run; one line.
+        OSError: `folder` can't be written to.
+    """
+    runs, folder = read_runs(workdirs), epath.Path(folder)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    parts = ["# Comparison\n", _overview(runs)]
+    figures: dict[str, Figure] = {}
+    for section, drawn in (_perplexities(runs), _searches(runs), _retrievals(runs), (_configs(runs), {})):
+        parts += section
+        figures |= drawn
+    for name, figure in figures.items():
+        with (folder / "figures" / f"{name}.png").open("wb") as file:
+            figure.savefig(file)
+    text = "\n".join([*parts, *_seconds(runs)])
+    (folder / "compare.md").write_text(text)
+    (folder / "compare.html").write_text(to_page(text, folder))
+    return folder / "compare.md"
+
+
+def _stages(runs: Sequence[Run], key: str) -> list[str]:
+    """The stages of a kind, of all runs, in order."""
+    return list(dict.fromkeys(stage for run in runs for stage in run.report[key]))
+
+
+def _length(n: int, runs: Sequence[Run]) -> str:
+    """A length as a column is headed, in L where the runs have one L."""
+    originals = {run.report["original_length"] for run in runs}
+    return f"{n} ({n / originals.pop():g}L)" if len(originals) == 1 else str(n)
+
+
+def _overview(runs: Sequence[Run]) -> str:
+    rows = [
+        [run.name, f"{run.workdir}", f"{run.report['original_length']}", ", ".join(run.config["stages"])]
+        for run in runs
+    ]
+    return table(["run", "work directory", "L", "stages"], rows)
+
+
+def _perplexities(runs: Sequence[Run]) -> tuple[list[str], dict]:
+    parts, figures = [], {}
+    for stage in _stages(runs, "evaluations"):
+        having = [run for run in runs if stage in run.report["evaluations"]]
+        found = {run.name: run.report["evaluations"][stage]["perplexity"] for run in having}
+        lengths = sorted({int(n) for by_length in found.values() for n in by_length})
+        arms = plots.ordered(dict.fromkeys(arm for by_n in found.values() for row in by_n.values() for arm in row))
+        rows = [
+            [plots.label(arm), run, *(_told(by_length.get(str(n), {}).get(arm)) for n in lengths)]
+            for arm in arms
+            for run, by_length in found.items()
+            if any(arm in row for row in by_length.values())
+        ]
+        header = ["", "run", *(_length(n, having) for n in lengths)]
+        parts += [f"## Perplexity by window length: {stage}\n", table(header, rows), *_differences(stage, having, arms)]
+        names = [run.name for run in having]
+        curves = {arm: {run: _by_length(by_length, arm) for run, by_length in found.items()} for arm in arms}
+        longest = {
+            arm: {run: entries[lengths[-1]] for run, entries in by_run.items() if lengths[-1] in entries}
+            for arm, by_run in curves.items()
+        }
+        figures[f"compare_{stage}_longest"] = comparison_plots.intervals_by_run(longest, names, lengths[-1])
+        parts.append(picture("perplexity at the longest length", f"compare_{stage}_longest"))
+        if len(lengths) > 1:
+            originals = {run.report["original_length"] for run in having}
+            figures[f"compare_{stage}"] = comparison_plots.perplexity_by_run(curves, names, originals)
+            parts.append(picture("perplexity by length", f"compare_{stage}"))
+    return parts, figures
+
+
+def _by_length(by_length: dict[str, dict], arm: str) -> dict[int, comparison_plots.Interval]:
+    """Of an arm, what is finite."""
+    entries = {int(n): row[arm] for n, row in by_length.items() if arm in row and row[arm]["ppl"] is not None}
+    return {
+        n: (entry["ppl"], *(np.nan if end is None else end for end in entry["ci95"])) for n, entry in entries.items()
+    }
+
+
+def _told(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return _ABSENT
+    return "not finite" if entry["ppl"] is None else f"{entry['ppl']:.3f}"
+
+
+def _differences(stage: str, runs: Sequence[Run], arms: Sequence[str]) -> list[str]:
+    """Of every other run to the first, arm by arm."""
+    first, *others = runs
+    parts, rows = [], []
+    shared: set[int] = set()
+    for other in others:
+        reason = other_tokens(first, other, stage)
+        if reason:
+            parts.append(f"No differences between {other.name} and {first.name}: {reason}.\n")
+            continue
+        both = first.nll[stage].keys() & other.nll[stage].keys()
+        shared |= {n for n, _ in both}
+        rows += [(arm, other, both) for arm in arms if any(arm == there for _, there in both)]
+    if rows:
+        lengths = sorted(shared)
+        told = [
+            [
+                plots.label(arm),
+                f"{other.name} minus {first.name}",
+                *(_difference(other, first, stage, n, arm) if (n, arm) in both else _ABSENT for n in lengths),
+            ]
+            for arm, other, both in rows
+        ]
+        parts += [
+            "Differences in nats per token, negative where the first named is better, paired by document, with 95 % "
+            "intervals, a bootstrap over documents:\n",
+            table(["", "", *(_length(n, runs) for n in lengths)], told),
+        ]
+    return parts
+
+
+def _difference(run: Run, base: Run, stage: str, length: int, arm: str) -> str:
+    found = compare(run.nll[stage][length, arm], base.nll[stage][length, arm])
+    return f"{found.difference:+.4f} [{found.ci95[0]:+.4f}, {found.ci95[1]:+.4f}]"
+
+
+def _searches(runs: Sequence[Run]) -> tuple[list[str], dict]:
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for run in runs:
+        for search in run.report["search"]:
+            found.setdefault(search["stage"], {})[run.name] = search
+    if not found:
+        return [], {}
+    rows = [
+        [
+            stage,
+            run,
+            f"{search['target_length']}",
+            search.get("method", "evolution").replace("_", " "),
+            f"{search['evaluations']}",
+            f"{search['costs'][-1]:.0f}" if "costs" in search else f"{search['evaluations']}",
+            f"{search['seconds']:.0f}",
+            f"{np.exp(search['best_nll']):.3f}",
+            f"{np.exp(search['held_out'][-1][2]):.3f}" if search.get("held_out") else _ABSENT,
+        ]
+        for stage, by_run in found.items()
+        for run, search in by_run.items()
+    ]
+    header = ["search", "run", "target length", "method", "candidates", "forward equivalents", "seconds"]
+    curves = {
+        stage: {
+            run: (s.get("costs", range(1, len(s["curve"]) + 1)), np.array(s["curve"], float))
+            for run, s in by_run.items()
+        }
+        for stage, by_run in found.items()
+    }
+    parts = [
+        "## Searches\n",
+        "Best perplexity on the documents of each search, and of the same candidate on documents held out from it. A "
+        "forward equivalent is a candidate read on all search documents.\n",
+        table([*header, "best", "held out"], rows),
+        picture("search convergence", "compare_searches"),
+    ]
+    return parts, {"compare_searches": comparison_plots.searches_by_run(curves, [run.name for run in runs])}
+
+
+def _retrievals(runs: Sequence[Run]) -> tuple[list[str], dict]:
+    parts = []
+    for stage in _stages(runs, "retrieval"):
+        found = {run.name: run.report["retrieval"][stage] for run in runs if stage in run.report["retrieval"]}
+        tasks = ", ".join(dict.fromkeys(f"{summary['task']}, seed {summary['seed']}" for summary in found.values()))
+        accuracy = {run: summary["accuracy"] for run, summary in found.items()}
+        arms = plots.ordered(dict.fromkeys(arm for by_arm in accuracy.values() for arm in by_arm))
+        lengths = sorted({int(n) for by_arm in accuracy.values() for by_n in by_arm.values() for n in by_n})
+        rows = [
+            [plots.label(arm), run, *(_share(by_arm[arm].get(str(n))) for n in lengths)]
+            for arm in arms
+            for run, by_arm in accuracy.items()
+            if arm in by_arm
+        ]
+        parts += [
+            f"## Retrieval: {stage}\n",
+            f"How often the hidden number was found, with 95 % Wilson intervals ({tasks}).\n",
+            table(["", "run", *map(str, lengths)], rows),
+        ]
+    return parts, {}
+
+
+def _share(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return _ABSENT
+    low, high = entry["ci95"]
+    return f"{entry['hits']} of {entry['tries']} [{100 * low:.0f}, {100 * high:.0f}] %"
+
+
+def _configs(runs: Sequence[Run]) -> list[str]:
+    """The fields that are not the same in all configs; a section that only some have is one line."""
+    values = [flat(_sections(run.config, runs)) for run in runs]
+    fields = list(dict.fromkeys(field for found in values for field in found))
+    rows = [
+        [f"`{field}`", *(_code(found[field]) if field in found else _ABSENT for found in values)]
+        for field in fields
+        if any(found.get(field, _ABSENT) != values[0].get(field, _ABSENT) for found in values)
+    ]
+    if not rows:
+        return ["## Configs\n", "They are the same.\n"]
+    return ["## Where the configs differ\n", table(["field", *(run.name for run in runs)], rows)]
+
+
+def _sections(config: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    """A config, with only a mark in place of the sections that not all of the runs have."""
+    return {
+        name: "present" if not all(name in run.config for run in runs) else section for name, section in config.items()
+    }
+
+
+def _code(value: Any) -> str:
+    return "`" + json.dumps(value).replace("|", "\\|").replace("`", "'") + "`"
+
+
+def _seconds(runs: Sequence[Run]) -> list[str]:
+    stages = _stages(runs, "seconds")
+    rows = [
+        [stage, *(f"{run.report['seconds'][stage]:.1f}" if stage in run.report["seconds"] else _ABSENT for run in runs)]
+        for stage in stages
+    ]
+    return ["## Seconds by stage\n", table(["stage", *(run.name for run in runs)], rows)]
