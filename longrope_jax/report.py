@@ -20,10 +20,10 @@ from longrope_jax.runtime.records import to_json
 
 Records = list[dict[str, Any]]
 Evaluations = dict[str, tuple[EvaluationSettings, Records]]
-"""By evaluate stage: its settings and what `evaluation.run` made."""
+"""Of every evaluate stage its settings and what `evaluation.run` made."""
 
 Retrievals = dict[str, tuple[RetrievalSettings, Records]]
-"""By retrieval stage: the same."""
+"""The same of every retrieval stage."""
 
 SUBJECT = "longrope"
 """The arm that the others are compared with, where there is one of that name."""
@@ -90,7 +90,7 @@ def _evaluation(config: LlamaConfig, settings: EvaluationSettings, evaluation: R
 def write_report(
     workdir: epath.Path, config: LlamaConfig, report: dict[str, Any], evaluations: Evaluations
 ) -> epath.Path:
-    """Writes what `summarize` made as report.json and report.md, with figures/*.png; returns the path of report.md."""
+    """Writes what `summarize` made as report.json and report.md, and figures as PNG; returns the path of report.md."""
     (workdir / "report.json").write_text(to_json(report, indent=1) + "\n")
     figures = {}
     for stage, (settings, evaluation) in evaluations.items():

@@ -136,6 +136,11 @@ def unscored(
 def as_if_now(saved: Mapping[str, np.ndarray], documents: int, mscale: float) -> SearchState:
     """A state from its saved fields. An earlier version had no documents, whose losses are not known then, and one
     temperature.
+
+    Args:
+        saved: field -> array, lam [N, D/2] and so on, see `SearchState`.
+        documents: how many the search has.
+        mscale: the temperature of all candidates where none is saved.
     """
     count = len(saved["n_hat"])
     genes = Genes(saved["lam"], saved["n_hat"], np.full(count, mscale), np.zeros(count))
