@@ -15,7 +15,7 @@ endif
 PROGRESSIVE ?= runs/progressive
 ABLATIONS ?= runs/ablations
 
-.PHONY: setup setup-dev quickstart progressive progressive_512x ablations smollm2 test slow parity tpu versus_pytorch lint clean
+.PHONY: setup setup-dev quickstart progressive progressive_512x ablations smollm2 test slow parity tpu versus_pytorch docs lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -58,7 +58,7 @@ runs/prose:
 	$(PYTHON) experiments/english_prose.py $@
 
 # Two workers, each with whole files: what a file compiles is compiled once.
-test: setup-dev lint
+test: setup-dev lint docs
 	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
 
 slow: setup-dev
@@ -88,10 +88,20 @@ versus_pytorch: .venv-parity/installed
 	.venv-parity/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
+# From the docstrings too, which are those of the library that is imported: the same .venv, as one of its own would hold JAX
+# once more. All anew (-E), as pages that are taken over would not be warned of again; a warning is an error.
+docs: .venv/installed-docs
+	$(RUN) -m sphinx --builder html --fresh-env --quiet --fail-on-warning docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+.venv/installed-docs: requirements-docs.txt .venv/installed
+	$(INSTALL) -r requirements-docs.txt
+	touch $@
+
 lint: setup-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check --quiet .
 	.venv/bin/lint-imports
 
 clean:
-	rm -rf .venv .venv-parity .venv-tpu runs
+	rm -rf .venv .venv-parity .venv-tpu docs/_build runs

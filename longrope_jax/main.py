@@ -120,7 +120,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, but a config field that does not exist or a value that does not fit is one line, no traceback.
 
     Raises:
-        flags.Error: arguments that are no flags.
+        absl.flags.Error: arguments that are no flags.
     """
     try:
         rest = flags.FLAGS(argv)

@@ -18,7 +18,7 @@ KEPT = "attention"
 
 
 def keep(out: Float[Array, "*rows D"], log_sum: Float[Array, "*rows"]) -> tuple[Array, Array]:
-    """The two results of `forward`, [*rows, D] and [*rows], as what a policy of rematerialisation saves as `KEPT`."""
+    """The two results of `forward`, [..., D] and [...], as what a policy of rematerialisation saves as `KEPT`."""
     return checkpoint_name(out, KEPT), checkpoint_name(log_sum, KEPT)
 
 
