@@ -1,4 +1,4 @@
-"""README and docs: what they name is there, and the code of `docs/extending.md` runs."""
+"""README and docs: what they name is there, and their code runs."""
 
 import ast
 import re
@@ -128,13 +128,15 @@ def test_configs_that_are_named_are_configs():
         parse_experiment(scope["get_config"]())
 
 
-def test_the_code_of_extending_runs(tmp_path):
-    blocks = FENCED.findall((ROOT / "docs/extending.md").read_text())
-    assert {language for language, _ in blocks} == {"python"}
-    (tmp_path / "extending.py").write_text("\n".join(block for _, block in blocks))
+@pytest.mark.parametrize(
+    ("page", "blocks", "made"),
+    [("docs/extending.md", None, ("found.json", "work_directory/report.md")), ("README.md", 1, ("factors.json",))],
+)
+def test_code_runs(page, blocks, made, tmp_path):
+    """All blocks of the page, or the first ones: the others need what readers have."""
+    found = [block for language, block in FENCED.findall((ROOT / page).read_text()) if language == "python"]
+    (tmp_path / "page.py").write_text("\n".join(found[:blocks]))
     environment = hurry.environment(devices=1) | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "extending.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "found.json").exists() and (tmp_path / "work_directory/report.md").exists()
+    assert all((tmp_path / name).exists() for name in made)
