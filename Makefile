@@ -15,7 +15,7 @@ endif
 PROGRESSIVE ?= runs/progressive
 ABLATIONS ?= runs/ablations
 
-.PHONY: setup setup-dev quickstart progressive progressive_512x ablations smollm2 test slow parity tpu test-matrix versus_pytorch bench lint clean
+.PHONY: setup setup-dev quickstart progressive progressive_512x ablations smollm2 test slow parity tpu test-matrix versus_pytorch bench docs lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -58,7 +58,7 @@ runs/prose:
 	$(PYTHON) experiments/english_prose.py $@
 
 # Two workers, each with whole files: what a file compiles is compiled once.
-test: setup-dev lint
+test: setup-dev lint docs
 	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
 
 slow: setup-dev
@@ -117,6 +117,16 @@ define make_matrix_venv
 	touch .venv-$(1)/installed
 endef
 
+# From the docstrings too, which are those of the library that is imported: the same .venv, as one of its own would hold JAX
+# once more. All anew (-E), as pages that are taken over would not be warned of again; a warning is an error.
+docs: .venv/installed-docs
+	$(RUN) -m sphinx --builder html --fresh-env --quiet --fail-on-warning docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+.venv/installed-docs: requirements-docs.txt .venv/installed
+	$(INSTALL) -r requirements-docs.txt
+	touch $@
+
 lint: setup-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check --quiet .
@@ -124,4 +134,4 @@ lint: setup-dev
 	$(RUN) -m mypy
 
 clean:
-	rm -rf .venv .venv-parity .venv-tpu $(MATRIX:%=.venv-%) runs
+	rm -rf .venv .venv-parity .venv-tpu $(MATRIX:%=.venv-%) docs/_build runs

@@ -15,7 +15,7 @@ Slice: v5p:4x4x4 (64 chips) or v5e:8x16 (128), as it stands; what another one ho
     python -m longrope_jax.main --config=experiments/llama2_7b_2048k.py --workdir=DIR \\
         --mode=compile --topology=v5p:4x4x4
 
-Expected time on v5p:4x4x4, from that report, not from a run (RESULTS.md): 94 hours, of which the tuning is 39 (54 and
+Expected time on v5p:4x4x4, from that report, not from a run (docs/results): 94 hours, of which the tuning is 39 (54 and
 197 s a step), the searches 48 (45 at 2048k), and the evaluation 7.
 
 Published figures to compare with, perplexity where nothing else is said:

@@ -11,8 +11,8 @@ another, under the original rotation. Then a table that has the original rotatio
 depths, and an export that loses nothing but start tokens.
 
 Slice: v5p:4x4x4 (64 chips).
-Expected time, from `--mode=compile` and not from a run (RESULTS.md): 72 hours, of which the tuning is 70 (111 s a step,
-as if all sequences were long).
+Expected time, from `--mode=compile` and not from a run (docs/results): 72 hours, of which the tuning is 70 (111 s a
+step, as if all sequences were long).
 
 Published figures to compare with (LongRoPE2): short benchmarks keep 98.6 % of the original model's scores (`python -m
 longrope_jax.harness --model=WORKDIR/export ...`); RULER at 128k is 82.0 with its search on needles, and 78.7 with the

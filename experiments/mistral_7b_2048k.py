@@ -11,7 +11,7 @@ The model claims 32k tokens, which it reads through a sliding window of 4k; here
 length 8k, as in the paper.
 
 Slice: v5p:4x4x4 (64 chips).
-Expected time, from `--mode=compile` and not from a run (RESULTS.md): 55 hours, of which the search at 2048k is 45 and
+Expected time, from `--mode=compile` and not from a run (docs/results): 55 hours, of which the search at 2048k is 45 and
 the tuning half an hour (4.1 s a step).
 
 Published figures to compare with: the paper's tables have a row of this model for Proof-pile, for books from 8k to

@@ -4,7 +4,7 @@
 
 Takes the pretrained model, the search documents and the evaluation documents of a finished quickstart and prints, for
 every reach, the best perplexity after 704 and after all 1344 candidates, and that of the best on the evaluation
-documents: mean and range over the seeds. About a minute a search on two cores; results in RESULTS.md.
+documents: mean and range over the seeds. About a minute a search on two cores; results in docs/results/ablations.md.
 """
 
 import sys

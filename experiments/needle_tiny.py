@@ -7,7 +7,7 @@ The quickstart's model, with heads of 32 or 64 and L = 128, reads mostly needles
 some hundred steps the digits of answers stay at 2.2 nats, then they fall, with some seeds sooner than with others. It
 is extended to 8L by three hybrid searches of the same budget, asked for perplexity, for needles (LongRoPE2 sec. 3.3)
 and for both. The second command prints the NLL of the digits at 8L on evaluation documents. Ten minutes a
-model on two cores; figures in RESULTS.md.
+model on two cores; figures in docs/results/needles.md.
 """
 
 import json

@@ -5,7 +5,7 @@
 pretrains the quickstart's model with heads of 32 and of 64, three seeds each, searches factors for 8L on every one of
 them in every way below, on the same five documents, and judges what was found on 64 documents that no search has seen.
 It prints the tables, writes them to runs/comparison/comparison.md, the picture beside it, and goes on where it was
-stopped. About an hour on two cores; results in RESULTS.md. One model alone is an experiment like any other:
+stopped. About an hour on two cores; results in docs/results/search.md. One model alone is an experiment like any other:
 
     python -m longrope_jax.main --config=experiments/search_comparison.py:64 --workdir=runs/comparison/64_0
 

@@ -15,7 +15,7 @@ GGUF file, is `--config.load.path=PATH`; other text is `--config.data.folder=DIR
 Both export the extended model at the end, to `export/` in the work directory, without start tokens and with two sets of
 factors, as the format wants it; the model card says what that cost.
 
-`laptop` gives 17.98 at 16k for LongRoPE, 18.15 for YaRN and 40.7 unscaled (RESULTS.md). There is no published figure
+`laptop` gives 17.98 at 16k for LongRoPE, 18.15 for YaRN and 40.7 unscaled (docs/results). There is no published figure
 for this model. The paper's, for LLaMA2-7B at 2x and 4x: searched factors below YaRN, dynamic NTK and PI, table 1.
 """
 

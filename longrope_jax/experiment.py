@@ -30,7 +30,15 @@ from longrope_jax.stages import STAGES, Carried, LoadSettings, Stage, text
 
 @dataclass(frozen=True)
 class Experiment:
-    """A config, checked."""
+    """A config, checked.
+
+    Attributes:
+        model: the architecture.
+        data: the sections of text, by name.
+        mesh: how devices share the work.
+        profile: which steps are traced.
+        stages: settings of every stage by its name, in order.
+    """
 
     model: LlamaConfig
     data: dict[str, DataSettings]
@@ -134,7 +142,11 @@ def reopen(config: ConfigDict, workdir: epath.PathLike) -> Carried:
 
 
 def execute(experiment: Experiment, carried: Carried) -> epath.Path:
-    """Runs the stages that have not finished, writes the report and returns its path."""
+    """Runs the stages that have not finished, writes the report and returns its path.
+
+    Raises:
+        preemption.Preempted: the process was asked to stop; finished stages are kept, and what the one under way saved.
+    """
     workdir, seconds = carried.workdir, {}
     with preemption.watch(), carried.layout.active():
         for name in experiment.stages:

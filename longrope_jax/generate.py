@@ -42,7 +42,15 @@ class GenerateSettings:
 
 
 class Writer(NamedTuple):
-    """All that generation needs."""
+    """All that generation needs.
+
+    Attributes:
+        model: the architecture.
+        params: on the devices of the layout.
+        tokenizer: of the model.
+        table: factors by length.
+        layout: of the devices.
+    """
 
     model: Llama
     params: dict

@@ -122,7 +122,11 @@ def _require(**given) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but a config field that does not exist or a value that does not fit is one line, no traceback."""
+    """absl's parser, but a config field that does not exist or a value that does not fit is one line, no traceback.
+
+    Raises:
+        absl.flags.Error: arguments that are no flags.
+    """
     try:
         rest = flags.FLAGS(argv)
         if len(rest) > 1 and _MODE.value != "compare":

@@ -22,10 +22,10 @@ from longrope_jax.runtime.records import to_json
 
 Records = list[dict[str, Any]]
 Evaluations = dict[str, tuple[EvaluationSettings, Records]]
-"""By evaluate stage: its settings and what `evaluation.run` made."""
+"""Of every evaluate stage its settings and what `evaluation.run` made."""
 
 Retrievals = dict[str, tuple[RetrievalSettings, Records]]
-"""By retrieval stage: the same."""
+"""The same of every retrieval stage."""
 
 SUBJECT = "longrope"
 """The arm that the others are compared with, where there is one of that name."""

@@ -25,10 +25,13 @@ from longrope_jax.data.tokenizer import Tokenizer
 
 
 class Document(NamedTuple):
-    """A tokenized document: its name (of a file, its path within the folder), its tokens (BOS first, EOS last, where
-    the tokenizer has them) and its size in bytes.
+    """A tokenized document.
 
-    The tokens may be a `data.stored.StoredTokens`, which reads from a file what a slice of it asks for.
+    Attributes:
+        name: of a file, its path within the folder.
+        tokens: BOS first, EOS last, where the tokenizer has them. They may be a `data.stored.StoredTokens`, which reads
+            from a file what a slice of it asks for.
+        size: bytes.
     """
 
     name: str

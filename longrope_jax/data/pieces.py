@@ -10,7 +10,13 @@ from longrope_jax.data.corpus import Document
 
 
 class Pieces(NamedTuple):
-    """Stretches of text: piece i is the tokens `starts[i]:stops[i]` of document `documents[i]`, without BOS and EOS."""
+    """Stretches of text: piece i is the tokens `starts[i]:stops[i]` of document `documents[i]`, without BOS and EOS.
+
+    Attributes:
+        documents: the number of each piece's document.
+        starts: its first token there.
+        stops: the one after its last.
+    """
 
     documents: Int[np.ndarray, "N"]
     starts: Int[np.ndarray, "N"]

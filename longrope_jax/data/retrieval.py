@@ -102,7 +102,10 @@ def needle_cloze(
     digits are all different: what follows one is then told by it alone, which the tiniest models learn to look up in a
     fraction of the time (they do not know long what to make of 4 in 4147263).
 
-    Args and errors are those of `needle`.
+    Arguments are those of `needle`.
+
+    Raises:
+        ValueError: as for `needle`.
     """
     parts = _draw_cloze(tokenizer, rng)
     return _hide(parts, _stretch(parts, length, "needle_cloze", tokenizer, rng, documents), depth, tokenizer)

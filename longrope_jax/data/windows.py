@@ -14,7 +14,13 @@ from longrope_jax.data.corpus import Document
 
 
 class Windows(NamedTuple):
-    """Windows of one length, and where they were cut: `tokens[i]` begins at token `starts[i]` of `names[i]`."""
+    """Windows of one length, and where they were cut: `tokens[i]` begins at token `starts[i]` of `names[i]`.
+
+    Attributes:
+        tokens: inputs and, one further, their targets.
+        names: of the documents.
+        starts: tokens.
+    """
 
     tokens: Int[np.ndarray, "N T+1"]
     names: list[str]

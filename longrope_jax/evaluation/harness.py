@@ -146,6 +146,9 @@ class HarnessModel(TemplateLM):
 
         Greedy, or drawn where a request says `do_sample` with a `temperature`, `top_k` and `top_p`; prompts of similar
         length are answered together.
+
+        Raises:
+            ValueError: the new tokens leave no room for a prompt.
         """
         answers = [""] * len(requests)
         made = self._generated(requests)

@@ -21,7 +21,12 @@ _SHORTEST = 16  # tokens; rows are filled up to it at least, so that few shapes 
 
 
 class Likelihood(NamedTuple):
-    """Of one continuation: its log-probability in nats, and whether every token of it is the most likely one."""
+    """Of one continuation.
+
+    Attributes:
+        log_probability: nats.
+        is_greedy: whether every token of it is the most likely one.
+    """
 
     log_probability: float
     is_greedy: bool

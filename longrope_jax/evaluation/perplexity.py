@@ -58,6 +58,9 @@ def token_nll(
 
     Time O(N T window / stride) in the matrices, O(N T window^2 / stride) in attention; one compilation for every shape
     of a batch, so one a window length where there are enough windows to fill it.
+
+    Raises:
+        ValueError: not 1 <= stride <= window <= T.
     """
     documents, length = tokens.shape[0], tokens.shape[1] - 1
     stride = window if stride is None else stride
@@ -104,8 +107,11 @@ def windows_at_once(layout: Layout, window: int, count: int, tokens_at_once: int
 
 
 class DocumentNll(NamedTuple):
-    """The NLL of N documents, summed: nats, and how many tokens they are the sum of. Documents are the independent
-    unit.
+    """The NLL of N documents, summed. Documents are the independent unit.
+
+    Attributes:
+        sums: nats.
+        counts: how many tokens they are the sum of.
     """
 
     sums: Float[np.ndarray, "N"]
@@ -131,7 +137,13 @@ def by_position(nll: Float[np.ndarray, "N T"], buckets: int) -> Float[np.ndarray
 
 
 class Perplexity(NamedTuple):
-    """A token-weighted perplexity: exp of the mean NLL (nats per token), and its 95 % interval."""
+    """A token-weighted perplexity.
+
+    Attributes:
+        ppl: exp of the mean NLL.
+        nll: mean NLL, nats per token.
+        ci95: the 95 % interval of ppl.
+    """
 
     ppl: float
     nll: float
@@ -162,7 +174,11 @@ class Comparison(NamedTuple):
 
 
 def compare(a: DocumentNll, b: DocumentNll, seed: int = 0) -> Comparison:
-    """Paired comparison of two methods that scored the same tokens; bootstrap over documents."""
+    """Paired comparison of two methods that scored the same tokens; bootstrap over documents.
+
+    Raises:
+        ValueError: they did not.
+    """
     if not np.array_equal(a.counts, b.counts):
         raise ValueError("a paired comparison needs the same tokens scored on both sides")
     paired = DocumentNll(np.subtract(a.sums, b.sums), np.asarray(a.counts))

@@ -87,7 +87,12 @@ class EvaluationSettings:
 
 
 class Subject(NamedTuple):
-    """An arm, resolved: how to get the parameters, and length (tokens) -> factors."""
+    """An arm, resolved.
+
+    Attributes:
+        params: reads the parameters.
+        factors: length (tokens) -> factors.
+    """
 
     params: Callable[[], dict]
     factors: Callable[[int], RopeFactors]

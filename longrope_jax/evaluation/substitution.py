@@ -23,11 +23,15 @@ from longrope_jax.runtime.mesh import Layout
 
 
 class Cost(NamedTuple):
-    """At one length (tokens): perplexities with the factors that were found and with others, on the same documents.
+    """At one length: perplexities with the factors that were found and with others, on the same documents.
 
     Attributes:
+        length: tokens.
+        found: with the factors that were found.
+        others: with the others.
         difference: of the others minus those that were found; positive is what the others cost.
-        windows: how many of that length, from so many documents.
+        windows: how many of that length.
+        documents: from how many they are.
     """
 
     length: int

@@ -22,7 +22,14 @@ _WITH_ORIGINAL = ("llama3", "yarn", "longrope")
 
 
 class Rotation(NamedTuple):
-    """The rotation: factors by length, D, rope_theta, and the context before any extension (tokens)."""
+    """The rotation of a model.
+
+    Attributes:
+        table: factors by length.
+        head_dim: D.
+        base: rope_theta.
+        original_length: the context before any extension, tokens.
+    """
 
     table: FactorTable
     head_dim: int

@@ -26,8 +26,12 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 class Found(NamedTuple):
-    """Factors by length, and what a file tells of the model that they are for: rope_theta and the context before any
-    extension (tokens), None where it does not.
+    """What a file of factors tells.
+
+    Attributes:
+        table: factors by length.
+        base: rope_theta of the model that they are for; None where the file does not tell.
+        original_length: that model's context before any extension, tokens, or None.
     """
 
     table: FactorTable

@@ -36,8 +36,12 @@ _MAX_LIST = 2**24
 
 
 class StoredTensor(NamedTuple):
-    """One tensor as the file has it: its shape (the last axis is contiguous), its type, and its bytes, memory-mapped,
-    one row of the last axis a row.
+    """One tensor as the file has it.
+
+    Attributes:
+        shape: the last axis is contiguous.
+        type: how its numbers are stored.
+        rows: its bytes, memory-mapped, one row of the last axis a row.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +50,12 @@ class StoredTensor(NamedTuple):
 
 
 class GgufFile(NamedTuple):
-    """Metadata by key (numbers, strings, lists of them) and tensors by the names of llama.cpp."""
+    """What a file holds.
+
+    Attributes:
+        metadata: by key; numbers, strings, lists of them.
+        tensors: by the names of llama.cpp.
+    """
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]

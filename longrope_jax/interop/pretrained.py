@@ -97,7 +97,11 @@ def load_tokenizer(path: epath.PathLike) -> SubwordTokenizer:
 
 
 def stored_dtype(path: epath.PathLike) -> str:
-    """The `param_dtype` that keeps every number of a checkpoint: bfloat16 where all tensors are, else float32."""
+    """The `param_dtype` that keeps every number of a checkpoint: bfloat16 where all tensors are, else float32.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
     _, make_source = _open(epath.Path(path))
     tensors = make_source().shapes().items()
     dtypes = {str(dtype) for name, (_, dtype) in tensors if not name.endswith(_BUFFER)}

@@ -126,7 +126,7 @@ def check_platform(backend: str, platform: str) -> None:
 
 
 def dense(query: Array, key: Array, value: Array, positions: Array, segment_ids: Array | None = None) -> Array:
-    """See `attention`. Time and memory O(B H T^2)."""
+    """See `attention` for the shapes: query [B, T, H, D]. Time and memory O(B H T^2)."""
     tokens = Tokens(positions, segment_ids)
     mask = may_attend(tokens, tokens)
     query, key, value = by_kv_head(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -154,7 +154,7 @@ def whole(
     segment_ids: Array | None = None,
     block: int | None = None,
 ) -> Array:
-    """See `attention`, by one of the `PARTIAL_BACKENDS`. Reverse-mode derivatives only.
+    """See `attention` (query [B, T, H, D]), by one of the `PARTIAL_BACKENDS`. Reverse-mode derivatives only.
 
     Memory O(B H T D) forward and backward, plus a few bytes of bookkeeping for every pair of blocks, (T / block)^2.
     Padding to a multiple of the block, which is chosen by the length if none is given, is done here.

@@ -18,12 +18,17 @@ KEPT = "attention"
 
 
 def keep(out: Float[Array, "*rows D"], log_sum: Float[Array, "*rows"]) -> tuple[Array, Array]:
-    """The two results of `forward`, as what a policy of rematerialisation can save by the name `KEPT`."""
+    """The two results of `forward`, [..., D] and [...], as what a policy of rematerialisation saves as `KEPT`."""
     return checkpoint_name(out, KEPT), checkpoint_name(log_sum, KEPT)
 
 
 class Tokens(NamedTuple):
-    """Who may see whom: the place of every token, and the segment that it belongs to where there are several."""
+    """Who may see whom.
+
+    Attributes:
+        positions: the place of every token in its text.
+        segments: the text that it belongs to; None where there is only one.
+    """
 
     positions: Int[Array, "#B T"]
     segments: Int[Array, "#B T"] | None
@@ -124,7 +129,7 @@ def masked_scores(
 
 
 def product(subscripts: str, left: Array, right: Array) -> Array:
-    """An einsum that adds up in float32."""
+    """An einsum that adds up in float32; the subscripts say the shapes, "bkgtd,bksd->bkgts" makes [B, K, G, T, S]."""
     return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
 
 

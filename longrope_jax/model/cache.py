@@ -26,14 +26,24 @@ _MASKED = -1e30  # finite: a block whose every score is masked must not make NaN
 
 
 class Cache(NamedTuple):
-    """Rotated keys, and values, of S slots in N layers; make one with `empty_cache`."""
+    """What S slots in N layers hold; make one with `empty_cache`.
+
+    Attributes:
+        keys: rotated.
+        values: as they are.
+    """
 
     keys: Float[Array, "N B S K D"]
     values: Float[Array, "N B S K D"]
 
 
 class Memory(NamedTuple):
-    """What goes from layer to layer: the whole cache, updated in place, and whose turn it is."""
+    """What goes from layer to layer.
+
+    Attributes:
+        cache: the whole of it, updated in place.
+        layer: whose turn it is.
+    """
 
     cache: Cache
     layer: Int[Array, ""]

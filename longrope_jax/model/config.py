@@ -80,7 +80,11 @@ class LlamaConfig:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "LlamaConfig":
-        """A model by name, with some fields changed: `LlamaConfig.preset("llama2_7b", dtype="bfloat16")`."""
+        """A model by name, with some fields changed: `LlamaConfig.preset("llama2_7b", dtype="bfloat16")`.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; known are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})

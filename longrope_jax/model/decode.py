@@ -26,7 +26,7 @@ ENDED = -1  # in the place of a token, for a row that has ended
 def complete(
     model: Llama, params: dict, table: FactorTable, prompts: Sequence[np.ndarray], max_new_tokens: int, **options
 ) -> list[Int[np.ndarray, "tokens"]]:
-    """All new tokens of every prompt, without the stop token; arguments and errors as for `generate`."""
+    """All new tokens of every prompt, i32[tokens] each, without the stop token; else as `generate`, errors too."""
     steps = list(generate(model, params, table, prompts, max_new_tokens, **options))
     rows = np.reshape(steps, (len(steps), len(prompts))).astype(np.int32).T
     return [row[row != ENDED] for row in rows]

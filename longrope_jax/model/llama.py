@@ -29,6 +29,9 @@ class Llama(nn.Module):
     Compiled once per shape: lam, n_hat, mscale, positions and segment ids are all traced. Factors may have a leading
     batch axis, then each sequence has its own. Memory O(B T E) a layer with the blockwise attention; with
     `config.remat` the backward pass keeps only what the policy says.
+
+    Attributes:
+        config: sizes and numerics.
     """
 
     config: LlamaConfig
@@ -74,7 +77,11 @@ class Llama(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T E"]:
-        """The normalised residual stream that the output head reads."""
+        """The normalised residual stream that the output head reads.
+
+        Raises:
+            ValueError: factors for another head dimension.
+        """
         return self._hidden(tokens, factors, positions, segment_ids, None)[0]
 
     def extend(
@@ -87,6 +94,9 @@ class Llama(nn.Module):
     ) -> tuple[Float[Array, "B V"], Cache]:
         """C more tokens of every row: logits, in float32, of what follows after token `last` of the C, and the cache
         with these tokens. Use: `apply(..., method="extend")`; see `model/cache.py`.
+
+        Raises:
+            ValueError: factors for another head dimension.
         """
         hidden, memory = self._hidden(tokens, factors, positions, None, Memory(cache, jnp.int32(0)))
         assert memory is not None  # as one was given
@@ -135,7 +145,11 @@ class Llama(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Attributes:
+        config: sizes and numerics.
+    """
 
     config: LlamaConfig
 
@@ -153,7 +167,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary embedding on queries and keys."""
+    """Grouped-query attention with rotary embedding on queries and keys.
+
+    Attributes:
+        config: sizes and numerics.
+    """
 
     config: LlamaConfig
 
@@ -180,7 +198,11 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x)).
+
+    Attributes:
+        config: sizes and numerics.
+    """
 
     config: LlamaConfig
 

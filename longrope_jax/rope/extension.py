@@ -11,9 +11,13 @@ from longrope_jax.rope.factors import RopeFactors
 
 @dataclass(frozen=True)
 class Trained:
-    """What a model was last trained with: the context window, in tokens, and the factors.
+    """What a model was last trained with.
 
     A pretrained model's are its original length and `unscaled`; fine-tuning changes both.
+
+    Attributes:
+        length: the context window, tokens.
+        factors: unbatched, relative to the pretrained model.
     """
 
     length: int
@@ -45,7 +49,14 @@ def extend(method: str, trained: Trained, length: int, head_dim: int, base: floa
 
     The method extends the model from the window it was last trained with, and sees the wavelengths it was trained
     with (see `methods.compose`): for a model fine-tuned at 8L with lam_1, `extend("linear", ..., 64 L)` is 8 lam_1. Up
-    to the trained window there is nothing to extend: the trained factors.
+    to the trained window there is nothing to extend: the trained factors (lam [D/2]).
+
+    Args:
+        method: a name in `METHODS`; another is a KeyError.
+        trained: what the model was last trained with.
+        length: of the windows, tokens.
+        head_dim: D.
+        base: rope_theta.
     """
     scale = max(length / trained.length, 1.0)
 

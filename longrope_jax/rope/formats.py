@@ -70,7 +70,11 @@ def load_factors(path: epath.PathLike, head_dim: int | None = None) -> RopeFacto
 
 
 def save_table(path: epath.PathLike, table: FactorTable, **metadata: Any) -> None:
-    """Writes a table of factors by sequence length to a .json file; `load_table` gives the same numbers."""
+    """Writes a table of factors by sequence length to a .json file; `load_table` gives the same numbers.
+
+    Raises:
+        ValueError: another ending.
+    """
     path = epath.Path(path)
     if path.suffix != ".json":
         raise ValueError(f"{path}: a table of factors is kept in a .json file")
@@ -107,7 +111,7 @@ def load_table(path: epath.PathLike, head_dim: int | None = None) -> FactorTable
 
 
 def load_metadata(path: epath.PathLike) -> dict[str, Any]:
-    """What `save_factors` was told beside the factors in a .json file."""
+    """What `save_factors` was told beside the factors in a .json file; raises ValueError where it can't be read."""
     path = epath.Path(path)
     with _naming(path):
         return _read_json(path).get("metadata", {})

@@ -13,7 +13,11 @@ from longrope_jax.rope.factors import RopeFactors
 
 
 def frequencies(head_dim: int, base: float = 10000.0) -> np.ndarray:
-    """theta_i = base^(-2i/D), the angle of every rotary pair per token (RoFormer, arXiv 2104.09864): f64[D/2], rad."""
+    """theta_i = base^(-2i/D), the angle of every rotary pair per token (RoFormer, arXiv 2104.09864): f64[D/2], rad.
+
+    Raises:
+        ValueError: an odd head dimension, or a base that is not above 1.
+    """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim = {head_dim}; rotary embedding needs a positive even head dimension")
     if not base > 1:
@@ -27,12 +31,22 @@ def unscaled(head_dim: int) -> RopeFactors:
 
 
 def linear(head_dim: int, scale: float) -> RopeFactors:
-    """Positional interpolation (PI, arXiv 2306.15595): every wavelength is stretched by `scale`."""
+    """Positional interpolation (PI, arXiv 2306.15595, eq. 4): every wavelength is stretched by `scale` = L'/L.
+
+    Raises:
+        ValueError: a scale below 1.
+    """
     return _factors(np.full(_pairs(head_dim), _checked(scale)))
 
 
 def ntk(head_dim: int, scale: float) -> RopeFactors:
-    """NTK-aware interpolation (bloc97), base * s^(D/(D-2)): lam_i = s^(2i/(D-2)), from 1 for the first pair to s."""
+    """NTK-aware interpolation (bloc97), base * s^(D/(D-2)): lam_i = s^(2i/(D-2)), from 1 for the first pair to s.
+
+    Described by its author on Reddit, June 2023; YaRN (arXiv 2309.00071, sec. 3.1) has it as a formula.
+
+    Raises:
+        ValueError: a scale below 1.
+    """
     exponent = 2 * np.arange(_pairs(head_dim)) / max(head_dim - 2, 1)
     return _factors(_checked(scale) ** exponent)
 
@@ -40,8 +54,13 @@ def ntk(head_dim: int, scale: float) -> RopeFactors:
 def dynamic_ntk(head_dim: int, length: int, original_length: int, factor: float = 1.0) -> RopeFactors:
     """Dynamic NTK: `ntk` with a scale that follows the current sequence, `factor * length / L - (factor - 1)`.
 
+    As in Transformers; the idea is emozilla's (YaRN, arXiv 2309.00071, sec. 3.3, "dynamic scaling").
+
     `factor = 1` is the plain length / L; other values are Hugging Face's `factor`. Lengths up to L leave the rotation
-    alone.
+    alone. Lengths are tokens.
+
+    Raises:
+        ValueError: a length that is not positive.
     """
     if length < 1 or original_length < 1:
         raise ValueError(f"length = {length}, original_length = {original_length}; both must be positive")
@@ -59,7 +78,7 @@ def critical_dimension(
     """First pair that makes at most `periods` turns in the original length (LongRoPE2, arXiv 2502.20082, sec. 3.1).
 
     With one period it is the theoretical critical dimension d_tcd = ceil((D/2) log_base(L / 2 pi)); it can lie outside
-    [0, D/2) for extreme lengths. `wavelengths` as in `yarn`.
+    [0, D/2) for extreme lengths. `wavelengths`, f64[D/2] in tokens, as in `yarn`.
     """
     wavelengths = _wavelengths(head_dim, base) if wavelengths is None else wavelengths
     return int(np.ceil(_pair_with_turns(periods, wavelengths, original_length)))
@@ -72,7 +91,12 @@ def ntk_critical(
     original_length: int = 4096,
     wavelengths: np.ndarray | None = None,
 ) -> RopeFactors:
-    """NTK with its base chosen so that lam >= s from the critical dimension on (LongRoPE2): lam_i = s^(i / d_tcd)."""
+    """NTK with its base chosen so that lam >= s from the critical dimension on (LongRoPE2, arXiv 2502.20082):
+    lam_i = s^(i / d_tcd). `wavelengths`, f64[D/2] in tokens, as in `yarn`.
+
+    Raises:
+        ValueError: a scale below 1, or an original length that is shorter than every wavelength.
+    """
     critical = critical_dimension(head_dim, base, original_length, wavelengths=wavelengths)
     if critical < 1:
         raise ValueError(f"original_length = {original_length} is shorter than every wavelength of base {base}")
@@ -99,6 +123,9 @@ def yarn(
         temperature: multiply cos and sin by 0.1 ln s + 1 (sec. 3.4), else by 1.
         wavelengths: f64[D/2] in tokens, where they are not those of `base`: an already extended model's (see
             `compose`).
+
+    Raises:
+        ValueError: a scale below 1, or a `beta_fast` that is not above `beta_slow`.
     """
     scale = _checked(scale)
     if beta_fast <= beta_slow:
@@ -120,7 +147,13 @@ def llama3(
     high_freq_factor: float = 4.0,
     wavelengths: np.ndarray | None = None,
 ) -> RopeFactors:
-    """LLaMA-3.1's ramp: as YaRN's, but linear in the turns between `low_freq_factor` and `high_freq_factor`."""
+    """LLaMA-3.1's ramp: as YaRN's, but linear in the turns between `low_freq_factor` and `high_freq_factor`.
+
+    As in Meta's released code, and "llama3" in Transformers. `wavelengths`, f64[D/2] in tokens, as in `yarn`.
+
+    Raises:
+        ValueError: a scale below 1, or a `high_freq_factor` that is not above `low_freq_factor`.
+    """
     scale = _checked(scale)
     if high_freq_factor <= low_freq_factor:
         raise ValueError(f"high_freq_factor = {high_freq_factor} must be above low_freq_factor = {low_freq_factor}")
@@ -147,8 +180,11 @@ def compose(
             `lambda w: yarn(head_dim, 8, original_length=8 * L, wavelengths=w)` or `lambda w: linear(head_dim, 8)`.
 
     Returns:
-        Factors relative to the pretrained model: lam = lam_1 * lam_2, mscale likewise. Start tokens are the first
+        Factors relative to the pretrained model, lam = lam_1 * lam_2, mscale likewise. Start tokens are the first
         extension's, unless the second names more.
+
+    Raises:
+        ValueError: `first` has not one factor for every pair.
     """
     lam = np.asarray(first.lam, np.float64)
     if lam.shape != (_pairs(head_dim),):

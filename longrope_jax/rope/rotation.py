@@ -45,6 +45,8 @@ def apply_rotary(
 ) -> Float[Array, "*batch T heads D"]:
     """Rotates the pairs (x_i, x_{i + D/2}) of every head, the half-split ("rotate half") layout of Hugging Face.
 
+    RoFormer, arXiv 2104.09864, eq. 34, whose pairs are neighbours instead.
+
     Computed in float32, returned in the dtype of x.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -88,6 +88,10 @@ class Checkpoints:
             arrays: any pytrees, by names under which they can be restored one without the other; device arrays are
                 copied before this returns.
             record: small things, such as a data iterator's state.
+
+        Raises:
+            ValueError: the step is not above the newest.
+            OSError: an earlier step could not be saved.
         """
         newest = self.latest()
         if newest is not None and step <= newest:
@@ -103,7 +107,7 @@ class Checkpoints:
         """Pytrees of arrays and the record of a step.
 
         Args:
-            like: by the names of the pytrees to read, either a pytree of arrays or `jax.ShapeDtypeStruct`s, to whose
+            like: by the names of the pytrees to read, either a pytree of arrays or of `jax.ShapeDtypeStruct`, to whose
                 structure and shardings to restore whatever the shardings that were saved (a struct without one stands
                 for the first device), or None for numpy arrays in dicts and lists. Without it, None for all names.
 

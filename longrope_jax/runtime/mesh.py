@@ -74,7 +74,12 @@ def parse_axes(text: str, devices: int | None = None) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where arrays lie. `Layout()` is one device."""
+    """Where arrays lie. `Layout()` is one device.
+
+    Attributes:
+        mesh: with all axes of `model/sharding.py`; None on one device.
+        sequence_order: of tokens over the `seq` axis, see `MeshSettings`.
+    """
 
     mesh: jax.sharding.Mesh | None = None
     sequence_order: str = "zigzag"

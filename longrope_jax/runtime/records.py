@@ -17,7 +17,11 @@ Record = dict[str, Any]
 
 
 def append(path: epath.Path, records: Iterable[Record]) -> None:
-    """Adds records at the end of the file, which is made if need be."""
+    """Adds records at the end of the file, which is made if need be.
+
+    Raises:
+        OSError: it can't be written to.
+    """
     if processes.is_first():
         text = "".join(to_json(record) + "\n" for record in records)
         try:

@@ -141,6 +141,11 @@ def unscored(
 def as_if_now(saved: Mapping[str, np.ndarray], documents: int, mscale: float) -> SearchState:
     """A state from its saved fields. An earlier version had no documents, whose losses are not known then, and one
     temperature; another one told restarts as islands.
+
+    Args:
+        saved: field -> array, lam [N, D/2] and so on, see `SearchState`.
+        documents: how many the search has.
+        mscale: the temperature of all candidates where none is saved.
     """
     saved = {{"island": "restart"}.get(name, name): values for name, values in saved.items()}
     count = len(saved["n_hat"])

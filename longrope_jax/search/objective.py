@@ -62,6 +62,9 @@ class Objective:
     lengths (what is missing is padded), so a whole search compiles once a length.
 
     Attributes:
+        model: the architecture.
+        layout: of the devices.
+        params: of the frozen model, on them.
         weights: what each document counts in the score.
         blocks: the documents.
         candidates_at_once: how many are a batch axis of the model; under a mesh more than were asked for, where that is

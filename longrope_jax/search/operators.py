@@ -1,6 +1,6 @@
 """Mutation and crossover as pure functions of a PRNG key; all keep lam monotone and within the space.
 
-They work on one candidate and are meant to be `vmap`ped over a whole generation.
+They work on one candidate and are meant for `jax.vmap` over a whole generation.
 """
 
 from collections.abc import Callable

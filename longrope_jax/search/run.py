@@ -81,6 +81,7 @@ def run_search(
 
     Raises:
         preemption.Preempted: the process was asked to stop; scores, steps and finished iterations are saved.
+        FloatingPointError: no candidate has a finite score.
     """
     space, names, seeds, terms, objective = prepare(
         model, layout, params, trained, settings, documents["search"], tokenizer, own_seeds

@@ -81,6 +81,9 @@ def paper_space(
 
     Start tokens beyond that would be positions which the model has never seen unscaled. At a scale of 1 or a little
     more this is the space of the short-context recovery (sec. 3.3), whose smaller maximum is `upper_bound * scale`.
+
+    Raises:
+        ValueError: a scale below 1, or bounds between which there is nothing.
     """
     _check_scale(scale)
     return SearchSpace(lower_bound, upper_bound * scale, step, _capped(n_hat, original_length), mscale)
@@ -97,6 +100,9 @@ def critical_space(
 ) -> SearchSpace:
     """LongRoPE2's space (arXiv 2502.20082, sec. 3.2) for an extension by `scale`: lam in [s, 2 s] from a critical pair
     on, which lies between the one with ten periods in L and the theoretical critical dimension.
+
+    Raises:
+        ValueError: a scale below 1, or an odd head dimension.
     """
     _check_scale(scale)
     first, last = (

@@ -62,7 +62,11 @@ class Term(NamedTuple):
 
 
 def perplexity_term(documents: Sequence[Document], tokenizer: Tokenizer, length: int, count: int, seed: int) -> Term:
-    """Windows of documents, every target counts the same: the paper's objective (LongRoPE sec. 3.2)."""
+    """Windows of documents, every target counts the same: the paper's objective (LongRoPE sec. 3.2).
+
+    Raises:
+        ValueError: no document is long enough.
+    """
     windows = fixed_windows(documents, length, count, seed)
     return Term(windows.tokens, np.full((len(windows.tokens), length), 1 / length, np.float32), windows.names)
 
@@ -70,12 +74,19 @@ def perplexity_term(documents: Sequence[Document], tokenizer: Tokenizer, length:
 def needle_term(documents: Sequence[Document], tokenizer: Tokenizer, length: int, count: int, seed: int) -> Term:
     """Only the digits of an answer count (LongRoPE2, arXiv 2502.20082, sec. 3.3): a sentence with a 7-digit number in
     text of `length` tokens, the question and the answer at its end; depths spread evenly from the beginning to the end.
+
+    Raises:
+        ValueError: the length does not hold what has to be in it, or no document is as long.
     """
     return _needles(needle, documents, tokenizer, length, count, seed)
 
 
 def needle_cloze_term(documents: Sequence[Document], tokenizer: Tokenizer, length: int, count: int, seed: int) -> Term:
-    """The same with needles that a question only begins again, see `data.retrieval.needle_cloze`."""
+    """The same with needles that a question only begins again, see `data.retrieval.needle_cloze`.
+
+    Raises:
+        ValueError: as for `needle_term`.
+    """
     return _needles(needle_cloze, documents, tokenizer, length, count, seed)
 
 

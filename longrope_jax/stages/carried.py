@@ -17,11 +17,11 @@ from longrope_jax.runtime import processes, records
 from longrope_jax.runtime.mesh import Layout
 
 BEST_SEED = "_best_seed"
-"""Added to the name of a search: the best of what it started from, as a source of factors."""
+"""Added to the name of a search it names the best of what that started from, as a source of factors."""
 ORIGINAL = "original"
-"""As a source of factors: the rotation of the pretrained model, whatever a model was tuned with since."""
+"""The source of factors that is the rotation of the pretrained model, whatever a model was tuned with since."""
 DYNAMIC = "dynamic_ntk"
-"""As a source of factors: NTK by the length at hand."""
+"""The source of factors that is NTK by the length at hand."""
 
 
 @dataclass
@@ -29,8 +29,11 @@ class Carried:
     """What stages leave for the ones after them.
 
     Attributes:
+        model: the architecture.
+        layout: of the devices.
         documents: by section of text and split, those that stages read.
         tokenizer: makes the tokens of `documents`.
+        workdir: the work directory.
         trained: by the stages that make parameters, in order: what they trained with last.
         read_params: by the same: reads their parameters from where they are kept.
         factors: by search, table and load stages.

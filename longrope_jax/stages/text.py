@@ -18,7 +18,7 @@ from longrope_jax.runtime.records import to_json, write_whole
 from longrope_jax.settings import parse
 
 Reads = dict[str, tuple[str, tuple[str, ...]]]
-"""Of every stage that names text: the section, and which of its splits the stage reads, maybe none."""
+"""Of every stage that names text the section, and which of its splits the stage reads, maybe none."""
 
 
 def is_text_section(name: str) -> bool:

@@ -66,7 +66,12 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """An evaluation during training: every so many steps, params -> scalars by name."""
+    """An evaluation during training.
+
+    Attributes:
+        every: so many steps.
+        evaluate: params -> scalars by name.
+    """
 
     every: int
     evaluate: Callable[[dict], dict[str, float]]
@@ -91,7 +96,7 @@ def train(
     batches depend on nothing else. On another mesh it goes on with the same numbers up to the order of sums.
 
     Args:
-        batches: iterator of `Batch`es, this process's share of rows, with get_state and set_state.
+        batches: iterator of `Batch`, this process's share of rows, with get_state and set_state.
         table: factors by context window.
         first_params: makes or loads the parameters of step 0; not called when there is a checkpoint.
         bits_per_nat: what a nat per token is in bits per byte.

@@ -68,7 +68,11 @@ class Progress:
         self._shape = (shares * batch.tokens.shape[0], batch.tokens.shape[1])
 
     def note(self, step: int, result: StepResult, params: dict, learning_rate: Array, *, is_logged: bool) -> None:
-        """A step to be told of; does not wait for it. One that is not logged is looked at all the same."""
+        """A step to be told of; does not wait for it. One that is not logged is looked at all the same.
+
+        Args:
+            learning_rate: f32[], of the step.
+        """
         norm = _norm(params)  # now: the next step overwrites them
         self._note = _Note(step, result, norm, learning_rate, is_logged, self._shape, self._pairs)
         if is_logged:

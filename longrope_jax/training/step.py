@@ -56,7 +56,13 @@ class OptimizerSettings:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes."""
+    """All that a step changes.
+
+    Attributes:
+        step: how many were made.
+        params: of the model.
+        opt_state: of the optimizer.
+    """
 
     step: Int[Array, ""]
     params: dict

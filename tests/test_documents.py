@@ -1,0 +1,142 @@
+"""README and docs: what they name is there, and their code runs."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hurry
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    + [ROOT / "experiments/cloud_tpu/README.md"]
+)
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "longrope_jax").rglob("*.py")
+}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# What a run makes, and what readers have or choose themselves.
+NOT_OURS = re.compile(
+    r"^(runs|path|to|DIR|WORKDIR|export|stages|data|tokens|checkpoints|profile|factors|figures|tensorboard|descents|"
+    r"compilation_cache|docs/_build|roles)/|^~|^/|[<>*{]|://|^\.venv"
+)
+FILE = re.compile(r"^[\w.-]+(/[\w.-]+)*/?$")
+
+
+def prose(path: Path) -> str:
+    """The text without blocks of code."""
+    return re.sub(r"^(    |\t).*$", "", FENCED.sub("", path.read_text()), flags=re.MULTILINE)
+
+
+def code(path: Path) -> str:
+    """Blocks of code alone."""
+    text = path.read_text()
+    return "\n".join([block for _, block in FENCED.findall(text)] + re.findall(r"^    .*$", text, re.MULTILINE))
+
+
+def anchors(path: Path) -> set[str]:
+    """What headings can be linked by, as GitHub and MyST make it."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def is_there(name: str, document: Path) -> bool:
+    """Whether a path is one from the root, from the document, or from the package."""
+    return any((base / name).exists() for base in (ROOT, document.parent, ROOT / "longrope_jax"))
+
+
+@pytest.fixture(params=DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def document(request):
+    return request.param
+
+
+def test_links_lead_somewhere(document):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (document.parent / file).resolve() if file else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_files_that_are_named_exist(document):
+    named = [name for name in re.findall(r"(?<![`}])`([^`\n]+)`", prose(document)) if FILE.match(name)]
+    paths = [name for name in named if re.search(r"/|\.(py|md|toml|txt|sh|yaml|cff|ipynb)$", name)]
+    paths += re.findall(r"(?<![\w/.])((?:experiments|tests|docs|notebooks)/[\w./-]+\.\w+)", code(document))
+    paths += re.findall(r"\b(requirements[\w-]*\.txt)", document.read_text())
+    missing = {name for name in paths if not NOT_OURS.search(name) and not is_there(name, document)}
+    made = {"report.md", "report.json", "compile_report.md", "README.md", "run.log"}
+    assert not missing - made
+
+
+def test_targets_of_make_that_are_named_exist(document):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    text = document.read_text()
+    named = set(re.findall(r"`make ([\w-]+)", text)) | set(re.findall(r"^    make ([\w-]+)", text, re.MULTILINE))
+    assert named <= targets
+
+
+def test_modules_that_are_named_exist(document):
+    run = set(re.findall(r"python -m (longrope_jax[\w.]*)", document.read_text()))
+    imported = set(re.findall(r"^from (longrope_jax[\w.]*) import", code(document), re.MULTILINE))
+    assert run | imported <= MODULES
+
+
+def test_references_are_spelled_out(document):
+    """Sphinx looks up all of ours and none of others; a name that is not spelled out would pass for another's."""
+    assert all(name.startswith("longrope_jax") for name in re.findall(r"\{py:\w+\}`([^`]+)`", document.read_text()))
+
+
+def test_every_module_has_its_place_in_the_api():
+    pages = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
+    placed = re.findall(r"^\.\. (?:py:module|automodule):: (\S+)$", pages, re.MULTILINE)
+    assert sorted(placed) == sorted(MODULES)
+
+
+def test_short_names_are_in_the_api():
+    """`__all__` of the package and of rope, which people import from."""
+    index = (ROOT / "docs/api/index.md").read_text()
+    for module in ("longrope_jax", "longrope_jax.rope"):
+        tree = ast.parse((ROOT / module.replace(".", "/") / "__init__.py").read_text())
+        (public,) = (
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        )
+        missing = {name for name in public if not re.search(rf"`longrope_jax(\.\w+)*\.{name}`", index)}
+        assert not missing
+
+
+def test_configs_that_are_named_are_configs():
+    from longrope_jax.experiment import parse_experiment
+
+    text = "".join(path.read_text() for path in DOCUMENTS)
+    configs = set(re.findall(r"--config=(experiments/\w+\.py)", text)) | set(
+        re.findall(r"^\| `(experiments/\w+\.py)`", text, re.MULTILINE)
+    )
+    assert len(configs) >= 6
+    for config in configs:
+        scope = {"__name__": config}
+        exec(compile((ROOT / config).read_text(), config, "exec"), scope)
+        parse_experiment(scope["get_config"]())
+
+
+@pytest.mark.parametrize(
+    ("page", "blocks", "made"),
+    [("docs/extending.md", None, ("found.json", "work_directory/report.md")), ("README.md", 1, ("factors.json",))],
+)
+def test_code_runs(page, blocks, made, tmp_path):
+    """All blocks of the page, or the first ones: the others need what readers have."""
+    found = [block for language, block in FENCED.findall((ROOT / page).read_text()) if language == "python"]
+    (tmp_path / "page.py").write_text("\n".join(found[:blocks]))
+    environment = hurry.environment(devices=1) | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all((tmp_path / name).exists() for name in made)
