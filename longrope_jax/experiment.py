@@ -20,7 +20,7 @@ from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.attention import check_platform
 from longrope_jax.model.sharding import check_mesh
 from longrope_jax.report import summarize, summary_tables, write_report
-from longrope_jax.runtime import preemption, processes, profiling, storage
+from longrope_jax.runtime import lock, preemption, processes, profiling, storage
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.runtime.records import finite, flat, to_json, write_whole
@@ -83,11 +83,14 @@ def parse_experiment(config: ConfigDict) -> Experiment:
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     """Runs a config in a work directory, or what is left of it, and returns the path of the report."""
-    return execute(*prepare(config, workdir))
+    with lock.hold(workdir):
+        return execute(*prepare(config, workdir))
 
 
 def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Carried]:
     """Everything that can be checked before long work: the config, the devices, the work directory, the text.
+
+    Call it, and `execute`, while `lock.hold` keeps others out of the work directory.
 
     Raises:
         ValueError: a bad config, unusable data, devices that don't fit, or a work directory in which a stage has begun
@@ -99,10 +102,7 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ca
     workdir = epath.Path(workdir)
     layout = _layout(experiment, workdir)
     _refuse_changed_stages(workdir, experiment)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"work directory {workdir} can't be made: {error}") from None
+    storage.make(workdir)
     tokenizer = _tokenizer(experiment)
     documents = text.read(experiment.data, _reads(experiment.stages), tokenizer, workdir)
     carried = Carried(Llama(experiment.model), layout, documents, tokenizer, workdir)
