@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from longrope_jax import json_files
 from longrope_jax.data.settings import DataSettings
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.interop import load_tokenizer
@@ -127,7 +128,10 @@ def reopen(config: ConfigDict, workdir: epath.PathLike) -> Carried:
     for name, settings in experiment.stages.items():
         finished = _finished(workdir, name)
         if finished.exists():
-            _stage(name).load(settings, carried, name, json.loads(finished.read_text()))
+            try:
+                _stage(name).load(settings, carried, name, _summary(finished))
+            except LookupError as error:
+                raise ValueError(f"{finished}: {name} has lost what it left: {error.args[0]}") from None
     if not carried.trained:
         raise ValueError(f"work directory {workdir} has no finished stage of this config that makes a model")
     return carried
@@ -157,7 +161,7 @@ def _run_or_skip(name: str, experiment: Experiment, carried: Carried) -> dict[st
     if processes.any_of(finished.exists()):
         lost = None
         try:
-            summary = json.loads(finished.read_text())
+            summary = _summary(finished)
             _stage(name).load(settings, carried, name, summary)
         except (LookupError, ValueError) as error:
             lost = " ".join(map(str, error.args))
@@ -216,7 +220,9 @@ def _refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
     differing = {}
     for name in experiment.stages:
         if _begun(workdir, name).exists() and (_stage(name).resumes or _finished(workdir, name).exists()):
-            there = flat(_as_if_now(json.loads(_begun(workdir, name).read_text()), name, experiment))
+            sections = dict.fromkeys(_settings_of(name, experiment), dict)
+            noted = json_files.read_object(_begun(workdir, name), sections)
+            there = flat(_as_if_now(noted, name, experiment))
             now = flat(json.loads(to_json(_identity(name, experiment))))
             for key in sorted(there.keys() | now.keys()):
                 if there.get(key) != now.get(key):
@@ -291,6 +297,11 @@ def _what(settings: dict[str, Any]) -> dict[str, Any]:
 _HOW = {"attention", "accumulate", "remat"} | {
     f"{what}_at_once" for what in ("candidates", "documents", "prompts", "tokens")
 }
+
+
+def _summary(finished: epath.Path) -> dict[str, Any]:
+    """What a stage that has finished tells of itself."""
+    return json_files.read_object(finished, {"seconds": float})
 
 
 def _begun(workdir: epath.Path, name: str) -> epath.Path:

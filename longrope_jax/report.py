@@ -1,11 +1,12 @@
 """A run's records -> report.json, report.md and figures: every number a reader of the paper would ask for."""
 
+import io
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from longrope_jax import plots, rope
+from longrope_jax import plots, rope, whole_files
 from longrope_jax.evaluation.perplexity import compare, perplexity
 from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.evaluation.run import EvaluationSettings, recorded_nll
@@ -16,7 +17,7 @@ from longrope_jax.model import LlamaConfig
 from longrope_jax.report_retrieval import retrieval_figure, retrieval_section, summarize_retrieval
 from longrope_jax.report_search import search_figures, search_section
 from longrope_jax.runtime import records
-from longrope_jax.runtime.records import to_json
+from longrope_jax.runtime.records import to_json, write_whole
 
 Records = list[dict[str, Any]]
 Evaluations = dict[str, tuple[EvaluationSettings, Records]]
@@ -91,7 +92,7 @@ def write_report(
     workdir: epath.Path, config: LlamaConfig, report: dict[str, Any], evaluations: Evaluations
 ) -> epath.Path:
     """Writes what `summarize` made as report.json and report.md, with figures/*.png; returns the path of report.md."""
-    (workdir / "report.json").write_text(to_json(report, indent=1) + "\n")
+    write_whole(workdir / "report.json", to_json(report, indent=1) + "\n")
     figures = {}
     for stage, (settings, evaluation) in evaluations.items():
         figures |= _evaluation_figures(config, report["evaluations"][stage], settings, evaluation, _suffix(stage))
@@ -104,10 +105,11 @@ def write_report(
         figures["training"] = plots.training_curves(training)
     (workdir / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        with (workdir / "figures" / f"{name}.png").open("wb") as file:
-            figure.savefig(file)
+        drawn = io.BytesIO()
+        figure.savefig(drawn)
+        whole_files.write_whole(workdir / "figures" / f"{name}.png", drawn.getvalue())
     path = workdir / "report.md"
-    path.write_text(_markdown(config, report, evaluations, set(figures)))
+    write_whole(path, _markdown(config, report, evaluations, set(figures)))
     return path
 
 
@@ -137,7 +139,7 @@ def _suffix(stage: str) -> str:
 def _training_curves(workdir: epath.Path) -> dict[str, Records]:
     """By stage that trained: its lines of metrics.jsonl."""
     stages: dict[str, Records] = {}
-    for record in records.read(workdir / "metrics.jsonl"):
+    for record in records.read(workdir / "metrics.jsonl", {"step": int}):
         stages.setdefault(record["stage"], []).append(record)
     return stages
 

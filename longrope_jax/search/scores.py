@@ -19,6 +19,7 @@ from longrope_jax.search.candidates import Score, Scores
 from longrope_jax.search.objective import Objective
 from longrope_jax.search.racing import Standing, informative_first, judge
 
+_RECORD = {"candidate": str, "block": int, "nll": [float]}
 _KEEP_EVERY = 30.0  # seconds; an object store takes a second for the file, a small model milliseconds for a candidate
 
 Losses = Callable[[int, RopeFactors], Float[np.ndarray, "C B"]]
@@ -76,11 +77,11 @@ def kept(losses: Losses, path: epath.Path, stage: str, documents_at_once: int = 
     Raises (when it is called):
         preemption.Preempted: the process was asked to stop; all losses so far are in the file.
     """
-    records.keep(path, lambda record: True)  # drops a line cut off by a kill
+    records.keep(path, lambda record: True, _RECORD)  # drops a line cut off by a kill
     processes.wait_for_all(f"{stage}: scores")
     known = {
         (record["candidate"], record["block"]): record["nll"]
-        for record in records.read(path)
+        for record in records.read(path, _RECORD)
         if record["stage"] == stage and record.get("documents_at_once") == documents_at_once
     }
     told, fresh, written = {"stage": stage, "documents_at_once": documents_at_once}, [], time.monotonic()
