@@ -23,5 +23,5 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
     except OSError as error:
         if not is_remote:
             with contextlib.suppress(OSError):  # on a full disk it is in the way of others
-                partial.unlink(missing_ok=True)
+                os.unlink(partial)
         raise OSError(f"{path} can't be written: {error.strerror or error}") from error

@@ -49,7 +49,8 @@ def new_file(target: epath.Path) -> Iterator[str]:
             yield os.fspath(partial)
             partial.replace(target)
         except OSError:  # on a full disk it is in the way of others
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
             raise
         return
     with tempfile.TemporaryDirectory() as folder:
