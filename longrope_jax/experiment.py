@@ -220,8 +220,10 @@ def _refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
     differing = {}
     for name in experiment.stages:
         if _begun(workdir, name).exists() and (_stage(name).resumes or _finished(workdir, name).exists()):
-            sections = dict.fromkeys(_settings_of(name, experiment), dict)
-            noted = json_files.read_object(_begun(workdir, name), sections)
+            noted = json_files.read_object(_begun(workdir, name))
+            for section in _settings_of(name, experiment):
+                if not isinstance(noted.get(section, {}), dict):
+                    raise ValueError(f"{_begun(workdir, name)} is damaged: {section} must be an object")
             there = flat(_as_if_now(noted, name, experiment))
             now = flat(json.loads(to_json(_identity(name, experiment))))
             for key in sorted(there.keys() | now.keys()):

@@ -109,6 +109,8 @@ def open_directory(directory: epath.PathLike, text_feature: str) -> OpenDataset:
 
 
 def _text_feature(features: tfds.features.FeaturesDict, wanted: str) -> str:
+    if not isinstance(features, tfds.features.FeaturesDict):
+        raise ValueError("its examples have no features with names")
     texts = [name for name, feature in sorted(features.items()) if isinstance(feature, tfds.features.Text)]
     scalars = [name for name, feature in sorted(features.items()) if feature.shape == ()]
     strings = [name for name in scalars if np.dtype(features[name].np_dtype).kind == "O"]
