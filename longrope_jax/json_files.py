@@ -34,7 +34,7 @@ def check(content: Any, fields: Mapping[str, Kind]) -> dict[str, Any]:
     for name, kind in fields.items():
         if name not in content:
             raise ValueError(f"{name!r} is missing")
-        if not _is(content[name], kind):
+        if not fits(content[name], kind):
             raise ValueError(f"{name} = {shortened(content[name])} must be {_named(kind)}")
     return content
 
@@ -45,17 +45,18 @@ def shortened(value: Any) -> str:
     return told if len(told) <= 80 else f"{told[:77]}..."
 
 
-def _is(value: Any, kind: Kind) -> bool:
+def fits(value: Any, kind: Kind) -> bool:
+    """Whether a value is what it has to be."""
     if isinstance(kind, list):
-        return isinstance(value, list) and all(_is(item, kind[0]) for item in value)
+        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
     if not isinstance(kind, dict):
         numbers = (int, float, type(None)) if kind is float else kind
         return isinstance(value, numbers) and not isinstance(value, bool)
     if not isinstance(value, dict):
         return False
     if str in kind:
-        return all(_is(item, kind[str]) for item in value.values())
-    return all(name in value and _is(value[name], wanted) for name, wanted in kind.items())
+        return all(fits(item, kind[str]) for item in value.values())
+    return all(name in value and fits(value[name], wanted) for name, wanted in kind.items())
 
 
 def _named(kind: Kind) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
+from longrope_jax import json_files
 from longrope_jax.rope import RopeFactors
 from longrope_jax.runtime import preemption, processes, records
 from longrope_jax.search.candidates import Score, Scores
@@ -77,12 +78,14 @@ def kept(losses: Losses, path: epath.Path, stage: str, documents_at_once: int = 
     Raises (when it is called):
         preemption.Preempted: the process was asked to stop; all losses so far are in the file.
     """
-    records.keep(path, lambda record: True, _RECORD)  # drops a line cut off by a kill
+    records.keep(path, lambda record: True)  # drops a line cut off by a kill
     processes.wait_for_all(f"{stage}: scores")
     known = {
         (record["candidate"], record["block"]): record["nll"]
-        for record in records.read(path, _RECORD)
-        if record["stage"] == stage and record.get("documents_at_once") == documents_at_once
+        for record in records.read(path)
+        if record["stage"] == stage
+        and record.get("documents_at_once") == documents_at_once
+        and json_files.fits(record, _RECORD)  # an earlier version's are not
     }
     told, fresh, written = {"stage": stage, "documents_at_once": documents_at_once}, [], time.monotonic()
 
