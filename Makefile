@@ -14,8 +14,9 @@ endif
 
 PROGRESSIVE ?= runs/progressive
 ABLATIONS ?= runs/ablations
+FUZZ_INPUTS ?= 20000
 
-.PHONY: setup setup-dev quickstart progressive progressive_512x ablations smollm2 test slow parity tpu test-matrix versus_pytorch bench docs lint clean
+.PHONY: setup setup-dev quickstart progressive progressive_512x ablations smollm2 test slow fuzz parity tpu test-matrix versus_pytorch bench docs lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -63,6 +64,10 @@ test: setup-dev lint docs
 
 slow: setup-dev
 	$(RUN) -m pytest -m slow
+
+# Damaged files of every format that is read, so many of each; says how many were read, refused, or neither.
+fuzz: setup-dev
+	JAX_PLATFORMS=cpu PYTHONPATH=.:tests $(RUN) -m fuzz --inputs=$(FUZZ_INPUTS)
 
 # Against Transformers on PyTorch; pip and a .venv of its own, as other installers may choose a build for GPUs.
 parity: .venv-parity/installed

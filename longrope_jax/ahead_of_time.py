@@ -6,7 +6,6 @@ No data is touched and no model is read: an experiment whose first stage is a `l
 
 import hashlib
 import importlib.metadata
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from longrope_jax import json_files
 from longrope_jax.experiment import check_layout, kind_of, parse_experiment
 from longrope_jax.markdown import table
 from longrope_jax.runtime.ahead_of_time import Compiled, Program, compile_lowered, described
@@ -98,7 +98,7 @@ def _libtpu() -> str:
 
 
 def _known(path: epath.Path) -> dict[str, Any]:
-    return json.loads(path.read_text()).get("known", {}) if path.exists() else {}
+    return json_files.read_object(path, {"known": dict})["known"] if path.exists() else {}
 
 
 def _estimate(chip: Chip, layout: Layout, program: Program, compiled: Compiled) -> Estimate | None:

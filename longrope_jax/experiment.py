@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from longrope_jax import json_files
 from longrope_jax.data.settings import DataSettings
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.interop import load_tokenizer
@@ -20,7 +21,7 @@ from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.attention import check_platform
 from longrope_jax.model.sharding import check_mesh
 from longrope_jax.report import summarize, summary_tables, write_report
-from longrope_jax.runtime import preemption, processes, profiling, storage
+from longrope_jax.runtime import lock, preemption, processes, profiling, storage
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.runtime.records import finite, flat, to_json, write_whole
@@ -91,11 +92,14 @@ def parse_experiment(config: ConfigDict) -> Experiment:
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     """Runs a config in a work directory, or what is left of it, and returns the path of the report."""
-    return execute(*prepare(config, workdir))
+    with lock.hold(workdir):
+        return execute(*prepare(config, workdir))
 
 
 def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Carried]:
     """Everything that can be checked before long work: the config, the devices, the work directory, the text.
+
+    Call it, and `execute`, while `lock.hold` keeps others out of the work directory.
 
     Raises:
         ValueError: a bad config, unusable data, devices that don't fit, or a work directory in which a stage has begun
@@ -107,10 +111,7 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ca
     workdir = epath.Path(workdir)
     layout = _layout(experiment, workdir)
     _refuse_changed_stages(workdir, experiment)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"work directory {workdir} can't be made: {error}") from None
+    storage.make(workdir)
     tokenizer = _tokenizer(experiment)
     documents = text.read(experiment.data, _reads(experiment.stages), tokenizer, workdir)
     carried = Carried(Llama(experiment.model), layout, documents, tokenizer, workdir)
@@ -135,7 +136,10 @@ def reopen(config: ConfigDict, workdir: epath.PathLike) -> Carried:
     for name, settings in experiment.stages.items():
         finished = _finished(workdir, name)
         if finished.exists():
-            _stage(name).load(settings, carried, name, json.loads(finished.read_text()))
+            try:
+                _stage(name).load(settings, carried, name, _summary(finished))
+            except LookupError as error:
+                raise ValueError(f"{finished}: {name} has lost what it left: {error.args[0]}") from None
     if not carried.trained:
         raise ValueError(f"work directory {workdir} has no finished stage of this config that makes a model")
     return carried
@@ -169,7 +173,7 @@ def _run_or_skip(name: str, experiment: Experiment, carried: Carried) -> dict[st
     if processes.any_of(finished.exists()):
         lost = None
         try:
-            summary = json.loads(finished.read_text())
+            summary = _summary(finished)
             _stage(name).load(settings, carried, name, summary)
         except (LookupError, ValueError) as error:
             lost = " ".join(map(str, error.args))
@@ -228,7 +232,11 @@ def _refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
     differing = {}
     for name in experiment.stages:
         if _begun(workdir, name).exists() and (_stage(name).resumes or _finished(workdir, name).exists()):
-            there = flat(_as_if_now(json.loads(_begun(workdir, name).read_text()), name, experiment))
+            noted = json_files.read_object(_begun(workdir, name))
+            for section in _settings_of(name, experiment):
+                if not isinstance(noted.get(section, {}), dict):
+                    raise ValueError(f"{_begun(workdir, name)} is damaged: {section} must be an object")
+            there = flat(_as_if_now(noted, name, experiment))
             now = flat(json.loads(to_json(_identity(name, experiment))))
             for key in sorted(there.keys() | now.keys()):
                 if there.get(key) != now.get(key):
@@ -306,6 +314,11 @@ _HOW = {"attention", "accumulate", "remat"} | {
 
 _GONE = {"islands": 1}
 """Fields of earlier versions, with the value at which they did what is done without them."""
+
+
+def _summary(finished: epath.Path) -> dict[str, Any]:
+    """What a stage that has finished tells of itself."""
+    return json_files.read_object(finished, {"seconds": float})
 
 
 def _begun(workdir: epath.Path, name: str) -> epath.Path:

@@ -8,6 +8,7 @@ Exit status: 0 done, 2 something that the user can mend, 75 (EX_TEMPFAIL) asked 
 interrupted from the keyboard.
 """
 
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 from longrope_jax import ahead_of_time, comparison, experiment, generate
 from longrope_jax.interop.export import CannotCarry
 from longrope_jax.model.decode import SWITCHES, Sampling
-from longrope_jax.runtime import processes, storage
+from longrope_jax.runtime import lock, processes, storage
 from longrope_jax.runtime.compilation import keep_programs
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.preemption import Preempted
@@ -66,6 +67,11 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one i
 def main(argv: list[str]) -> None:
     """Runs the experiment; what the user can mend ends in one line and exit status 2."""
     logging.set_verbosity(logging.WARNING)  # libraries tell their life at INFO
+    with contextlib.ExitStack() as until_done:
+        _run(until_done)
+
+
+def _run(until_done: contextlib.ExitStack) -> None:
     try:
         if _MODE.value == "compile":
             return _compile()
@@ -77,6 +83,7 @@ def main(argv: list[str]) -> None:
         if _MODE.value == "generate":
             return _generate()
         _require(config=_CONFIG.value, workdir=_WORKDIR.value)
+        until_done.enter_context(lock.hold(_WORKDIR.value))
         prepared = experiment.prepare(_CONFIG.value, _WORKDIR.value)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(error)
@@ -147,4 +154,5 @@ def _fail(error: Exception | str) -> NoReturn:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding lacks characters that a model writes
     app.run(main, flags_parser=parse_flags)

@@ -1,12 +1,13 @@
 """A run's records -> report.json, report.md with figures, and report.html: all that the paper's readers ask for."""
 
+import io
 from typing import Any
 
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from longrope_jax import plots, rope
+from longrope_jax import plots, rope, whole_files
 from longrope_jax.evaluation.perplexity import compare, perplexity
 from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.evaluation.run import EvaluationSettings, recorded_nll
@@ -18,7 +19,7 @@ from longrope_jax.page import to_page
 from longrope_jax.report_retrieval import retrieval_figure, retrieval_section, summarize_retrieval
 from longrope_jax.report_search import search_figures, search_section
 from longrope_jax.runtime import records
-from longrope_jax.runtime.records import to_json
+from longrope_jax.runtime.records import to_json, write_whole
 
 Records = list[dict[str, Any]]
 Evaluations = dict[str, tuple[EvaluationSettings, Records]]
@@ -95,7 +96,7 @@ def write_report(
     """Writes what `summarize` made as report.json, report.md with figures/*.png, and the same as one page, report.html,
     which holds its pictures; returns the path of report.md.
     """
-    (workdir / "report.json").write_text(to_json(report, indent=1) + "\n")
+    write_whole(workdir / "report.json", to_json(report, indent=1) + "\n")
     figures: dict[str, Figure] = {}
     for stage, (settings, evaluation) in evaluations.items():
         figures |= _evaluation_figures(config, report["evaluations"][stage], settings, evaluation, _suffix(stage))
@@ -108,12 +109,13 @@ def write_report(
         figures["training"] = plots.training_curves(training)
     (workdir / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        with (workdir / "figures" / f"{name}.png").open("wb") as file:
-            figure.savefig(file)
+        drawn = io.BytesIO()
+        figure.savefig(drawn)
+        whole_files.write_whole(workdir / "figures" / f"{name}.png", drawn.getvalue())
     text = _markdown(config, report, evaluations, set(figures))
     path = workdir / "report.md"
-    path.write_text(text)
-    (workdir / "report.html").write_text(to_page(text, workdir))
+    write_whole(path, text)
+    write_whole(workdir / "report.html", to_page(text, workdir))
     return path
 
 
@@ -143,7 +145,7 @@ def _suffix(stage: str) -> str:
 def _training_curves(workdir: epath.Path) -> dict[str, Records]:
     """By stage that trained: its lines of metrics.jsonl."""
     stages: dict[str, Records] = {}
-    for record in records.read(workdir / "metrics.jsonl"):
+    for record in records.read(workdir / "metrics.jsonl", {"step": int}):
         stages.setdefault(record["stage"], []).append(record)
     return stages
 

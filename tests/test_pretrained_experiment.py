@@ -247,6 +247,13 @@ def test_what_can_t_be_written_is_told(config, checkpoint, workdir, prompts):
         generate.from_experiment(config, workdir, "other", "")
 
 
+def test_a_stage_that_has_lost_its_files_is_named(config, workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "copied")
+    (tmp_path / "copied" / "factors" / "table.json").unlink()
+    with pytest.raises(ValueError, match="table has lost what it left: .*table.json is gone"):
+        generate.from_experiment(config, tmp_path / "copied", "table", "")
+
+
 def test_pieces_are_whole_characters(checkpoint):
     tokenizer = generate.from_path(str(checkpoint), "", MeshSettings()).tokenizer
     tokens = tokenizer.encode("aé€", bos=False, eos=False)

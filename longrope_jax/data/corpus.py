@@ -19,7 +19,7 @@ from etils import epath
 from jaxtyping import UInt
 from tqdm import tqdm
 
-from longrope_jax.data.files import copy_tree, is_remote
+from longrope_jax.data.files import copy_tree, is_remote, size_of, spelled
 from longrope_jax.data.settings import SHARES, SPLITS
 from longrope_jax.data.tokenizer import Tokenizer
 
@@ -130,14 +130,13 @@ def find_texts(config: TextFolderConfig) -> dict[str, epath.Path]:
             file = directory / name
             if name.startswith(".") or not name.endswith(config.suffix):
                 continue
-            if not file.is_file() or file.stat().length == 0:  # a link to nowhere is no file
+            if not file.is_file() or size_of(file) == 0:  # a link to nowhere is no file
                 continue
             with file.open("rb") as opened:
                 if b"\0" in opened.read(8192):
                     binary += 1
                 else:
-                    # A name that is no UTF-8 could not be stored; its odd bytes are spelled out.
-                    texts[str(file.relative_to(folder)).encode(errors="backslashreplace").decode()] = file
+                    texts[spelled(str(file.relative_to(folder)))] = file
     wanted = [split for split, share in zip(SPLITS, config.shares, strict=True) if share]
     if len(texts) < len(wanted):
         which = f" ending in {config.suffix!r}" if config.suffix else ""

@@ -22,6 +22,21 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def size_of(file: epath.Path) -> int:
+    """Bytes of a file. `epath.Path.stat` would ask for its owner's name too, which not every machine knows."""
+    return file.stat().length if is_remote(file) else os.stat(file).st_size
+
+
+def spelled(path: str) -> str:
+    """A path that the operating system gave, as UTF-8 whatever the locale; bytes that are none are spelled out."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def changed_at(file: epath.Path) -> float:
+    """When a file was last written to, in whole seconds since 1970 (where an object store tells)."""
+    return file.stat().mtime if is_remote(file) else int(os.stat(file).st_mtime)
+
+
 @contextlib.contextmanager
 def new_file(target: epath.Path) -> Iterator[str]:
     """Gives a local path to write to; what is there in the end becomes the target, whole or not at all.
@@ -30,8 +45,13 @@ def new_file(target: epath.Path) -> Iterator[str]:
     """
     if not is_remote(target):
         partial = _partial(target)
-        yield os.fspath(partial)
-        partial.replace(target)
+        try:
+            yield os.fspath(partial)
+            partial.replace(target)
+        except OSError:  # on a full disk it is in the way of others
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+            raise
         return
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / target.name
@@ -53,7 +73,7 @@ def local_copy(file: epath.Path, size: int, sha256: str) -> str:
         _check_size(file, size)
         return os.fspath(file)
     local = _cache() / f"{sha256[:16]}-{file.name}"
-    if not local.exists() or local.stat().length != size:
+    if not local.exists() or size_of(local) != size:
         local.parent.mkdir(parents=True, exist_ok=True)
         _check_size(file, size)
         copy(file, local, f".{os.getpid()}")  # processes of one machine may copy the same file at the same time
@@ -71,10 +91,10 @@ def fetched(file: epath.Path) -> epath.Path:
     """
     if not is_remote(file):
         return file
-    found = file.stat()
+    found = file.stat()  # of an object store
     what = hashlib.sha256(f"{file} {found.length} {found.mtime}".encode()).hexdigest()
     local = _cache() / f"{what[:16]}-{file.name}"
-    if not local.exists() or local.stat().length != found.length:
+    if not local.exists() or size_of(local) != found.length:
         local.parent.mkdir(parents=True, exist_ok=True)
         copy(file, local, f".{os.getpid()}")
         _check_size(local, found.length)
@@ -117,6 +137,6 @@ def _partial(target: epath.Path, tag: str = "") -> epath.Path:
 def _check_size(file: epath.Path, size: int) -> None:
     if not file.exists():
         raise OSError(f"{file} is gone")
-    found = file.stat().length
+    found = size_of(file)
     if found != size:
         raise OSError(f"{file} has {found} bytes instead of {size}: it is damaged")

@@ -40,7 +40,7 @@ class DisjointWindows:
 
     def __init__(self, documents: Sequence[Document], length: int):
         self._documents, self._length = documents, length
-        counts = [(len(document.tokens) - 1) // length for document in documents]
+        counts = [max(len(document.tokens) - 1, 0) // length for document in documents]
         self._ends = np.cumsum(counts)
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from longrope_jax.data import corpus
+from longrope_jax.data.files import changed_at, size_of, spelled
 from longrope_jax.data.settings import SHARES, SPLITS, DataSettings
 from longrope_jax.data.tfds_text import OpenDataset, open_by_name, open_directory
 
@@ -98,8 +99,7 @@ def listing(folder: str) -> str:
         for name in names:
             file = directory / name
             if file.is_file():  # a link to nowhere is none
-                stat = file.stat()
-                files.append([str(file.relative_to(root)), stat.length, stat.mtime])
+                files.append([spelled(str(file.relative_to(root))), size_of(file), changed_at(file)])
     return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()
 
 
@@ -138,15 +138,23 @@ def _of_records(files: Sequence[epath.Path], settings: DataSettings) -> dict[str
     records = grain.sources.ArrayRecordDataSource(
         [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True)]
     )
+
+    def read(numbers: list[int]) -> Sequence[bytes]:
+        try:
+            return records.__getitems__(numbers)
+        except RuntimeError as error:  # they have hashes
+            between = f"{files[0].parent}: of {names[numbers[0]]} to {names[numbers[-1]]}"
+            raise ValueError(f"{between} one is damaged: {error}") from None
+
     if names:
-        _check_text(records[0], names[0])
+        _check_text(read([0])[0], f"{files[0].parent / names[0]}")
 
     def fetch(numbers: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         for start in range(0, len(numbers), _AT_ONCE):
             some = list(numbers[start : start + _AT_ONCE])
-            yield from zip((names[number] for number in some), records.__getitems__(some), strict=True)
+            yield from zip((names[number] for number in some), read(some), strict=True)
 
-    return _cut(names, settings.shares, sum(file.stat().length for file in files), fetch)
+    return _cut(names, settings.shares, sum(size_of(file) for file in files), fetch)
 
 
 def _count(file: epath.Path) -> int:

@@ -4,10 +4,10 @@ A folder holds for every split shards, `<split>-00000-of-00002.array_record`, an
 is one record after the other of as many tokens each, the last one shorter, as little-endian integers.
 """
 
-import json
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any, overload
 
 import numpy as np
@@ -15,8 +15,41 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from jaxtyping import UInt
 
+from longrope_jax import json_files
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.files import local_copy
+
+SHARD = {"file": str, "bytes": int, "sha256": str, "names": [str], "tokens": [int], "sizes": [int]}
+"""What is noted of a shard: its file's name, size and digest, and of every document name, tokens and bytes of text."""
+
+_INDEX = {"dtype": str, "record": int, "shards": [SHARD]}
+_TYPES = ("<u2", "<u4")
+
+
+def read_index(folder: epath.Path, split: str) -> dict[str, Any]:
+    """What `<split>.json` says; raises ValueError where it is no sound index."""
+    path = folder / f"{split}.json"
+    index = json_files.read_object(path, _INDEX)
+    try:
+        if index["dtype"] not in _TYPES:
+            raise ValueError(f"dtype = {index['dtype']!r} must be one of {', '.join(_TYPES)}")
+        if not 0 < index["record"] < 2**31:
+            raise ValueError(f"record = {index['record']} must be a positive number of tokens")
+        for shard in index["shards"]:
+            _check_shard(shard)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; without its folder the same command makes it again") from None
+    return index
+
+
+def _check_shard(shard: dict[str, Any]) -> None:
+    file = shard["file"]
+    if not file.endswith(".array_record") or PurePosixPath(file).name != file or "\0" in file:
+        raise ValueError(f"file = {file!r} must be the name of an array_record file in the same folder")
+    if not len(shard["names"]) == len(shard["tokens"]) == len(shard["sizes"]):
+        raise ValueError(f"names, tokens and sizes of {file} must be equally many")
+    if not all(0 <= number < 2**48 for number in [shard["bytes"], *shard["tokens"], *shard["sizes"]]):
+        raise ValueError(f"bytes, tokens and sizes of {file} must be numbers from 0 on")
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -42,11 +75,18 @@ class Shard:
                 self._reader = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
             reader = self._reader
         try:
-            return np.frombuffer(b"".join(reader.read(first, stop)), self.dtype)
-        except RuntimeError as error:  # records have hashes
-            raise OSError(
-                f"{self._file} is damaged; without {self._file.parent} the same command makes its tokens again: {error}"
-            ) from None
+            found = b"".join(reader.read(first, stop))
+        except (RuntimeError, IndexError) as error:  # records have hashes; there may be fewer of them
+            raise self.damaged(error) from None
+        if len(found) % self.dtype.itemsize:
+            raise self.damaged(f"{len(found)} bytes are no whole number of tokens")
+        return np.frombuffer(found, self.dtype)
+
+    def damaged(self, why: Any) -> OSError:
+        """What to raise where the file is not what was written."""
+        return OSError(
+            f"{self._file} is damaged; without {self._file.parent} the same command makes its tokens again: {why}"
+        )
 
 
 class StoredTokens:
@@ -80,7 +120,10 @@ class StoredTokens:
         size = self._shard.record
         first = start // size
         records = self._shard.records(self._first + first, self._first + -(-stop // size))
-        return records[start - first * size : stop - first * size]
+        found = records[start - first * size : stop - first * size]
+        if len(found) < stop - start:
+            raise self._shard.damaged(f"{stop - start - len(found)} of {stop - start} tokens are missing")
+        return found
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self[:], dtype)
@@ -90,8 +133,8 @@ class StoredDocuments(Sequence[Document]):
     """The documents of a split, made when they are asked for; names, lengths and sizes are in memory."""
 
     def __init__(self, folder: epath.Path, split: str):
-        """Reads the index of a split that is finished."""
-        index = json.loads((folder / f"{split}.json").read_text())
+        """Reads the index of a split that is finished; raises ValueError where it is damaged."""
+        index = read_index(folder, split)
         dtype, record, shards = np.dtype(index["dtype"]), index["record"], index["shards"]
         self._shards = [Shard(folder / s["file"], s["bytes"], s["sha256"], dtype, record) for s in shards]
         self._names = _distinct([name for shard in shards for name in shard["names"]])

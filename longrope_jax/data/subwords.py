@@ -1,7 +1,6 @@
 """Tokenizers of others: subwords, as Hugging Face's `tokenizers` reads them."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,6 +10,9 @@ import tokenizers
 from absl import logging
 from etils import epath
 from jaxtyping import Integer
+
+from longrope_jax import json_files
+from longrope_jax.json_files import shortened
 
 _TOKENIZER = "tokenizer.json"
 # What an exported model hands on, and what is only read: which ids begin and end a text.
@@ -57,9 +59,11 @@ class SubwordTokenizer:
         self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
         ends = ([] if eos is None else [eos]) + list(stops)
         for name, ids in {"bos": [] if bos is None else [bos], "eos": ends}.items():
-            wrong = [i for i in ids if not isinstance(i, int) or i < 0 or tokenizer.id_to_token(i) is None]
+            wrong = [i for i in ids if not _is_id(i, self.vocab_size) or tokenizer.id_to_token(i) is None]
             if wrong:
-                raise ValueError(f"{name} = {wrong[0]!r} must be an id of the tokenizer, below {self.vocab_size}")
+                raise ValueError(
+                    f"{name} = {shortened(wrong[0])} must be an id of the tokenizer, below {self.vocab_size}"
+                )
         tokenizer.no_truncation()
         tokenizer.no_padding()
         _make_special(tokenizer, {mark for mark in (bos, eos) if mark is not None}, stops)
@@ -114,6 +118,10 @@ class SubwordTokenizer:
         return self._tokenizer.decode(np.asarray(tokens, np.uint32).tolist(), skip_special_tokens=True)
 
 
+def _is_id(value: Any, vocab_size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
+
+
 def _make_special(tokenizer: tokenizers.Tokenizer, marks: set[int], stops: Sequence[int]) -> None:
     """Makes sure that BOS and EOS, and what else ends a text and is no plain subword, count as special tokens; some
     files only say so outside of tokenizer.json.
@@ -154,13 +162,7 @@ def _json(folder: epath.Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object")
-    return content
+    return json_files.read_object(path)
 
 
 def _id_of(tokenizer: tokenizers.Tokenizer, name: str, named: Mapping[str, Any], ids: Mapping[str, Any]) -> int | None:
@@ -175,7 +177,7 @@ def _id_of(tokenizer: tokenizers.Tokenizer, name: str, named: Mapping[str, Any],
         return None
     found = tokenizer.token_to_id(text) if isinstance(text, str) else None
     if found is None:
-        raise ValueError(f"{name}_token = {text!r} is no token of {_TOKENIZER}")
+        raise ValueError(f"{name}_token = {shortened(text)} is no token of {_TOKENIZER}")
     return found
 
 

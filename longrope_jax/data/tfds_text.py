@@ -1,5 +1,6 @@
 """Texts of TFDS datasets, without TensorFlow where they were prepared as array_record."""
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -45,9 +46,12 @@ class OpenDataset:
             return
         if self._is_array_record:
             if split not in self._sources:
-                self._sources[split] = self._builder.as_data_source(split)
+                with self._naming():
+                    self._sources[split] = self._builder.as_data_source(split)
             for number in numbers:
-                yield number, self._sources[split][number]
+                with self._naming():
+                    example = self._sources[split][number]
+                yield number, example
         else:
             # One file at a time: only so the order is that of the numbers.
             in_order = tfds.ReadConfig(interleave_cycle_length=1)
@@ -57,6 +61,16 @@ class OpenDataset:
             for number, example in enumerate(examples, numbers[0]):
                 if number in wanted:
                     yield number, example
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """What is wrong with the files of a dataset becomes a ValueError that names it."""
+        try:
+            yield
+        # Files that are not there or damaged (with hashes), and names of files or features that fit nothing.
+        except (RuntimeError, ValueError, LookupError, OSError, TypeError, AttributeError) as error:
+            told = " ".join(str(error).split())[:500]
+            raise ValueError(f"{self._builder.data_dir}: files of the dataset can't be read: {told}") from None
 
 
 def open_by_name(name: str, data_dir: str, text_feature: str) -> OpenDataset:
@@ -86,11 +100,17 @@ def open_directory(directory: epath.PathLike, text_feature: str) -> OpenDataset:
     try:
         builder = tfds.builder_from_directory(directory)
     except Exception as error:
-        raise ValueError(f"data folder {str(directory)!r}: {str(error).strip().splitlines()[0]}") from None
-    return OpenDataset(builder, text_feature)
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"data folder {str(directory)!r}: {told}") from None
+    try:
+        return OpenDataset(builder, text_feature)
+    except ValueError as error:
+        raise ValueError(f"data folder {str(directory)!r}: {error}") from None
 
 
 def _text_feature(features: tfds.features.FeaturesDict, wanted: str) -> str:
+    if not isinstance(features, tfds.features.FeaturesDict):
+        raise ValueError("its examples have no features with names")
     texts = [name for name, feature in sorted(features.items()) if isinstance(feature, tfds.features.Text)]
     scalars = [name for name, feature in sorted(features.items()) if feature.shape == ()]
     strings = [name for name in scalars if np.dtype(features[name].np_dtype).kind == "O"]

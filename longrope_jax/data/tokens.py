@@ -5,6 +5,7 @@ visible whole, and after it `<shard>.json`, which says what is in it; a stopped 
 all are there, `<split>.json` takes the place of those.
 """
 
+import contextlib
 import json
 import os
 from collections import deque
@@ -17,10 +18,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tqdm import tqdm
 
+from longrope_jax import json_files
 from longrope_jax.data.files import digest, new_file
 from longrope_jax.data.sources import Texts
-from longrope_jax.data.stored import token_type
+from longrope_jax.data.stored import SHARD, read_index, token_type
 from longrope_jax.data.tokenizer import Tokenizer
+from longrope_jax.whole_files import write_whole
 
 RECORD = 16384  # tokens: what is read to get at any one of them
 _SHARD_BYTES = 1 << 26  # of text: a minute or two of a tokenizer's time
@@ -32,7 +35,7 @@ def is_finished(folder: epath.Path, split: str) -> bool:
     if not (folder / f"{split}.json").exists():
         return False
     there = {path.name for path in folder.iterdir()}
-    return {shard["file"] for shard in json.loads((folder / f"{split}.json").read_text())["shards"]} <= there
+    return {shard["file"] for shard in read_index(folder, split)["shards"]} <= there
 
 
 def write_shards(
@@ -64,7 +67,7 @@ def finish(folder: epath.Path, split: str, texts: Texts, tokenizer: Tokenizer, a
         about: what is noted beside it, JSON-able.
     """
     notes = [_note(folder, name) for name in _shards(split, texts)]
-    shards = [json.loads(note.read_text()) for note in notes]
+    shards = [json_files.read_object(note, SHARD) for note in notes]
     totals = {
         "documents": sum(len(shard["names"]) for shard in shards),
         "tokens": sum(sum(shard["tokens"]) for shard in shards),
@@ -97,18 +100,30 @@ def _write(file: epath.Path, documents: Iterator[tuple[str, bytes]], tokenizer: 
     dtype = token_type(tokenizer.vocab_size)
     note = {"file": file.name, "names": [], "tokens": [], "sizes": []}
     with new_file(file) as local:
-        # Every record by itself, so that it is read by itself; tokens hardly shrink, and would be read more slowly.
-        writer = ArrayRecordWriter(local, "group_size:1,uncompressed")
+        with _telling(file):
+            # Every record by itself, so that it is read by itself; tokens hardly shrink, and would be read more slowly.
+            writer = ArrayRecordWriter(local, "group_size:1,uncompressed")
         for name, tokens, size in _encoded(documents, tokenizer):
-            for start in range(0, len(tokens), RECORD):
-                writer.write(tokens[start : start + RECORD].astype(dtype).tobytes())
+            with _telling(file):
+                for start in range(0, len(tokens), RECORD):
+                    writer.write(tokens[start : start + RECORD].astype(dtype).tobytes())
             note["names"].append(name)
             note["tokens"].append(len(tokens))
             note["sizes"].append(size)
             bar.update()
-        writer.close()
+        with _telling(file):
+            writer.close()
         note |= {"bytes": os.path.getsize(local), "sha256": digest(local)}
     _write_json(_note(file.parent, file.name), note)
+
+
+@contextlib.contextmanager
+def _telling(file: epath.Path) -> Iterator[None]:
+    """What array_record's writer has to say, as of a full disk, becomes an OSError that names the file."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{file} can't be written: {error}") from None
 
 
 def _encoded(documents: Iterator[tuple[str, bytes]], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, int]]:
@@ -125,5 +140,4 @@ def _encoded(documents: Iterator[tuple[str, bytes]], tokenizer: Tokenizer) -> It
 
 
 def _write_json(file: epath.Path, content: dict[str, Any]) -> None:
-    with new_file(file) as local:
-        epath.Path(local).write_text(json.dumps(content))
+    write_whole(file, json.dumps(content).encode())

@@ -39,7 +39,7 @@ def fixed_windows(documents: Sequence[Document], length: int, count: int, seed: 
     rng = np.random.default_rng(seed)
     queues = []
     for document in documents:
-        if fitting := (len(document.tokens) - 1) // length:
+        if fitting := max(len(document.tokens) - 1, 0) // length:
             offset = rng.integers(len(document.tokens) - fitting * length)
             queues.append([(document, int(offset + k * length)) for k in rng.permutation(fitting)])
     if not queues:

@@ -22,6 +22,8 @@ from longrope_jax.runtime import preemption, processes, records
 from longrope_jax.runtime.mesh import Layout
 
 TASKS = ("passkey", "needle", "needle_cloze")
+RECORD = {"method": str, "length": int, "depth": float, "hits": int, "tries": int, "seconds": float}
+"""What readers of the records rely on, beside the name of the stage."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ def run_retrieval(
         preemption.Preempted: the process was asked to stop; finished records are kept.
     """
     path = workdir / "retrieval.jsonl"
-    records.keep(path, lambda record: True)  # drops a line cut off by a kill
-    done = {(r["method"], r["length"], r["depth"]): r for r in records.read(path) if r["stage"] == stage}
+    records.keep(path, lambda record: True, RECORD)  # drops a line cut off by a kill
+    done = {(r["method"], r["length"], r["depth"]): r for r in records.read(path, RECORD) if r["stage"] == stage}
     # Arm by arm, so that only one model's parameters are in memory.
     wanted = [
         (name, length, depth)

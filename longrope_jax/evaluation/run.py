@@ -19,6 +19,17 @@ from longrope_jax.runtime import preemption, processes, profiling, records
 from longrope_jax.runtime.mesh import Layout
 
 POSITION_BUCKETS = 32
+RECORD = {
+    "length": int,
+    "method": str,
+    "documents": [str],
+    "nll_sums": [float],
+    "counts": [int],
+    "seconds": float,
+    "nll_by_position": [float],
+    "factors": {"lam": [float], "n_hat": int, "mscale": float},
+}
+"""What readers of an evaluation's records rely on, beside the name of the stage."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +131,8 @@ def run_evaluation(
     target = max(settings.lengths)
     windows = fixed_windows(documents, target, settings.documents, settings.seed)
 
-    records.keep(path, lambda record: True)  # drops a line cut off by a kill
-    done = {(r["length"], r["method"]): r for r in records.read(path) if r["stage"] == stage}
+    records.keep(path, lambda record: True, RECORD)  # drops a line cut off by a kill
+    done = {(r["length"], r["method"]): r for r in records.read(path, RECORD) if r["stage"] == stage}
     # Arm by arm, so that only one model's parameters are in memory.
     wanted = [(length, name) for name in by_model(settings.arms) for length in sorted(settings.lengths)]
     with (

@@ -17,6 +17,7 @@ _SIZES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
+_MOST_DIMENSIONS = 2**16  # of a head: what is beyond is a damaged file
 _ORIGINAL = "original_max_position_embeddings"
 _WITH_ORIGINAL = ("llama3", "yarn", "longrope")
 
@@ -158,8 +159,10 @@ def _rotation(config: Mapping[str, Any], problems: list[str]) -> Rotation | None
     max_length = _size(config, "max_position_embeddings", problems)
     hidden, heads = (_size(config, name, problems) for name in ("hidden_size", "num_attention_heads"))
     head_dim = _size(config, "head_dim", problems, hidden // heads if hidden and heads else 2)
-    if head_dim % 2:
-        problems.append(f"head_dim = {head_dim} must be even: rotary embedding turns pairs")
+    if head_dim is not None and (head_dim % 2 or head_dim > _MOST_DIMENSIONS):
+        problems.append(
+            f"head_dim = {head_dim} must be even, as rotary embedding turns pairs, and at most {_MOST_DIMENSIONS}"
+        )
     rope = _rope(config)
     if not isinstance(rope, Mapping):
         problems.append(f"rope_parameters = {rope!r} must be an object")

@@ -20,6 +20,7 @@ from longrope_jax.rope import (
     to_huggingface,
 )
 from longrope_jax.rope.huggingface import rope_type
+from longrope_jax.whole_files import write_whole
 
 KINDS = ("longrope_jax", "huggingface", "csv")
 _ORIGINAL = "original_max_position_embeddings"
@@ -126,7 +127,7 @@ def write_factors(path: epath.PathLike, found: Found, kind: str, length: int | N
     elif kind == "csv":
         _write_csv(path, found.table, length)
     else:
-        path.write_text(json.dumps(_for_config(found), indent=2, allow_nan=False) + "\n")
+        write_whole(path, (json.dumps(_for_config(found), indent=2, allow_nan=False) + "\n").encode())
 
 
 def _content(path: epath.Path) -> dict[str, Any] | None:

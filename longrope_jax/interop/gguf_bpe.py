@@ -21,6 +21,7 @@ _WORDS = {
     "llama-bpe": (_LLAMA3,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
+_LONGEST = 4096  # characters of a token; merges are looked for at every one of them
 _MARK = "▁"  # how SentencePiece writes a space
 
 
@@ -122,6 +123,9 @@ def _bpe(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], **opt
 
 def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:
     tokens = read_list(metadata, "tokens", str)
+    longest = max(map(len, tokens), default=0)
+    if longest > _LONGEST:
+        raise ValueError(f"{PREFIX}tokens: one has {longest} characters, {_LONGEST} at most are read")
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocabulary[token] != index)

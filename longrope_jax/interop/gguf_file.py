@@ -172,6 +172,8 @@ def _describe_tensors(cursor: _Cursor, count: int) -> Iterator[tuple[str, tuple[
 
 
 def _map(data: np.ndarray, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int) -> StoredTensor:
+    if 0 in shape:
+        raise ValueError(f"damaged: tensor {name!r} has shape {shape}")
     if kind not in set(GGMLQuantizationType):
         raise ValueError(f"tensor {name!r} is of type {kind}, which the installed gguf package does not know")
     kind = GGMLQuantizationType(kind)

@@ -31,6 +31,7 @@ from longrope_jax.runtime import processes
 _FLOATS = ("float32", "bfloat16", "float16")
 _BUFFER = "rotary_emb.inv_freq"  # computed, not learned; old files have it
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TOLD = 50  # names in a message
 _AT_ONCE = 1 << 22  # numbers that are read at a time, beside what they are put into
 
 
@@ -180,17 +181,19 @@ def _is_gguf(path: epath.PathLike) -> bool:
 
 def _problems(config: LlamaConfig, wanted: dict[str, Origin], source: TensorSource) -> list[str]:
     """All that is wrong with the tensors of a checkpoint."""
+    there = {name: kind for name, kind in source.shapes().items() if not name.endswith(_BUFFER)}
+    if config.num_layers > len(there):
+        return [f"{config.num_layers} layers are more than the {len(there)} tensors"]
     expected = {
         origin.tensor.format(number): origin.shape
         for origin in wanted.values()
         for number in range(config.num_layers if "{}" in origin.tensor else 1)
     }
-    there = {name: kind for name, kind in source.shapes().items() if not name.endswith(_BUFFER)}
     unexpected = sorted(there.keys() - expected.keys())
     if config.tie_embeddings and _HEAD in unexpected:
         unexpected.remove(_HEAD)  # some files repeat the embedding there
     found = {"missing": sorted(expected.keys() - there.keys()), "unexpected": unexpected}
-    problems = [f"{len(names)} {kind} tensors: {', '.join(names)}" for kind, names in found.items() if names]
+    problems = [f"{len(names)} {kind} tensors: {_first_of(names)}" for kind, names in found.items() if names]
     for name in sorted(expected.keys() & there.keys()):
         shape, dtype = there[name]
         if tuple(shape) != expected[name]:
@@ -198,6 +201,11 @@ def _problems(config: LlamaConfig, wanted: dict[str, Origin], source: TensorSour
         if str(dtype) not in _FLOATS:
             problems.append(f"{name} has dtype {dtype}, which is none of {', '.join(_FLOATS)}")
     return problems
+
+
+def _first_of(names: list[str]) -> str:
+    told = ", ".join(names[:_TOLD])
+    return told if len(names) <= _TOLD else f"{told} and {len(names) - _TOLD} more"
 
 
 def _other_head(config: LlamaConfig, source: TensorSource) -> list[str]:

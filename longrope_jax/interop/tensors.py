@@ -1,7 +1,6 @@
 """The tensors of a checkpoint, read part by part: what a source of them is, and the safetensors of a folder as one."""
 
 import contextlib
-import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ from etils import epath
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
+from longrope_jax import json_files
 from longrope_jax.data.files import fetched
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -61,11 +61,11 @@ def _files_by_tensor(folder: epath.Path) -> dict[str, epath.Path]:
             raise ValueError(f"{folder} holds no .safetensors file{also}")
         return _once(files)
     try:
-        files = json.loads(index.read_text())["weight_map"]
-        named = sorted(set(files.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of safetensors: {error!r}") from None
-    outside = [name for name in named if not isinstance(name, str) or epath.Path(name).name != name]
+        files = json_files.read_object(index, {"weight_map": {str: str}})["weight_map"]
+    except ValueError as error:
+        raise ValueError(f"{error}: no index of safetensors") from None
+    named = sorted(set(files.values()))
+    outside = [name for name in named if epath.Path(name).name != name or "\0" in name]
     if outside:
         raise ValueError(f"{index} names files outside of its folder: {', '.join(map(repr, outside))}")
     others = [name for name in named if not name.endswith(".safetensors")]

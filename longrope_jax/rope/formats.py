@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from longrope_jax.json_files import shortened
 from longrope_jax.rope.factors import FactorTable, RopeFactors
+from longrope_jax.whole_files import write_whole
 
 _FORMAT = "longrope_jax.factors"
 _TABLE_FORMAT = "longrope_jax.factor_table"
@@ -35,7 +37,7 @@ def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) ->
     lam, n_hat, mscale = numbers.values()
     if path.suffix == ".json":
         content = {"format": _FORMAT, **numbers, "metadata": metadata}
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_whole(path, _dumped(content))
     elif path.suffix == ".csv":
         if len(lam) % 2:
             raise ValueError(
@@ -43,7 +45,7 @@ def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) ->
             )
         if metadata or mscale != 1:
             raise ValueError(f"{path}: a CSV has no place for metadata or an mscale of {mscale}; write a .json file")
-        path.write_text("".join(f"{value!r}\n" for value in ([n_hat] if n_hat else []) + lam))
+        write_whole(path, "".join(f"{value!r}\n" for value in ([n_hat] if n_hat else []) + lam).encode())
     else:
         raise ValueError(f"{path}: factors are kept in .json or .csv files")
 
@@ -85,7 +87,7 @@ def save_table(path: epath.PathLike, table: FactorTable, **metadata: Any) -> Non
         for boundary, *entry in zip(*leaves, strict=True)
     ]
     content = {"format": _TABLE_FORMAT, "entries": entries, "metadata": metadata}
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_whole(path, _dumped(content))
 
 
 def load_table(path: epath.PathLike, head_dim: int | None = None) -> FactorTable:
@@ -101,7 +103,7 @@ def load_table(path: epath.PathLike, head_dim: int | None = None) -> FactorTable
             raise ValueError("entries must be a list of objects")
         for entry in entries:
             if not _is_number(entry.get("boundary")):
-                raise ValueError(f"boundary = {entry.get('boundary')!r} must be a number below 2^31")
+                raise ValueError(f"boundary = {shortened(entry.get('boundary'))} must be a number below 2^31")
         if len({entry["boundary"] for entry in entries}) < len(entries):
             raise ValueError("a boundary occurs twice")
         table = FactorTable.of({entry["boundary"]: _from_content(entry) for entry in entries})
@@ -134,6 +136,10 @@ def _read_json(path: epath.Path, wanted: str = _FORMAT) -> dict[str, Any]:
     return content
 
 
+def _dumped(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
 def _to_content(factors: RopeFactors) -> dict[str, Any]:
     lam = [float(value) for value in np.asarray(factors.lam, np.float32)]
     return {"lam": lam, "n_hat": int(factors.n_hat), "mscale": float(factors.mscale)}
@@ -147,18 +153,15 @@ def _from_content(content: dict[str, Any]) -> RopeFactors:
     if not isinstance(lam, list) or not all(_is_number(value) for value in lam):
         raise ValueError("lam must be a list of numbers below 2^31")
     if not _is_number(n_hat):
-        raise ValueError(f"n_hat = {n_hat!r} must be a number below 2^31")
+        raise ValueError(f"n_hat = {shortened(n_hat)} must be a number below 2^31")
     if not _is_number(mscale):
-        raise ValueError(f"mscale = {mscale!r} must be a number")
+        raise ValueError(f"mscale = {shortened(mscale)} must be a number")
     return _factors(lam, n_hat, mscale)
 
 
 def _read_csv(path: epath.Path) -> list[float]:
     rows = [row for row in csv.reader(path.read_text().splitlines()) if any(cell.strip() for cell in row)]
-    try:
-        numbers = [[float(cell) for cell in row if cell.strip()] for row in rows]
-    except ValueError as error:
-        raise ValueError(f"{error}; a CSV of factors holds numbers only") from None
+    numbers = [[_number(cell) for cell in row if cell.strip()] for row in rows]
     if not numbers:
         raise ValueError("the file is empty")
     if all(len(row) == 1 for row in numbers):
@@ -167,6 +170,13 @@ def _read_csv(path: epath.Path) -> list[float]:
     if different:
         raise ValueError(f"row {different[0]} differs from row 0; factors that differ by layer are not supported")
     return numbers[0]
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        raise ValueError(f"{shortened(cell)} is no number; a CSV of factors holds numbers only") from None
 
 
 def _from_numbers(numbers: list[float], head_dim: int | None) -> RopeFactors:

@@ -1,7 +1,6 @@
 """Checkpoints of a stage: named pytrees of arrays and a JSON record a step, checked against a manifest when opened."""
 
 import itertools
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from longrope_jax import json_files
 from longrope_jax.data.files import is_remote
 from longrope_jax.runtime import manifests, processes, records, storage
 
@@ -213,13 +213,11 @@ def _damage(directory: epath.Path, step: int) -> str | None:
     """What is wrong with a step, or None."""
     file = _manifest_file(directory, step)
     try:
-        expected = json.loads(file.read_text())
+        expected = json_files.read_object(file)
     except FileNotFoundError:
         return f"{file} is missing"
-    except ValueError:
-        return f"{file} is not JSON"
-    if not isinstance(expected, dict):
-        return f"{file} is not a manifest"
+    except ValueError as error:
+        return f"{error}: no manifest"
     entries = manifests.describe(directory / str(step)).items()
     # After a kill right behind a step's completion the last two files are not in its manifest.
     found = {name: entry for name, entry in entries if name in expected or name not in _WRITTEN_LAST}
@@ -238,7 +236,7 @@ def _write_manifest(directory: epath.Path, step: int, manifest: manifests.Manife
 
 def _complete_manifest(directory: epath.Path, step: int) -> None:
     """Adds the files that Orbax wrote while it gave the step its name."""
-    manifest = json.loads(_manifest_file(directory, step).read_text())
+    manifest = json_files.read_object(_manifest_file(directory, step))
     last = {name: manifests.describe_file(directory / str(step) / name) for name in _WRITTEN_LAST}
     _write_manifest(directory, step, manifest | last)
 

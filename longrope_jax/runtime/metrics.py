@@ -15,7 +15,7 @@ class Metrics:
 
     def __init__(self, workdir: epath.Path, stage: str, start: int = 0):
         self._stage, self._path = stage, workdir / "metrics.jsonl"
-        records.keep(self._path, lambda record: record["stage"] != stage or record["step"] <= start)
+        records.keep(self._path, lambda record: record["stage"] != stage or record["step"] <= start, {"step": int})
         # TensorBoard hides what was written beyond the purge step.
         self._board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard" / stage), purge_step=start + 1, write_to_disk=processes.is_first()

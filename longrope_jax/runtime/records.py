@@ -5,12 +5,14 @@ Of several processes that work together only process 0 writes, what the others w
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
+from longrope_jax import json_files, whole_files
 from longrope_jax.data.files import is_remote
+from longrope_jax.json_files import Kind
 from longrope_jax.runtime import processes
 
 Record = dict[str, Any]
@@ -34,18 +36,36 @@ def append(path: epath.Path, records: Iterable[Record]) -> None:
             raise OSError(f"{path} can't be written to: {error.strerror or error}") from error
 
 
-def read(path: epath.Path) -> list[Record]:
-    """All complete records; nothing if there is no file. A last line cut off by a kill is not one."""
+def read(path: epath.Path, fields: Mapping[str, Kind] | None = None) -> list[Record]:
+    """All complete records; nothing if there is no file. A last line cut off by a kill is not one.
+
+    Args:
+        fields: that every record has beside the name of its stage, see `json_files.Kind`.
+
+    Raises:
+        OSError: a line is no such record; it is named.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is incomplete, or empty
+    found = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is incomplete, or empty
+        try:
+            found.append(json_files.check(json.loads(line.decode()), {"stage": str, **(fields or {})}))
+        except (ValueError, RecursionError) as error:
+            raise OSError(
+                f"{path} is damaged: line {number}: {error}; without that line the same command goes on"
+            ) from None
+    return found
 
 
-def keep(path: epath.Path, wanted: Callable[[Record], bool]) -> None:
-    """Forgets the other records: those that were written after the checkpoint a process goes on from."""
+def keep(path: epath.Path, wanted: Callable[[Record], bool], fields: Mapping[str, Kind] | None = None) -> None:
+    """Forgets the other records: those that were written after the checkpoint a process goes on from.
+
+    Raises OSError as `read` does.
+    """
     if processes.is_first() and path.exists():
-        write_whole(path, "".join(to_json(record) + "\n" for record in read(path) if wanted(record)))
+        write_whole(path, "".join(to_json(record) + "\n" for record in read(path, fields) if wanted(record)))
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
@@ -70,10 +90,10 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file so that after a kill it has either its old content or all of the new."""
-    if processes.is_first() and is_remote(path):
-        path.write_text(text)  # an object is there as a whole or not at all, and can't be renamed in one step
-    elif processes.is_first():
-        partial = path.parent / f".{path.name}.partial"
-        partial.write_text(text)
-        partial.replace(path)
+    """Writes a file, from process 0, so that after a kill it has either its old content or all of the new.
+
+    Raises:
+        OSError: it can't be written, the disk may be full; it has its old content.
+    """
+    if processes.is_first():
+        whole_files.write_whole(path, text.encode())

@@ -19,6 +19,14 @@ def see_what_others_write() -> None:
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
 
 
+def make(directory: epath.Path) -> None:
+    """Makes a work directory, if it is not there; raises OSError where that can't be done."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"work directory {directory} can't be made: {error}") from None
+
+
 def files_below(directory: epath.Path) -> Iterator[epath.Path]:
     """Every file, however deep."""
     for path in directory.iterdir():  # epath has no recursive glob, for the sake of object stores

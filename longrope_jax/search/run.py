@@ -100,7 +100,7 @@ def run_search(
             saved = jax.tree.map(np.asarray, items["population"])
             state = as_if_now(saved, len(objective.weights), float(trained.factors.mscale))
         known = 0 if state is None else len(state)
-        records.keep(log, lambda record: record["stage"] != stage or record["candidate"] < known)
+        records.keep(log, lambda record: record["stage"] != stage or record["candidate"] < known, {"candidate": int})
         total = settings.forward_equivalents(len(objective.blocks), len(space.n_hat))
         with open_bar(stage, total, 0.0 if state is None else float(state.cost.sum())) as bar:
             losses = kept(objective.block_nll, workdir / "scores.jsonl", stage, settings.documents_at_once)

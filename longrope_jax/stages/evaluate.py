@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from longrope_jax.data.windows import fixed_windows
-from longrope_jax.evaluation.run import EvaluationSettings, Subject, run_evaluation
+from longrope_jax.evaluation.run import RECORD, EvaluationSettings, Subject, run_evaluation
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime import records
 from longrope_jax.runtime.mesh import Layout
@@ -53,7 +53,7 @@ def _run_evaluate(settings: EvaluationSettings, carried: Carried, name: str) -> 
 
 
 def _load_evaluate(settings: EvaluationSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
-    made = [record for record in records.read(carried.workdir / "evaluation.jsonl") if record["stage"] == name]
+    made = [record for record in records.read(carried.workdir / "evaluation.jsonl", RECORD) if record["stage"] == name]
     if len(made) < len(settings.arms) * len(settings.lengths):
         raise LookupError(f"{carried.workdir / 'evaluation.jsonl'} has lost records of it")
     carried.evaluations[name] = settings, made

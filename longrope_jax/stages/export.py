@@ -1,13 +1,13 @@
 """The stage `export`: a model and its factors as a Hugging Face folder."""
 
 import itertools
-import json
 import time
 from dataclasses import dataclass
 from typing import Any
 
 from absl import logging
 
+from longrope_jax import json_files
 from longrope_jax.evaluation.perplexity import perplexity
 from longrope_jax.evaluation.run import recorded_nll
 from longrope_jax.evaluation.substitution import Cost, cost_windows, substitution_cost
@@ -216,7 +216,7 @@ def _history(carried: Carried, name: str) -> dict[str, dict[str, Any]]:
         begun = _recorded(carried, stage)
         for earlier in begun[f"stages before {stage}"]:
             add(earlier)
-        summary = json.loads((carried.workdir / "stages" / f"{stage}.json").read_text())
+        summary = json_files.read_object(carried.workdir / "stages" / f"{stage}.json")
         settings = records.flat(begun[stage])
         told = {key: value for key, value in settings.items() if value not in ("", None) and key not in _HOUSEKEEPING}
         steps[stage] = told | {key: summary[key] for key in _RESULTS if key in summary}
@@ -228,10 +228,23 @@ def _history(carried: Carried, name: str) -> dict[str, dict[str, Any]]:
 
 def _recorded(carried: Carried, stage: str) -> dict[str, Any]:
     """What was noted of a stage as it began: its settings, and the stages that it builds on."""
-    return json.loads((carried.workdir / "stages" / f"{stage}.begun.json").read_text())
+    return json_files.read_object(carried.workdir / "stages" / f"{stage}.begun.json")
+
+
+# What a report says of an export.
+_SUMMARY = {
+    "folder": str,
+    "architecture": str,
+    "dtype": str,
+    "files": [str],
+    "lengths": [int],
+    "dropped": {str: str},
+    "costs": [dict],
+}
 
 
 def _load_export(settings: ExportSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
+    json_files.check(summary, _SUMMARY)
     lost = [file for file in summary["files"] if not (carried.workdir / name / file).exists()]
     if lost:
         raise LookupError(f"{carried.workdir / name} has lost {', '.join(lost)}")

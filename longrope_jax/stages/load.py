@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from longrope_jax.data.files import size_of
 from longrope_jax.interop.pretrained import read_params
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import Trained
@@ -40,7 +41,7 @@ def _run_load(settings: LoadSettings, carried: Carried, name: str) -> dict[str, 
 
 
 def _load_load(settings: LoadSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
-    if summary["files"] != _files(settings.path):
+    if summary.get("files") != _files(settings.path):
         raise ValueError(f"{settings.path}: the files are not those that this work directory began with")
     _register(settings, carried, name)
 
@@ -57,7 +58,7 @@ def _files(path: str) -> dict[str, int]:
     """Bytes by name of the files that hold the weights: enough to notice that they are others."""
     place = epath.Path(path)
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
-    return {file.name: file.stat().length for file in files}
+    return {file.name: size_of(file) for file in files}
 
 
 LOAD = Stage(

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.evaluation.retrieval import RetrievalSettings, make_prompts, run_retrieval
+from longrope_jax.evaluation.retrieval import RECORD, RetrievalSettings, make_prompts, run_retrieval
 from longrope_jax.evaluation.run import Subject
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime import records
@@ -54,7 +54,7 @@ def _run_retrieval(settings: RetrievalSettings, carried: Carried, name: str) -> 
 
 
 def _load_retrieval(settings: RetrievalSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
-    made = [record for record in records.read(carried.workdir / "retrieval.jsonl") if record["stage"] == name]
+    made = [record for record in records.read(carried.workdir / "retrieval.jsonl", RECORD) if record["stage"] == name]
     if len(made) < len(settings.arms) * len(settings.lengths) * len(settings.places):
         raise LookupError(f"{carried.workdir / 'retrieval.jsonl'} has lost records of it")
     carried.retrievals[name] = settings, made

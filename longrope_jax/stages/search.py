@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from longrope_jax import json_files
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.interop.factor_files import factors_for
 from longrope_jax.model import LlamaConfig
@@ -126,7 +127,21 @@ def _entry(table: FactorTable, target: int) -> tuple[RopeFactors, int]:
     return table.select(length), int(min(boundary for boundary in table.boundaries if boundary >= length))
 
 
+# What a report says of every search, those of earlier versions among them.
+_SUMMARY = {
+    "target_length": int,
+    "model": str,
+    "documents": [str],
+    "evaluations": int,
+    "best_nll": float,
+    "seeds": {str: float},
+    "curve": [float],
+    "objective_seconds": float,
+}
+
+
 def _load_search(settings: SearchSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
+    json_files.check(summary, _SUMMARY)
     factors = carried.factors[name] = load_stage_factors(carried, name)
     carried.factors[name + BEST_SEED] = load_stage_factors(carried, name + BEST_SEED)
     carried.targets |= {name: settings.target_length, name + BEST_SEED: settings.target_length}

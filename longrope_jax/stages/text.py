@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from longrope_jax import json_files
 from longrope_jax.data import sources, tokens
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.settings import DataSettings
@@ -94,7 +95,7 @@ def _forget_if_changed(settings: DataSettings, folder: epath.Path, workdir: epat
     if processes.is_first():
         found = {"source": settings.to_record(), "listing": sources.listing(settings.folder)}
         is_there = not settings.folder or epath.Path(settings.folder).is_dir()
-        if is_there and note.exists() and json.loads(note.read_text()) != found:
+        if is_there and note.exists() and _noted(folder) != found:
             built = sources.built_folder(settings, workdir / "data")
             for stale in (built, folder):
                 if stale.exists():
@@ -105,11 +106,16 @@ def _forget_if_changed(settings: DataSettings, folder: epath.Path, workdir: epat
     processes.wait_for_all(f"source of {folder.name}")
 
 
+def _noted(folder: epath.Path) -> dict[str, Any]:
+    """Which source, and which files of it, the tokens in a folder are made of."""
+    return json_files.read_object(folder / "source.json", {"source": dict, "listing": str})
+
+
 def _refuse_changed_files(settings: DataSettings, folder: epath.Path, workdir: epath.Path) -> None:
     """A split that is asked for later is cut from the same documents as the others were; text files were kept."""
     if sources.is_built(settings, workdir / "data") or not (folder / "source.json").exists():
         return
-    if json.loads((folder / "source.json").read_text())["listing"] != sources.listing(settings.folder):
+    if _noted(folder)["listing"] != sources.listing(settings.folder):
         raise ValueError(
             f"the files of {settings.folder} are not those that a stage has begun with; text that has changed needs a "
             "section of its own"

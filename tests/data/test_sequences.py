@@ -49,6 +49,12 @@ def test_windows_are_rows_without_segments():
     assert row.context == 4
 
 
+def test_a_document_without_a_token_is_no_window():
+    documents = [Document("name", np.arange(size, dtype=np.uint16), size) for size in (0, 9, 0, 5)]
+    windows = DisjointWindows(documents, 4)
+    assert [windows[row].tokens[0] for row in range(len(windows))] == [0, 4, 0]
+
+
 def test_a_batch_goes_through_jit_with_and_without_segments():
     row = bookended([np.array([1, 2, 3])], 6, 4, BOS, EOS)
     for batch in (row, row._replace(segment_ids=None)):

@@ -31,6 +31,19 @@ def everything(found):
     return sorted(document for documents in found.values() for document in documents)
 
 
+def test_files_may_belong_to_nobody_that_this_machine_knows(tmp_path, monkeypatch):
+    """As in a container that runs under a number without a name."""
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("Some text.")
+    assert len(corpus.find_texts(corpus.folder_config(str(tmp_path)))) == 4
+    assert listing(str(tmp_path))
+
+
 # --- array_record files ----------------------------------------------------------------------------------------------
 
 

@@ -216,6 +216,39 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
             document.tokens[:]
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda index: index.update(dtype="O"), "dtype = 'O' must be one of"),
+        (lambda index: index.update(record=0), "record = 0 must be a positive number"),
+        (lambda index: index["shards"][0].update(file="../train.array_record"), "must be the name of an array_record"),
+        (lambda index: index["shards"][0]["names"].pop(), "must be equally many"),
+        (lambda index: index["shards"][0].update(bytes=-1), "must be numbers from 0 on"),
+        (lambda index: index["shards"][0].pop("sha256"), "shards = .* must be a list, of an object"),
+        (lambda index: index.update(shards=3), "shards = 3 must be a list"),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path, change, told):
+    store(epath.Path(tmp_path), make_texts())
+    index = json.loads((tmp_path / "train.json").read_text())
+    change(index)
+    (tmp_path / "train.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / 'train.json'))}.*{told}"):
+        StoredDocuments(epath.Path(tmp_path), "train")
+
+
+def test_an_index_that_promises_more_than_there_is_does_not_give_less(tmp_path):
+    store(epath.Path(tmp_path), make_texts((100,)))
+    index = json.loads((tmp_path / "train.json").read_text())
+    for more in (1, 1000):
+        changed = json.loads(json.dumps(index))
+        changed["shards"][0]["tokens"][0] += more
+        (tmp_path / "train.json").write_text(json.dumps(changed))
+        (document,) = StoredDocuments(epath.Path(tmp_path), "train")
+        with pytest.raises(OSError, match="is damaged; without"):
+            document.tokens[:]
+
+
 def test_an_index_tells_what_is_in_the_files(tmp_path):
     texts = make_texts()
     store(epath.Path(tmp_path), texts)

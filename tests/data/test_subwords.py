@@ -185,8 +185,10 @@ BAD = {
     "no token of tokenizer.json": {"tokenizer_config": {"bos_token": "<nix>"}},
     "bos_token = 7 is no token": {"tokenizer_config": {"bos_token": 7}},
     "eos = 290 must be an id of the tokenizer, below 290": {"config": {"eos_token_id": 290}},
+    "eos = 9223372036854775808 must be an id": {"config": {"eos_token_id": 2**63}},
+    "bos = True must be an id": {"config": {"bos_token_id": True}},
     "eos = '<eos>' must be an id": {"generation_config": {"eos_token_id": ["<eos>"]}},
-    "tokenizer_config.json: must be a JSON object": {"tokenizer_config": ["<bos>"]},
+    "tokenizer_config.json: must hold a JSON object": {"tokenizer_config": ["<bos>"]},
 }
 
 

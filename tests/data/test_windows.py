@@ -71,6 +71,10 @@ def test_a_document_of_exactly_one_window_gives_it():
     assert windows.starts == [0]
 
 
+def test_a_document_without_a_token_gives_none():
+    assert fixed_windows(make_documents((0, 5, 0)), 4, 1, seed=0).names == ["document 1"]
+
+
 def test_too_few_windows_are_a_warning(caplog):
     windows = fixed_windows(make_documents(), 4, 30, seed=0)
     assert len(windows.tokens) == len(windows.names) == len(windows.starts) == 26

@@ -101,6 +101,7 @@ WRONG = [
     ),
     (dict(hidden_size=3, head_dim=None), "^head_dim = 0 must be"),
     (dict(head_dim=7), "^head_dim = 7 must be even"),
+    (dict(head_dim=2**30), "^head_dim = 1073741824 must be .* at most 65536"),  # nobody has the memory
     (dict(num_key_value_heads=3), "num_heads = 4 is not a multiple of num_kv_heads = 3"),
     (dict(rms_norm_eps=None), "rms_norm_eps = None must be a positive number"),
     (dict(rms_norm_eps="1e-5"), "rms_norm_eps = '1e-5' must be a positive number"),

@@ -351,6 +351,7 @@ DAMAGED = {
     "axes": (header(tensors=1) + text(b"w") + struct.pack("<I", 1 << 30), "has 1073741824 axes"),
     "beyond the end": (header(tensors=1) + A_TENSOR, "tensor 'w' ends at byte"),
     "type of a tensor": (header(tensors=1) + text(b"w") + struct.pack("<IQIQ", 1, 8, 999, 0), "type 999"),
+    "no size": (header(tensors=1) + text(b"w") + struct.pack("<IQQIQ", 2, 0, 1 << 60, Type.F32, 0), "'w' has shape"),
     "half a block": (
         header(tensors=1) + text(b"w") + struct.pack("<IQIQ", 1, 33, Type.Q8_0, 0),
         "no multiple of the 32",

@@ -236,6 +236,12 @@ def test_all_that_is_wrong_with_tensors_is_told_at_once(params, tmp_path):
         assert told in str(error.value)
 
 
+def test_more_layers_than_could_be_there_are_refused_at_once(params, tmp_path):
+    write(tmp_path / "model", {**CONFIG, "num_hidden_layers": 2**31 - 1}, to_huggingface(params))
+    with pytest.raises(ValueError, match="2147483647 layers are more than the 30 tensors"):
+        lr.load_pretrained(tmp_path / "model")
+
+
 def test_pickled_weights_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
@@ -252,6 +258,8 @@ def test_pickled_weights_are_refused_by_name(tmp_path):
         ('{"weight_map": {"other": "model.safetensors"}}', "not in the files it names"),
         ('{"weight_map": 3}', "no index"),
         ("{", "no index"),
+        ("[" * 100_000, "no index"),
+        ('{"weight_map": {"model.norm.weight": ["model.safetensors"]}}', "no index"),
     ],
 )
 def test_an_index_that_lies_is_refused(params, tmp_path, content, told):

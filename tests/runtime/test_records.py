@@ -86,6 +86,27 @@ def test_a_file_of_nothing_but_a_cut_off_line(path):
     assert path.read_text() == ""
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"stage": "search"', "Expecting"),
+        (b"[1]", "must hold a JSON object, not"),
+        (b'{"step": 3}', "'stage' is missing"),
+        (b'{"stage": "search", "step": "3"}', "step = '3' must be a whole number"),
+        (b'{"stage": "search", "step": true}', "step = True must be a whole number"),
+        (b"\xff\xfe", "decode"),
+        (b"[" * 100_000, "recursion"),
+        (b"", "Expecting value"),
+    ],
+)
+def test_a_damaged_line_is_named(path, line, told):
+    records.append(path, SOME)
+    path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
+    for read in (lambda: records.read(path, {"step": int}), lambda: records.keep(path, bool, {"step": int})):
+        with pytest.raises(OSError, match=rf"{path} is damaged: line 4: .*{told}.*; without that line"):
+            read()
+
+
 def test_other_processes_read_and_do_not_write(path, monkeypatch):
     records.append(path, SOME)
     complete = path.read_text()

@@ -20,12 +20,12 @@ def test_the_store_of_these_tests_is_as_unhelpful_as_a_real_one(bucket):
 def test_records_are_added_and_forgotten_as_on_a_disk(bucket):
     path = bucket / "some.jsonl"
     assert records.read(path) == []
-    records.append(path, [{"step": 1}, {"step": 2}])
-    records.append(path, [{"step": 3}])
-    assert records.read(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    records.append(path, [{"stage": "s", "step": 1}, {"stage": "s", "step": 2}])
+    records.append(path, [{"stage": "s", "step": 3}])
+    assert records.read(path) == [{"stage": "s", "step": 1}, {"stage": "s", "step": 2}, {"stage": "s", "step": 3}]
     records.keep(path, lambda record: record["step"] != 2)
-    records.append(path, [{"step": 4}])
-    assert records.read(path) == [{"step": 1}, {"step": 3}, {"step": 4}]
+    records.append(path, [{"stage": "s", "step": 4}])
+    assert records.read(path) == [{"stage": "s", "step": 1}, {"stage": "s", "step": 3}, {"stage": "s", "step": 4}]
     assert [file.name for file in bucket.iterdir()] == ["some.jsonl"]
 
 

@@ -70,11 +70,12 @@ def test_every_length_is_tried_on_the_data():
 
 def test_records_are_handed_on_if_they_are_all_there(tmp_path):
     settings, carried = make_settings(), make_carried(workdir=tmp_path)
-    record = json.dumps({"stage": "retrieval"}) + "\n"
+    cell = {"method": "yarn", "length": 64, "depth": 0.5, "hits": 1, "tries": 2, "seconds": 1.5}
+    record = json.dumps({"stage": "retrieval", **cell}) + "\n"
     path = tmp_path / "retrieval.jsonl"
-    path.write_text(5 * record + json.dumps({"stage": "another"}) + "\n")
+    path.write_text(5 * record + json.dumps({"stage": "another", **cell}) + "\n")
     with pytest.raises(LookupError, match="retrieval.jsonl has lost records"):
         RETRIEVAL.load(settings, carried, "retrieval", {})
     path.write_text(6 * record)
     RETRIEVAL.load(settings, carried, "retrieval", {})
-    assert carried.retrievals == {"retrieval": (settings, [{"stage": "retrieval"}] * 6)}
+    assert carried.retrievals == {"retrieval": (settings, [{"stage": "retrieval", **cell}] * 6)}

@@ -1,0 +1,137 @@
+"""Reads damaged files of every format: each is read, or refused in words that name it, in bounded time and memory."""
+
+import contextlib
+import io
+import random
+import resource
+import signal
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import logging
+from fuzz.readers import FORMATS, Format
+
+SECONDS = 20  # of the processor for one file: a busy machine makes nothing a hang
+MEMORY = 6 << 30  # bytes of addresses beyond what the process has already
+LONGEST = 20_000  # characters of a message
+
+
+class Failure(NamedTuple):
+    """An input that was neither read nor refused properly."""
+
+    format: str
+    number: int
+    why: str
+
+
+class Hang(BaseException):
+    """A reader took too long."""
+
+
+def run(name: str, numbers: range) -> tuple[Counter, list[Failure]]:
+    """Inputs of one format, by their numbers: how many were read and how many refused, and what went wrong."""
+    counts, failures, form = Counter(), [], FORMATS[name]
+    with tempfile.TemporaryDirectory() as base, _guarded(Path(base) / "elsewhere"):
+        folder = Path(base) / "here"
+        folder.mkdir()
+        targets = form.make(folder)
+        _make_elsewhere(form, Path(base) / "elsewhere")
+        kept = {target: (folder / target).read_bytes() for target in targets}
+        for target in targets:
+            form.read(folder, target)
+        for number in numbers:
+            try:
+                counts[_outcome(name, form, folder, kept, number)] += 1
+            except AssertionError as failure:
+                failures.append(Failure(name, number, str(failure)))
+    return counts, failures
+
+
+def _outcome(name: str, form: Format, folder: Path, kept: dict[str, bytes], number: int) -> str:
+    rng = random.Random(f"{name} {number}")
+    target = rng.choice(list(kept))
+    lures = [f"../elsewhere/{Path(target).name}", str(folder.parent / "elsewhere" / Path(target).name), "../elsewhere"]
+    (folder / target).write_bytes(form.mutate(rng, kept[target], lures))
+    _OPENED.clear()
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        form.read(folder, target)
+        outcome = "read"
+    except (ValueError, OSError) as error:
+        outcome = "refused"
+        if str(folder) not in str(error):
+            raise AssertionError(f"names no file: {_told(error)}") from error
+        if len(str(error)) > LONGEST:
+            raise AssertionError(f"a message of {len(str(error))} characters: {_told(error)}") from error
+    except (Exception, Hang) as error:
+        raise AssertionError(_told(error)) from error
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for path, content in kept.items():
+            (folder / path).write_bytes(content)
+    if _OPENED:
+        raise AssertionError(f"opened {_OPENED[0]}")
+    return outcome
+
+
+def _told(error: BaseException) -> str:
+    frames, last = error.__traceback__, ""
+    while frames:
+        if "longrope_jax" in frames.tb_frame.f_code.co_filename:
+            last = f"{Path(frames.tb_frame.f_code.co_filename).name}:{frames.tb_lineno}"
+        frames = frames.tb_next
+    return f"{type(error).__name__} at {last}: {str(error)[:160]}"
+
+
+def _make_elsewhere(form: Format, folder: Path) -> None:
+    """Valid files that nothing should lead a reader to."""
+    folder.mkdir()
+    form.make(folder)
+
+
+_OPENED: list[str] = []
+_FORBIDDEN: list[str] = []
+
+
+def _watch(event: str, arguments: tuple) -> None:
+    if event == "open" and _FORBIDDEN and isinstance(arguments[0], str | bytes):
+        path = arguments[0] if isinstance(arguments[0], str) else arguments[0].decode(errors="replace")
+        if "elsewhere" in path:
+            _OPENED.append(path)
+
+
+sys.addaudithook(_watch)
+
+
+@contextlib.contextmanager
+def _guarded(forbidden: Path) -> Iterator[None]:
+    """Within it time and memory end, and what is opened in the forbidden folder is noted."""
+
+    def too_long(*_):
+        raise Hang(f"more than {SECONDS} s")
+
+    before, limits = signal.signal(signal.SIGPROF, too_long), resource.getrlimit(resource.RLIMIT_AS)
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    resource.setrlimit(resource.RLIMIT_AS, (_addresses() + MEMORY, limits[1]))
+    _FORBIDDEN.append(str(forbidden))
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _FORBIDDEN.clear()
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        logging.set_verbosity(level)
+        signal.signal(signal.SIGPROF, before)
+
+
+def _addresses() -> int:
+    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+    return 0
