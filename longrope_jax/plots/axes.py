@@ -37,7 +37,7 @@ def mark_original_length(axes, length: int) -> None:
 
 
 def plain_numbers(axis) -> None:
-    """1, 2, 5, 10, 20 instead of powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """1, 2, 3, 5, 7, 10, 20 instead of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axis.set_major_formatter(ScalarFormatter())
     axis.set_minor_formatter(NullFormatter())

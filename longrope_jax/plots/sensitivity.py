@@ -10,6 +10,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from longrope_jax.plots.axes import new_figure
 
+_LINEAR = 0.01  # nats: slow pairs have slopes of some hundredths, fast ones of several
+
 
 def nll_by_changed_factor(changes: Mapping[int, Float[np.ndarray, "N"]], multiples: Sequence[float]) -> Figure:
     """The loss when one factor is multiplied by something and all others stay, a line a pair.
@@ -34,7 +36,7 @@ def nll_by_changed_factor(changes: Mapping[int, Float[np.ndarray, "N"]], multipl
 
 
 def sensitivity_by_pair(gradients: Mapping[str, Float[np.ndarray, "half"]]) -> Figure:
-    """d NLL / d log lambda by rotary pair, one group of bars for every name.
+    """d NLL / d log lambda by rotary pair, one group of bars for every name; logarithmic beyond a hundredth of a nat.
 
     Args:
         gradients: name -> nats per token, for a factor that becomes e times as large.
@@ -46,6 +48,7 @@ def sensitivity_by_pair(gradients: Mapping[str, Float[np.ndarray, "half"]]) -> F
         places = np.arange(len(gradient)) + (turn - (len(gradients) - 1) / 2) * width
         axes.bar(places, gradient, width, label=name, color=colors[turn % len(colors)])
     axes.axhline(0, color="black", linewidth=0.5)
+    axes.set_yscale("symlog", linthresh=_LINEAR)
     axes.xaxis.set_major_locator(FixedLocator(range(len(gradient))))
     axes.set_xlabel("rotary pair i")
     axes.set_ylabel("d NLL / d log lambda\n(nats per token)")
