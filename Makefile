@@ -16,7 +16,7 @@ PROGRESSIVE ?= runs/progressive
 ABLATIONS ?= runs/ablations
 FUZZ_INPUTS ?= 20000
 
-.PHONY: setup setup-dev quickstart progressive progressive_512x ablations smollm2 test slow fuzz parity tpu test-matrix versus_pytorch bench docs lint clean
+.PHONY: setup setup-dev quickstart notebooks progressive progressive_512x ablations smollm2 test slow fuzz parity tpu test-matrix versus_pytorch bench docs lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -28,12 +28,20 @@ setup-dev: .venv/installed-dev
 	$(INSTALL) --no-deps -e .
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements-test.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-test.txt requirements-notebooks.txt .venv/installed
 	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
 quickstart: setup
 	$(RUN) -m longrope_jax.main --config=experiments/quickstart.py --workdir=$(WORKDIR)
+
+# All notebooks, in place: less than five minutes on two cores.
+notebooks: .venv/installed-notebooks
+	$(RUN) notebooks/execute.py notebooks/*.ipynb
+
+.venv/installed-notebooks: requirements-notebooks.txt .venv/installed
+	$(INSTALL) -r requirements-notebooks.txt
+	touch $@
 
 # Everything: fine-tuning, a second extension, short recovery; less than twenty minutes on two cores.
 progressive: setup

@@ -14,6 +14,7 @@ from longrope_jax.data import corpus
 from longrope_jax.data.files import changed_at, size_of, spelled
 from longrope_jax.data.settings import SHARES, SPLITS, DataSettings
 from longrope_jax.data.tfds_text import OpenDataset, open_by_name, open_directory
+from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 
 _AT_ONCE = 64  # records; files with groups of records are unpacked a group at a time
 _OWN_SPLITS = {"train": "train", "search": "validation", "evaluation": "test"}
@@ -66,6 +67,25 @@ def open_source(settings: DataSettings, data_dir: epath.PathLike) -> dict[str, T
     if kind == "array_record files":
         return _of_records(files, settings)
     return _of_dataset(open_built(_folder_config(settings), data_dir), settings, from_files=True)
+
+
+def read_documents(
+    settings: DataSettings, data_dir: epath.PathLike, tokenizer: Tokenizer | None = None
+) -> dict[str, list[corpus.Document]]:
+    """All documents of a source by split, tokenized and in memory, for notebooks; experiments keep tokens in files.
+
+    Args:
+        data_dir: where a folder of text files is kept as a dataset, see `open_source`.
+        tokenizer: without it bytes.
+
+    Raises:
+        ValueError: there is no such text, or it can't be read; one line.
+    """
+    tokenizer = tokenizer or ByteTokenizer()
+    return {
+        split: [corpus.Document(name, tokenizer.encode(text), len(text)) for name, text in texts.read(0, len(texts))]
+        for split, texts in open_source(settings, data_dir).items()
+    }
 
 
 def open_built(config: corpus.TextFolderConfig, data_dir: epath.PathLike) -> OpenDataset:

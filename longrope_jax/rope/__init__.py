@@ -1,5 +1,6 @@
 """The positional module: rescale factors, the methods that make them, the rotation, and factors in files."""
 
+from longrope_jax.rope.analysis import score_by_distance, trained_until, wavelengths
 from longrope_jax.rope.extension import METHODS, Trained, extend
 from longrope_jax.rope.factors import FactorTable, RopeFactors, stack
 from longrope_jax.rope.formats import load_factors, load_metadata, load_table, save_factors, save_table
@@ -43,9 +44,12 @@ __all__ = [
     "rotary_embedding",
     "save_factors",
     "save_table",
+    "score_by_distance",
     "stack",
     "to_huggingface",
+    "trained_until",
     "two_lengths",
     "unscaled",
+    "wavelengths",
     "yarn",
 ]

@@ -96,6 +96,13 @@ class EvolutionSettings:
         """LongRoPE's released code (its `dim_mono`): every pair is redrawn, and a crossover is mostly one pair."""
         return cls.paper(**dict(mutation="sweep", crossover="released") | changes)
 
+    @classmethod
+    def modelled(cls, **changes: Any) -> "EvolutionSettings":
+        """Most mutations small, and sixteen children made for each that is scored: on eight tiny models with a quarter
+        of the paper's budget below its score on seven (experiments/search_comparison.py).
+        """
+        return cls(**{"mutation": "redraw_few", "proposals": 16, **changes})
+
     @property
     def evaluations(self) -> int:
         """How many candidates one start scores, the seeds included."""

@@ -1,0 +1,59 @@
+"""How arms, methods and models with factors, look and what a reader is shown for their names."""
+
+from collections.abc import Iterable
+
+STYLES: dict[str, dict] = {
+    "longrope": dict(color="#d62728", linewidth=2.4, marker="o", zorder=5),
+    "lambda_only": dict(color="#d62728", marker="o", linestyle="--", markerfacecolor="white"),
+    "yarn": dict(color="#1f77b4", marker="s"),
+    "yarn_without_temperature": dict(color="#1f77b4", marker="s", linestyle="--", markerfacecolor="white"),
+    "yarn_mistral": dict(color="#1f77b4", marker="+", linestyle=":"),
+    "dynamic_ntk": dict(color="#2ca02c", marker="^", linestyle="--", markerfacecolor="white"),
+    "ntk_with_start_tokens": dict(color="#2ca02c", marker="^", linestyle=":"),
+    "ntk": dict(color="#2ca02c", marker="^"),
+    "linear_with_start_tokens": dict(color="#9467bd", marker="D", linestyle=":"),
+    "linear": dict(color="#9467bd", marker="D"),
+    "unscaled": dict(color="#7f7f7f", marker="v"),
+}
+LABELS = {
+    "longrope": "LongRoPE (searched)",
+    "longrope_without_second_search": "LongRoPE, second search's best seed",
+    "lambda_only": "LongRoPE, lambda only",
+    "original": "original model",
+    "tuned_at_original": "fine-tuned at L",
+    "yarn": "YaRN",
+    "yarn_without_temperature": "YaRN, no temperature",
+    "yarn_mistral": "YaRN, Mistral's ramp",
+    "dynamic_ntk": "Dynamic NTK",
+    "ntk_with_start_tokens": "NTK, best start tokens",
+    "ntk": "NTK",
+    "linear_with_start_tokens": "PI, best start tokens",
+    "linear": "PI (linear)",
+    "unscaled": "unscaled",
+}
+_OTHER_COLORS = ("#8c564b", "#e377c2", "#bcbd22", "#17becf", "#ff7f0e", "#1a1a1a")
+
+
+def label(name: str) -> str:
+    """What a reader is shown for the name of an arm."""
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def control_label(name: str) -> str:
+    """The same for an arm as a control."""
+    return f"control: disjoint windows of L, {label(name)}"
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Known methods in the order of their styles, which is roughly best first, then the others."""
+    return sorted(names, key=lambda name: list(STYLES).index(name) if name in STYLES else len(STYLES))
+
+
+def styles_of(names: Iterable[str]) -> dict[str, dict]:
+    """A style for every name; those without one of their own get the other colours in turn."""
+    others = [name for name in names if name not in STYLES]
+    return {
+        name: STYLES.get(name)
+        or dict(color=_OTHER_COLORS[others.index(name) % len(_OTHER_COLORS)], marker=".", linestyle="-.")
+        for name in ordered(names)
+    }
