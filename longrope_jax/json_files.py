@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-Kind = type | list | dict
+Kind = Any
 """What a value has to be: a type; `[kind]`, a list of them; `{name: kind}`, an object with these fields at least;
 `{str: kind}`, an object of any fields. `float` is any number, or null, which stands for one that is not finite.
 """

@@ -9,6 +9,7 @@ interrupted from the keyboard.
 """
 
 import contextlib
+import io
 import os
 import sys
 from typing import NoReturn
@@ -68,10 +69,10 @@ def main(argv: list[str]) -> None:
     """Runs the experiment; what the user can mend ends in one line and exit status 2."""
     logging.set_verbosity(logging.WARNING)  # libraries tell their life at INFO
     with contextlib.ExitStack() as until_done:
-        _run(until_done)
+        _run(argv, until_done)
 
 
-def _run(until_done: contextlib.ExitStack) -> None:
+def _run(argv: list[str], until_done: contextlib.ExitStack) -> None:
     try:
         if _MODE.value == "compile":
             return _compile()
@@ -154,5 +155,6 @@ def _fail(error: Exception | str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding lacks characters that a model writes
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding lacks characters that a model writes
     app.run(main, flags_parser=parse_flags)

@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from longrope_jax.plots import _length_axis, _mark_original_length, _panels, _plain_numbers, label, ordered
+from longrope_jax.plots import label, ordered
+from longrope_jax.plots.axes import length_axis, mark_original_length, new_figure, plain_numbers
 
 _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#1a1a1a")
 _MARKERS = "osD^v<>P"
@@ -33,17 +34,17 @@ def perplexity_by_run(
         runs: all of them, in the order of their colours.
         original_lengths: marked (tokens).
     """
-    figure, panels = _panels(len(perplexities), 2.4)
+    figure, panels = new_figure(len(perplexities), 2.4)
     for axes, arm in zip(panels, ordered(perplexities), strict=True):
         for run, style in _run_styles(runs).items():
             by_length = perplexities[arm].get(run, {})
             axes.plot(sorted(by_length), [by_length[n][0] for n in sorted(by_length)], label=run, **style)
         for original in original_lengths:
-            _mark_original_length(axes, original)
-        _length_axis(axes, sorted(set().union(*perplexities[arm].values())))
+            mark_original_length(axes, original)
+        length_axis(axes, sorted(set().union(*perplexities[arm].values())))
         axes.set_xlabel("")
         axes.set_yscale("log")
-        _plain_numbers(axes.yaxis)
+        plain_numbers(axes.yaxis)
         axes.tick_params(labelsize=7)
         axes.tick_params(axis="x", rotation=45)
         axes.set_title(label(arm), fontsize=9)
@@ -55,7 +56,7 @@ def perplexity_by_run(
 
 def intervals_by_run(perplexities: Mapping[str, Mapping[str, Interval]], runs: Sequence[str], length: int) -> Figure:
     """Perplexity with its 95 % interval at one length (tokens), a row an arm: arm -> run -> interval."""
-    figure, (axes,) = _panels(1, 0.4 + 0.16 * len(perplexities) * (len(runs) + 1))
+    figure, (axes,) = new_figure(1, 0.4 + 0.16 * len(perplexities) * (len(runs) + 1))
     arms = ordered(perplexities)
     for turn, (run, style) in enumerate(_run_styles(runs).items()):
         rows = [row for row, arm in enumerate(arms) if run in perplexities[arm]]
@@ -66,7 +67,7 @@ def intervals_by_run(perplexities: Mapping[str, Mapping[str, Interval]], runs: S
     axes.set_yticks(range(len(arms)), [label(arm) for arm in arms])
     axes.invert_yaxis()
     axes.set_xscale("log")
-    _plain_numbers(axes.xaxis)
+    plain_numbers(axes.xaxis)
     axes.grid(axis="y", linewidth=0.3)
     axes.set_xlabel("perplexity, 95 % interval")
     axes.set_title(f"Perplexity at {length:,} tokens")
@@ -83,7 +84,7 @@ def searches_by_run(
         searches: stage -> run -> what was spent after every candidate, and the best NLL by then (nats per token).
         runs: all of them, in the order of their colours.
     """
-    figure, panels = _panels(len(searches), 2.4)
+    figure, panels = new_figure(len(searches), 2.4)
     for axes, (stage, by_run) in zip(panels, searches.items(), strict=True):
         for run, style in _run_styles(runs).items():
             spent, nll = by_run.get(run, ((), np.empty(0)))

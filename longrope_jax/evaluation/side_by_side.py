@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from etils import epath
@@ -81,7 +82,7 @@ def find_numbers(
     """
     layout, tokenizer = layout or Layout(), tokenizer or ByteTokenizer()
     settings = replace(settings, arms={name: Arm(name) for name in arms})
-    subjects = {name: Subject(lambda: params, lambda length, arm=arm: _at(arm, length)) for name, arm in arms.items()}
+    subjects = {name: Subject(lambda: params, partial(_at, arm)) for name, arm in arms.items()}
     with layout.active(), tempfile.TemporaryDirectory() as folder:
         made = run_retrieval(model, layout, subjects, settings, tokenizer, documents, epath.Path(folder), "retrieval")
     return settings, made

@@ -47,15 +47,17 @@ def plan(
         gradient.descend, key, settings=settings.gradient, objective=objective, kept=kept, progress=progress, **common
     )
     descents = [descend] * settings.gradient.rounds
-    restarts = range(settings.evolution.restarts)
+
+    def every_start(*moves: Callable[..., SearchState]) -> list[Move]:
+        return [partial(move, restart=restart) for restart in range(settings.evolution.restarts) for move in moves]
+
     if settings.method == "evolution" and not scan:
-        first, *others = [partial(move, restart=r) for r in restarts for move in (populate, *advance)]
+        first, *others = every_start(populate, *advance)
         return [lambda state, iteration: first(begin(state, iteration), iteration), *others]
     if settings.method == "evolution":
-        return [begin, *(partial(move, restart=r) for r in restarts for move in (*scan, populate, *advance))]
+        return [begin, *every_start(*scan, populate, *advance)]
     if settings.method == "hybrid":
-        one_start = (*scan, *descents, populate, *advance)
-        return [begin, *(partial(move, restart=r) for r in restarts for move in one_start)]
+        return [begin, *every_start(*scan, *descents, populate, *advance)]
     if settings.method == "gradient":
         return [begin, *scan, *descents]
     if settings.method == "cma_es":

@@ -51,9 +51,9 @@ def redraw_few(key: PRNGKeyArray, parent: Genes, space: SearchSpace, probability
     """
     rate_key, pair_key, lam_key, chance_key, key = jax.random.split(key, 5)
     half = parent.lam.shape[-1]
-    probability = probability * (1 / (half * probability)) ** jax.random.uniform(rate_key)
-    child = _with_others_mutated(key, parent, space, probability)
-    visited = jax.random.uniform(chance_key, (half,)) < probability
+    rate = probability * (1 / (half * probability)) ** jax.random.uniform(rate_key)
+    child = _with_others_mutated(key, parent, space, rate)
+    visited = jax.random.uniform(chance_key, (half,)) < rate
     visited |= jnp.arange(half) == jax.random.randint(pair_key, (), child.critical, half)
     return _with_redrawn(lam_key, child, visited, space, reach)
 
@@ -166,7 +166,7 @@ def _is_monotone(lam: Float[Array, "half"], critical: Int[Array | np.ndarray, ""
     return jnp.where(jnp.arange(1, lam.shape[-1]) > critical, jnp.diff(lam) >= 0, True).all()
 
 
-def _with_others_mutated(key: PRNGKeyArray, parent: Genes, space: SearchSpace, probability: float) -> Genes:
+def _with_others_mutated(key: PRNGKeyArray, parent: Genes, space: SearchSpace, probability: float | Array) -> Genes:
     """With the genes beside lam each redrawn with `probability`, and lam what it is for them."""
     chances, draws = jax.random.uniform(key, (2, 3))
     redrawn = chances < probability

@@ -67,7 +67,7 @@ def promising(state: SearchState, children: SearchState, count: int, goal: float
     mean = surrogate.mean + cross @ surrogate.coefficients
     half = scipy.linalg.solve_triangular(surrogate.factor, cross.T, lower=True)
     covariance = _kernel(points, points) - half.T @ half
-    goal, chosen = np.log(goal - surrogate.best + _RESOLUTION), []
+    goal, chosen = float(np.log(goal - surrogate.best + _RESOLUTION)), list[int]()
     for _ in range(min(count, len(children))):
         deviation = np.sqrt(surrogate.variance * np.maximum(np.diagonal(covariance), 1e-12))
         improvement = _log_improvement(mean, deviation, goal)
