@@ -93,7 +93,7 @@ def _evaluation(config: LlamaConfig, settings: EvaluationSettings, evaluation: R
 def write_report(
     workdir: epath.Path, config: LlamaConfig, report: dict[str, Any], evaluations: Evaluations
 ) -> epath.Path:
-    """Writes what `summarize` made as report.json, report.md with figures/*.png, and the same as one page, report.html,
+    """Writes what `summarize` made as report.json, report.md with its figures, and the same as one page, report.html,
     which holds its pictures; returns the path of report.md.
     """
     write_whole(workdir / "report.json", to_json(report, indent=1) + "\n")

@@ -15,7 +15,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 SHAPE = re.compile(r"\w*\[[^\]]*\]")  # f32[P, D/2], [B, T], f32[]
-SHAPED = re.compile(r"\w+\[(Array|np\.ndarray), '[^']*'\]")  # jaxtyping
+SHAPED = re.compile(r"\w+\[(Array|np\.\w+)( \| (Array|np\.\w+))*, '[^']*'\]")  # jaxtyping
 ARRAYS = re.compile(r"\b(Array|np\.ndarray|ArrayLike)\b")
 
 

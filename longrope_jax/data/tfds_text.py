@@ -35,7 +35,11 @@ class OpenDataset:
         return self._builder.info.splits[split].num_bytes if split in self.counts else 0
 
     def read(self, split: str, numbers: Sequence[int]) -> Iterator[tuple[str, bytes]]:
-        """(name, text) of these documents; `numbers` ascend."""
+        """(name, text) of these documents; `numbers` ascend.
+
+        Raises:
+            ValueError: the dataset is damaged.
+        """
         for number, example in self._examples(split, numbers):
             name = example[self._name] if self._name else b""
             name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)

@@ -46,6 +46,9 @@ def write_shards(
     Args:
         folder: of the tokens; all processes have to see the same files in it.
         process: (index, count).
+
+    Raises:
+        OSError: names the shard that can't be written.
     """
     index, count = process
     folder.mkdir(parents=True, exist_ok=True)

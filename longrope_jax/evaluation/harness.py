@@ -103,7 +103,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text."""
+        """What stands before a text; raises ValueError for a tokenizer that has no such token."""
         token = self.eot_token_id if self._text.bos is None else self._text.bos
         if token is None:
             raise ValueError("the tokenizer has neither BOS nor EOS, one of which a text without a context comes after")

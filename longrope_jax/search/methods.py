@@ -73,6 +73,7 @@ def search(
     candidates.
 
     Raises:
+        ValueError: there are no moves.
         FloatingPointError: no candidate has a finite score.
     """
     done = -1 if state is None else int(state.iteration[-1])

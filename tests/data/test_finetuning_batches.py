@@ -72,6 +72,7 @@ def test_a_mixture_has_all_short_text_once_an_epoch_and_whole_segments(seed):
 
 def test_how_full_packed_sequences_are_is_logged(caplog):
     caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="absl")  # a command that ran before in this process wants warnings only
     KINDS["short"](make_texts(), batch=1, seed=0)
     pieces, sequences, full = re.search(
         r"(\d+) pieces of at most 8 tokens packed in (\d+) sequences of 32, which are (.*)% full", caplog.text
