@@ -18,8 +18,6 @@ SMALL = {
     "extend_a_model": {"STEPS": 2, "CANDIDATES": 4, "ITERATIONS": 1, "DOCUMENTS": 2, "LENGTHS": (128, 1024)},
     "needles_and_lengths": {"STEPS": 2, "DOCUMENTS": 2, "TRIES": 1, "LENGTHS": (128,), "DEPTHS": (0.5,)},
 }
-NOT_RUN = pytest.mark.xfail(strict=True, reason="committed without outputs so far; make notebooks makes them")
-COMMITTED = [pytest.param(path, marks=NOT_RUN) if path.stem == "needles_and_lengths" else path for path in NOTEBOOKS]
 MOST_LINES = 5  # of a function that a notebook defines
 
 
@@ -98,7 +96,7 @@ def test_normalising_keeps_what_was_said_and_drops_progress(execute):
     assert "version" not in notebook.metadata.language_info
 
 
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_is_committed_is_whole_small_and_tells_of_no_machine(path):
     assert path.stat().st_size < 400_000
     assert pictures(path) >= 4
