@@ -60,7 +60,7 @@ def searches() -> dict[str, SearchSettings]:
         "narrow_racing": _search(racing=0.9, evolution=EvolutionSettings.paper()),
         "cma_es": _search(method="cma_es", cma_es=CmaEsSettings(population=32, iterations=14)),
         "gradient": _search(**racing, method="gradient", gradient=descent(rounds=2, starts=4, steps=40)),
-        "evolution": _search(**racing, evolution=EvolutionSettings.modelled(iterations=22)),
+        "modelled": _search(**racing, evolution=EvolutionSettings.modelled(iterations=22)),
         "hybrid_third": _search(
             **racing, method="hybrid", gradient=few_steps, evolution=EvolutionSettings.modelled(iterations=19)
         ),

@@ -62,11 +62,7 @@ def promising(state: SearchState, children: SearchState, count: int, goal: float
         goal: score to improve on, nats per token; that of a candidate in the state.
     """
     surrogate = fitted(state)
-    points = features(children) / surrogate.lengths
-    cross = _kernel(points, surrogate.points)
-    mean = surrogate.mean + cross @ surrogate.coefficients
-    half = scipy.linalg.solve_triangular(surrogate.factor, cross.T, lower=True)
-    covariance = _kernel(points, points) - half.T @ half
+    mean, covariance = posterior(surrogate, children)
     goal, chosen = float(np.log(goal - surrogate.best + _RESOLUTION)), list[int]()
     for _ in range(min(count, len(children))):
         deviation = np.sqrt(surrogate.variance * np.maximum(np.diagonal(covariance), 1e-12))
@@ -80,10 +76,15 @@ def promising(state: SearchState, children: SearchState, count: int, goal: float
     return np.array(chosen, int)
 
 
-def expected(surrogate: Surrogate, candidates: SearchState) -> Float[np.ndarray, "P"]:
-    """What their score is expected to be, as log(score - best + `_RESOLUTION`)."""
+def posterior(surrogate: Surrogate, candidates: SearchState) -> tuple[Float[np.ndarray, "P"], Float[np.ndarray, "P P"]]:
+    """What is to be expected of their scores, as log(score - best + `_RESOLUTION`), and its covariance, in units of
+    `variance`.
+    """
     points = features(candidates) / surrogate.lengths
-    return surrogate.mean + _kernel(points, surrogate.points) @ surrogate.coefficients
+    cross = _kernel(points, surrogate.points)
+    explained = scipy.linalg.solve_triangular(surrogate.factor, cross.T, lower=True)
+    covariance = _kernel(points, points) - explained.T @ explained
+    return surrogate.mean + cross @ surrogate.coefficients, covariance
 
 
 def features(candidates: SearchState) -> Float[np.ndarray, "P F"]:

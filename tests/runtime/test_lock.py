@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hurry
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 from runtime.test_processes import free_address
 
@@ -148,7 +149,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
 
 def test_an_object_store_has_none(bucket):
     with lock.hold(bucket), lock.hold(bucket):
-        pass
+        assert not (epath.Path(bucket) / ".lock").exists()
 
 
 def test_a_place_that_is_no_directory_is_told(tmp_path):

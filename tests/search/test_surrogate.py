@@ -35,7 +35,7 @@ def known(count: int, seed: int = 0) -> SearchState:
 
 def test_it_ranks_candidates_that_it_has_not_seen():
     others = candidates(200, seed=1)
-    expected = surrogate.expected(surrogate.fitted(known(200)), others)
+    expected, _ = surrogate.posterior(surrogate.fitted(known(200)), others)
     assert scipy.stats.spearmanr(expected, score(others))[0] > 0.9
 
 
@@ -44,7 +44,7 @@ def test_it_learns_which_pairs_matter():
     assert lengths[MATTERS].max() < lengths[~MATTERS].min()
 
 
-def test_its_expectation_is_the_textbooks():
+def test_its_posterior_is_the_textbooks():
     state, others = known(60), candidates(20, seed=1)
     fitted = surrogate.fitted(state)
     x, y = (surrogate.features(some) / fitted.lengths for some in (state, others))
@@ -55,7 +55,10 @@ def test_its_expectation_is_the_textbooks():
 
     z = np.log(state.nll - state.nll.min() + 0.02)
     weights = np.linalg.solve(kernel(x, x) + fitted.noise * np.eye(60), z - np.median(z))
-    np.testing.assert_allclose(surrogate.expected(fitted, others), np.median(z) + kernel(y, x) @ weights, rtol=1e-6)
+    mean, covariance = surrogate.posterior(fitted, others)
+    np.testing.assert_allclose(mean, np.median(z) + kernel(y, x) @ weights, rtol=1e-6)
+    explained = kernel(y, x) @ np.linalg.solve(kernel(x, x) + fitted.noise * np.eye(60), kernel(x, y))
+    np.testing.assert_allclose(covariance, kernel(y, y) - explained, atol=1e-7)
     assert np.isclose(fitted.variance, (z - np.median(z)) @ weights / 60)
 
 
