@@ -31,7 +31,7 @@ def main(workdir: str) -> None:
     for reach in REACHES:
         rows = []
         for seed in tqdm(SEEDS, desc=f"reach {reach}", unit="search"):
-            state = quickstart.search(replace(settings, seed=seed, evolution=EvolutionSettings(reach=reach)))
+            state = quickstart.search(replace(settings, seed=seed, evolution=EvolutionSettings.paper(reach=reach)))
             judged = quickstart.judge(state.best(), target, JUDGED).ppl
             rows.append([np.exp(state.nll[:EARLY].min()), np.exp(state.nll.min()), judged])
         cells = map(mean_and_range, zip(*rows, strict=True))

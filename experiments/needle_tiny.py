@@ -75,7 +75,7 @@ def get_config(head_dim: str = "32") -> ConfigDict:
                 racing=0.9,
                 ramps=128,
                 gradient=GradientSettings(rounds=2, starts=3, remat="none"),
-                evolution=EvolutionSettings(iterations=9),
+                evolution=EvolutionSettings.paper(reach=4, iterations=9),
             )
         )
     arms = {name: Arm(f"search_{name}") for name in OBJECTIVES} | {"yarn": Arm("yarn_without_temperature")}

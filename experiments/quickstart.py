@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     )
     config.search = section(
         SearchSettings(
-            target_length=1024, documents=5, documents_at_once=5, evolution=EvolutionSettings.paper(iterations=30)
+            target_length=1024, documents=5, racing=0.9, ramps=128, evolution=EvolutionSettings(iterations=22)
         )
     )
     config.evaluate = section(

@@ -38,7 +38,7 @@ from longrope_jax.settings import section
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings
 
-HEAD_DIMS, SEEDS = ("32", "64"), (0, 1, 2, 5)  # 3 and 4 are those on which settings were chosen
+HEAD_DIMS, SEEDS = ("32", "64"), (0, 1, 2, 5, 6, 7)  # 3 and 4 are those on which settings were chosen
 LENGTH = 1024
 GRADIENT_COST = 5.0
 BUDGET = 1344  # of Algorithm 1: P 64 and T 40
@@ -60,15 +60,15 @@ def searches() -> dict[str, SearchSettings]:
         "narrow_racing": _search(racing=0.9, evolution=EvolutionSettings.paper()),
         "cma_es": _search(method="cma_es", cma_es=CmaEsSettings(population=32, iterations=14)),
         "gradient": _search(**racing, method="gradient", gradient=descent(rounds=2, starts=4, steps=40)),
-        "modelled": _search(**racing, evolution=EvolutionSettings.modelled(iterations=22)),
+        "modelled": _search(**racing, evolution=EvolutionSettings(iterations=22)),
         "hybrid_third": _search(
-            **racing, method="hybrid", gradient=few_steps, evolution=EvolutionSettings.modelled(iterations=19)
+            **racing, method="hybrid", gradient=few_steps, evolution=EvolutionSettings(iterations=19)
         ),
         "hybrid": _search(
             **racing,
             method="hybrid",
             gradient=few_steps,
-            evolution=EvolutionSettings.modelled(iterations=19, restarts=4),
+            evolution=EvolutionSettings(iterations=19, restarts=4),
         ),
     }
 

@@ -26,7 +26,7 @@ DOCUMENTS, SEEDS = (1, 2, 5, 10, 20), range(3)
 SCALE, JUDGED = 8, 64
 COLUMNS = ("search perplexity", "evaluation perplexity", "gap", "gain on search documents", "on evaluation documents")
 BUDGETS = dict(
-    evolution=EvolutionSettings(population=32, mutations=8, crossovers=8, parents=16, iterations=6),
+    evolution=EvolutionSettings.paper(reach=4, population=32, mutations=8, crossovers=8, parents=16, iterations=6),
     gradient=GradientSettings(steps=100, starts=1),
 )
 

@@ -283,7 +283,7 @@ def _filled_up(known: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
     filled = dict(known)
     for name, value in defaults.items():
         if name not in known:
-            filled[name] = json.loads(to_json(_plain(value)))
+            filled[name] = json.loads(to_json(_plain(_ONCE.get(name, value))))
         elif is_dataclass(value) and isinstance(known[name], dict):
             filled[name] = _filled_up(known[name], {field.name: getattr(value, field.name) for field in fields(value)})
     return filled
@@ -314,6 +314,9 @@ _HOW = {"attention", "accumulate", "remat"} | {
 
 _GONE = {"islands": 1}
 """Fields of earlier versions, with the value at which they did what is done without them."""
+
+_ONCE = {"mutation": "redraw", "proposals": 1}
+"""Fields with the value that was in effect before they were there, where that is not the default now."""
 
 
 def _summary(finished: epath.Path) -> dict[str, Any]:

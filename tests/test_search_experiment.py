@@ -40,7 +40,7 @@ def config(tmp_path_factory):
         (folder / f"{k}.txt").write_text(". ".join(rng.choices(words, k=rng.randint(80, 200))))
     own = tmp_path_factory.mktemp("own") / "own.json"
     rope.save_factors(own, OWN, original_length=LENGTH, target_length=NEAR)
-    few = EvolutionSettings(population=4, mutations=1, crossovers=1, parents=2, iterations=1)
+    few = EvolutionSettings.paper(population=4, mutations=1, crossovers=1, parents=2, iterations=1)
     sections = dict(
         model=LlamaConfig(vocab_size=258, original_length=LENGTH, **SIZES),
         data=DataSettings(folder=str(folder)),
@@ -163,7 +163,9 @@ def test_a_search_that_ends_in_a_descent_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_work_directory_from_before_the_new_fields_is_accepted(config, finished, tmp_path, monkeypatch):
-    """It had of a search no method, objective, seeds and so on, and of evolution fewer fields."""
+    """It had of a search no method, objective, seeds and so on, and of evolution fewer fields: there was one mutation,
+    and no model of the score.
+    """
     workdir = Path(shutil.copytree(finished, tmp_path / "old"))
     monkeypatch.setattr(search_stage, "run_search", lambda *_: pytest.fail("a finished stage ran again"))
     path = workdir / "stages" / "search_near.begun.json"

@@ -33,12 +33,15 @@ _TRIES = 20  # rounds of calls before a generation is left smaller
 
 @dataclass(frozen=True)
 class EvolutionSettings:
-    """Algorithm 1's numbers and operators; the numbers are the paper's up to 512k tokens (sec. 4.1).
+    """Algorithm 1's numbers and operators; the numbers are the paper's up to 512k tokens (sec. 4.1), and so are the
+    operators of `paper`.
 
-    The reach is wider than the paper's narrowest reading because, of two tiny models extended four times, it took the
-    one with 64 dimensions a head from a search perplexity of 7.31 [7.30, 7.33] to 7.17 [7.14, 7.20] (mean and range of
-    two searches of 1344 candidates on one document of 512 tokens), and the one with 32 from 6.60 [6.59, 6.62] to 6.54
-    [6.42, 6.66], which is no clear difference; the other crossovers showed no gain over that noise.
+    What is the default was measured (docs/results/search.md): most mutations are small, and of sixteen children the one
+    is scored of which a model of the score expects most. The reach is wider than the paper's narrowest reading
+    because, of two tiny models extended four times, it took the one with 64 dimensions a head from a search perplexity
+    of 7.31 [7.30, 7.33] to 7.17 [7.14, 7.20] (mean and range of two searches of 1344 candidates on one document of 512
+    tokens), and the one with 32 from 6.60 [6.59, 6.62] to 6.54 [6.42, 6.66], which is no clear difference; the other
+    crossovers showed no gain over that noise.
 
     Attributes:
         population: P, candidates in population 0, the seeds included.
@@ -61,13 +64,13 @@ class EvolutionSettings:
     crossovers: int = 16
     parents: int = 32
     iterations: int = 40
-    mutation: str = "redraw"
+    mutation: str = "redraw_few"
     mutation_probability: float = 0.3
     reach: int = 4
     crossover: str = "uniform"
     crossover_probability: float = 0.3
     restarts: int = 1
-    proposals: int = 1
+    proposals: int = 16
 
     def __post_init__(self):
         for name in ("population", "parents", "reach", "restarts", "proposals"):
@@ -95,13 +98,6 @@ class EvolutionSettings:
     def released(cls, **changes: Any) -> "EvolutionSettings":
         """LongRoPE's released code (its `dim_mono`): every pair is redrawn, and a crossover is mostly one pair."""
         return cls.paper(**dict(mutation="sweep", crossover="released") | changes)
-
-    @classmethod
-    def modelled(cls, **changes: Any) -> "EvolutionSettings":
-        """Most mutations small, and sixteen children made for each that is scored: on seven of eight tiny models it
-        ends lower than the paper's for a quarter of the cost (experiments/search_comparison.py).
-        """
-        return cls(**{"mutation": "redraw_few", "proposals": 16, **changes})
 
     @property
     def evaluations(self) -> int:

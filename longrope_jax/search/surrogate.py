@@ -14,6 +14,7 @@ import scipy.optimize
 import scipy.stats
 from jaxtyping import Float, Int
 from scipy.spatial.distance import cdist
+from threadpoolctl import threadpool_limits
 
 from longrope_jax.search.candidates import SearchState
 
@@ -48,6 +49,9 @@ class Surrogate(NamedTuple):
     variance: float
 
 
+# BLAS's threads spin while they wait for each other: of matrices with some hundred rows, on two cores that others were
+# using too, two threads took eight times as much of the processor as one.
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def promising(state: SearchState, children: SearchState, count: int, goal: float) -> Int[np.ndarray, "count"]:
     """Rows of the children to score, in the order in which they were chosen.
 

@@ -63,10 +63,12 @@ def test_population_zero_is_the_seeds_as_they_are_and_mutations_of_them():
     assert (state.operator[3:] == 1).all() and set(state.parents[3:, 0]) <= {0, 1, 2}
 
 
-@pytest.mark.parametrize("settings", [EvolutionSettings(), EvolutionSettings.paper(), EvolutionSettings.released()])
+@pytest.mark.parametrize(
+    "settings", [EvolutionSettings(iterations=12), EvolutionSettings.paper(), EvolutionSettings.released()]
+)
 def test_it_finds_a_known_optimum(settings):
     state = run(settings)[-1]
-    assert len(state) == settings.evaluations == 64 + 40 * 32
+    assert len(state) == settings.evaluations == 64 + settings.iterations * 32
     assert state.nll.min() < state.nll[:3].min() / 20
     assert abs(int(state.best().n_hat) - 16) <= 4
     np.testing.assert_allclose(state.best().lam, TARGET, atol=1.0)
@@ -95,9 +97,8 @@ def test_budget_elitism_and_monotone_progress():
 
 @pytest.mark.parametrize("kind", CROSSOVERS)
 def test_crossovers_have_two_different_parents_the_better_first(kind):
-    state = run(EvolutionSettings(population=16, mutations=6, crossovers=6, parents=8, iterations=6, crossover=kind))[
-        -1
-    ]
+    numbers = dict(population=16, mutations=6, crossovers=6, parents=8, iterations=6)
+    state = run(EvolutionSettings.paper(**numbers, crossover=kind))[-1]
     crossed = np.flatnonzero(state.operator == OPERATORS.index("crossover"))
     assert 30 <= len(crossed) <= 6 * 6
     assert len(state) == SETTINGS.evaluations  # mutations take the places of crossovers that bring nothing new
@@ -107,7 +108,7 @@ def test_crossovers_have_two_different_parents_the_better_first(kind):
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_no_candidate_is_scored_twice_and_all_are_valid(mutation):
-    state = run(EvolutionSettings(iterations=15, mutation=mutation))[-1]
+    state = run(EvolutionSettings.paper(iterations=15, mutation=mutation, reach=4))[-1]
     assert len(set(identities(state.genes))) == len(state) == 64 + 15 * 32
     assert (np.diff(state.lam, axis=1) >= 0).all()
     assert state.lam.min() >= SPACE.low and state.lam.max() <= np.float32(SPACE.high)
@@ -122,7 +123,7 @@ def test_it_searches_the_temperature_within_its_bounds():
         extra = 10 * np.abs(np.asarray(factors.mscale, np.float64) - 1.17)  # what matters most
         return scores._replace(nll=scores.nll + extra, documents=scores.documents + extra[:, None])
 
-    state = run(EvolutionSettings(iterations=20), score, space=space)[-1]
+    state = run(EvolutionSettings.paper(iterations=20, reach=4), score, space=space)[-1]
     assert state.mscale.min() >= np.float32(0.9) and state.mscale.max() <= np.float32(1.3)
     assert abs(state.best().mscale - 1.17) < 0.03
 

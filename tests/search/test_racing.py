@@ -1,5 +1,6 @@
 """A race leaves out no one who would have won: on losses that documents, candidates and chance make up."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -126,10 +127,8 @@ def test_newcomers_race_against_the_best_that_were_read_in_full():
 LENGTH, HEAD_DIM, DOCUMENTS, TRIALS = 128, 16, 10, 12
 WEIGHTS = np.full(DOCUMENTS, 1 / DOCUMENTS)
 SPACE = paper_space(8.0, LENGTH)
-SETTINGS = SearchSettings(
-    target_length=8 * LENGTH,
-    evolution=EvolutionSettings(population=32, mutations=12, crossovers=12, parents=16, iterations=8),
-)
+NUMBERS = dict(population=32, mutations=12, crossovers=12, parents=16, iterations=8)
+SETTINGS = SearchSettings(target_length=8 * LENGTH, evolution=EvolutionSettings.paper(**NUMBERS, reach=4))
 TRAINED = rope.Trained(LENGTH, rope.unscaled(HEAD_DIM))
 _, SEEDS = as_genes(paper_seeds(HEAD_DIM, 8 * LENGTH, 1e4, LENGTH, TRAINED, SPACE), SPACE)
 CONFIDENCES = pytest.mark.parametrize("racing", [0.9, 0.99])
@@ -155,10 +154,10 @@ class Simulated:
 
 
 @cache
-def run_simulated(trial, racing):
-    objective = Simulated(trial)
+def run_simulated(trial, racing, evolution=SETTINGS.evolution):
+    objective, settings = Simulated(trial), replace(SETTINGS, evolution=evolution)
     score = score_with(objective, racing)
-    return search(plan(SETTINGS, jax.random.key(trial), SEEDS, SPACE, objective, score, kept=None)), objective.read
+    return search(plan(settings, jax.random.key(trial), SEEDS, SPACE, objective, score, kept=None)), objective.read
 
 
 def until(state, iteration):
@@ -206,11 +205,15 @@ def test_a_race_never_ranks_the_best_out_and_of_who_would_have_entered_hardly_an
     assert entered > 600 and wrongly <= 0.02 * entered
 
 
-@pytest.mark.parametrize(("racing", "share"), [(0.9, 0.5), (0.99, 0.6)])
-def test_a_race_reads_less_and_costs_a_search_nothing_in_what_it_finds(racing, share):
+@pytest.mark.parametrize(
+    ("racing", "share", "evolution"),
+    [(0.9, 0.5, SETTINGS.evolution), (0.99, 0.6, SETTINGS.evolution), (0.9, 0.5, EvolutionSettings(**NUMBERS))],
+    ids=["0.9", "0.99", "0.9 with a model of the score"],
+)
+def test_a_race_reads_less_and_costs_a_search_nothing_in_what_it_finds(racing, share, evolution):
     gains, losses, shares = [], [], []
     for trial in range(TRIALS):
-        (whole, all_read), (raced, read) = run_simulated(trial, 0.0), run_simulated(trial, racing)
+        (whole, all_read), (raced, read) = (run_simulated(trial, given, evolution) for given in (0.0, racing))
         gains.append(whole.nll[:3].min() - whole.nll.min())
         losses.append(raced.nll.min() - whole.nll.min())
         shares.append(read / all_read)
