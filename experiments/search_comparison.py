@@ -2,10 +2,10 @@
 
     python experiments/search_comparison.py runs/comparison
 
-pretrains the quickstart's model with heads of 32 and of 64, three seeds each, searches factors for 8L on every one of
+pretrains the quickstart's model with heads of 32 and of 64, six seeds each, searches factors for 8L on every one of
 them in every way below, on the same five documents, and judges what was found on 64 documents that no search has seen.
 It prints the tables, writes them to runs/comparison/comparison.md, the picture beside it, and goes on where it was
-stopped. About an hour on two cores; results in docs/results/search.md. One model alone is an experiment like any other:
+stopped. Two hours on two cores; results in docs/results/search.md. One model alone is an experiment like any other:
 
     python -m longrope_jax.main --config=experiments/search_comparison.py:64 --workdir=runs/comparison/64_0
 
@@ -42,6 +42,16 @@ HEAD_DIMS, SEEDS = ("32", "64"), (0, 1, 2, 5, 6, 7)  # 3 and 4 are those on whic
 LENGTH = 1024
 GRADIENT_COST = 5.0
 BUDGET = 1344  # of Algorithm 1: P 64 and T 40
+LABELS = {
+    "narrow": "Algorithm 1, narrow",
+    "released": "Algorithm 1, released code",
+    "narrow_racing": "narrow, racing",
+    "cma_es": "CMA-ES",
+    "gradient": "ramps, then gradient",
+    "modelled": "with a model of the score",
+    "hybrid": "hybrid, four starts",
+    "hybrid_third": "hybrid, one start",
+}
 EVOLUTION = ("narrow", "released")
 """Algorithm 1 by its two readings; what others are compared with is the better one of each model."""
 
@@ -140,7 +150,7 @@ def comparison_table(runs: dict[str, dict]) -> str:
         held = np.array([_mean(run["held_out"]) for run in of_all])
         rows.append(
             [
-                name,
+                LABELS[name],
                 f"{np.mean(costs):.0f}",
                 f"{np.exp(scores.mean()):.3f}",
                 f"{np.exp(held.mean()):.3f}",
@@ -165,7 +175,7 @@ def reached_table(runs: dict[str, dict]) -> str:
         reached = run[name]["curve"] <= reference(run)[0]
         return f"{run[name]['costs'][np.argmax(reached)]:.0f}" if reached.any() else "never"
 
-    rows = [[name, *(when(run, name) for run in runs.values())] for name in next(iter(runs.values()))]
+    rows = [[LABELS[name], *(when(run, name) for run in runs.values())] for name in next(iter(runs.values()))]
     return table(["reaches evolution's final score after", *runs], rows)
 
 
@@ -174,7 +184,7 @@ def convergence(runs: dict[str, dict]) -> Figure:
     figure = Figure(figsize=(7.2, 4.2), dpi=140, layout="constrained")
     axes = figure.subplots()
     grid = np.arange(10, BUDGET + 1)
-    for number, name in enumerate(next(iter(runs.values()))):
+    for number, (name, label) in enumerate(LABELS.items()):
         lines = []
         for of_model in runs.values():
             costs, curve = of_model[name]["costs"], of_model[name]["curve"]
@@ -182,10 +192,10 @@ def convergence(runs: dict[str, dict]) -> Figure:
             lines.append(np.where(place < 0, np.nan, curve[np.maximum(place, 0)]) - reference(of_model)[0])
             lines[-1][grid > costs[-1]] = np.nan
         mean = np.mean(lines, axis=0)
-        is_hybrid = name.startswith("hybrid")
+        is_hybrid, is_prefix = name.startswith("hybrid"), name == "hybrid_third"  # its four starts begin with this one
         axes.plot(
-            grid, mean, label=name.replace("_", " "), color=f"C{number}", linewidth=2.2 if is_hybrid else 1.2,
-            zorder=4 if is_hybrid else 2,
+            grid, mean, label=label, color="black" if is_prefix else f"C{number}", linewidth=2.2 if is_hybrid else 1.2,
+            linestyle=":" if is_prefix else "-", zorder=2 + is_hybrid + is_prefix,
         )  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
     axes.axvline(BUDGET / 3, color="black", linewidth=0.8, alpha=0.4)
