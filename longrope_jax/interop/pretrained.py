@@ -20,8 +20,7 @@ from tqdm import tqdm
 from longrope_jax.data.files import fetched
 from longrope_jax.data.subwords import SubwordTokenizer
 from longrope_jax.interop.architectures import Origin, origins, parse_config
-from longrope_jax.interop.gguf import open_gguf
-from longrope_jax.interop.gguf_tokenizer import gguf_tokenizer
+from longrope_jax.interop.gguf import gguf_tokenizer, open_gguf
 from longrope_jax.interop.tensors import FolderTensors, TensorSource
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.sharding import check_mesh, smallest_batch, tree_shardings
