@@ -75,7 +75,7 @@ def find_numbers(
         layout: of the devices.
 
     Returns:
-        The settings with these arms, and the records, as `report_retrieval.summarize_retrieval` wants them.
+        The settings with these arms, and the records, as `report.retrieval.summarize_retrieval` wants them.
 
     Raises:
         ValueError: a length is too short for the prompts, too long for the documents, or beyond the end of a table.
