@@ -29,7 +29,7 @@ def write_comparison(workdirs: Sequence[epath.PathLike], folder: epath.PathLike)
 
     Raises:
         ValueError: fewer than two work directories, one twice, or one that has no finished run; one line.
-        OSError: `folder` can't be written to.
+        OSError: the records of one are damaged, or `folder` can't be written to.
     """
     runs, folder = read_runs(workdirs), epath.Path(folder)
     parts = ["# Comparison\n", _overview(runs)]
