@@ -18,7 +18,7 @@ from longrope_jax.model import Llama
 from longrope_jax.model.config import FLOAT_TYPES
 from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import Layout, MeshSettings
-from longrope_jax.runtime.records import to_json
+from longrope_jax.runtime.records import to_json, write_whole
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -26,8 +26,8 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     try:
         results, table = run(options)
+        write_whole(epath.Path(options.output), to_json(results, indent=1) + "\n")
         if processes.is_first():
-            epath.Path(options.output).write_text(to_json(results, indent=1) + "\n")
             print(table)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

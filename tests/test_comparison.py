@@ -119,13 +119,25 @@ def test_runs_are_named_by_what_their_paths_do_not_share(tmp_path):
     assert [run.name for run in runs] == ["a/x", "b/x"]
 
 
+def without(name):
+    return lambda workdir: (workdir / name).unlink()
+
+
+def with_other(name, content):
+    return lambda workdir: (workdir / name).write_text(content)
+
+
+PART = '{"original_length": 16}'
 BROKEN = {
     "not there": (lambda workdir: os.rename(workdir, f"{workdir}_elsewhere"), "two is not there"),
-    "no report": (lambda workdir: (workdir / "report.json").unlink(), "has no report.json: its experiment has not"),
-    "half a report": (lambda workdir: (workdir / "report.json").write_text('{"a'), "report.json is not JSON"),
-    "another file": (lambda workdir: (workdir / "report.json").write_text("[]"), "report.json has no original_length"),
-    "no config": (lambda workdir: (workdir / "config.json").unlink(), "has no config.json"),
-    "no records": (lambda workdir: (workdir / "evaluation.jsonl").unlink(), "has no records of evaluate"),
+    "no report": (without("report.json"), "has no report.json: its experiment has not"),
+    "half a report": (with_other("report.json", '{"a'), "report.json: Unterminated .*the command of its experiment"),
+    "another file": (with_other("report.json", "[]"), r"report.json: must hold a JSON object, not \[\]"),
+    "a part of a report": (with_other("report.json", PART), "report.json: 'evaluations' is missing; the command"),
+    "no config": (without("config.json"), "has no config.json"),
+    "no records": (without("evaluation.jsonl"), "has no records of evaluate"),
+    "other records": (with_other("evaluation.jsonl", '{"stage": "evaluate"}\n'), "line 1: 'length' is missing"),
+    "another index": (with_other("tokens/data-0123/evaluation.json", "{}"), "evaluation.json: 'shards' is missing"),
 }
 
 
@@ -134,7 +146,7 @@ def test_a_directory_without_a_finished_run_is_refused(tmp_path, damage, message
     write_run(tmp_path / "one", 1)
     write_run(tmp_path / "two", 2)
     damage(tmp_path / "two")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         write_comparison([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -16,7 +16,8 @@ from longrope_jax.comparison import plots as comparison_plots
 from longrope_jax.comparison.runs import Run, other_tokens, read_runs
 from longrope_jax.evaluation.perplexity import compare
 from longrope_jax.markdown import picture, table
-from longrope_jax.page import to_page
+from longrope_jax.report.cells import DIFFERENCES, difference_cell, length_heading, share_cell
+from longrope_jax.report.files import write_pages
 from longrope_jax.runtime.records import flat
 
 _ABSENT = "–"
@@ -28,22 +29,15 @@ def write_comparison(workdirs: Sequence[epath.PathLike], folder: epath.PathLike)
 
     Raises:
         ValueError: fewer than two work directories, one twice, or one that has no finished run; one line.
-        OSError: `folder` can't be written to.
+        OSError: the records of one are damaged, or `folder` can't be written to.
     """
     runs, folder = read_runs(workdirs), epath.Path(folder)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
     parts = ["# Comparison\n", _overview(runs)]
     figures: dict[str, Figure] = {}
     for section, drawn in (_perplexities(runs), _searches(runs), _retrievals(runs), (_configs(runs), {})):
         parts += section
         figures |= drawn
-    for name, figure in figures.items():
-        with (folder / "figures" / f"{name}.png").open("wb") as file:
-            figure.savefig(file)
-    text = "\n".join([*parts, *_seconds(runs)])
-    (folder / "compare.md").write_text(text)
-    (folder / "compare.html").write_text(to_page(text, folder))
-    return folder / "compare.md"
+    return write_pages(folder, "compare", "\n".join([*parts, *_seconds(runs)]), figures)
 
 
 def _stages(runs: Sequence[Run], key: str) -> list[str]:
@@ -54,7 +48,7 @@ def _stages(runs: Sequence[Run], key: str) -> list[str]:
 def _length(n: int, runs: Sequence[Run]) -> str:
     """A length as a column is headed, in L where the runs have one L."""
     originals = {run.report["original_length"] for run in runs}
-    return f"{n} ({n / originals.pop():g}L)" if len(originals) == 1 else str(n)
+    return length_heading(n, originals.pop()) if len(originals) == 1 else str(n)
 
 
 def _overview(runs: Sequence[Run]) -> str:
@@ -133,16 +127,14 @@ def _differences(stage: str, runs: Sequence[Run], arms: Sequence[str]) -> list[s
             for arm, other, both in rows
         ]
         parts += [
-            "Differences in nats per token, negative where the first named is better, paired by document, with 95 % "
-            "intervals, a bootstrap over documents:\n",
+            DIFFERENCES,
             table(["", "", *(_length(n, runs) for n in lengths)], told),
         ]
     return parts
 
 
 def _difference(run: Run, base: Run, stage: str, length: int, arm: str) -> str:
-    found = compare(run.nll[stage][length, arm], base.nll[stage][length, arm])
-    return f"{found.difference:+.4f} [{found.ci95[0]:+.4f}, {found.ci95[1]:+.4f}]"
+    return difference_cell(compare(run.nll[stage][length, arm], base.nll[stage][length, arm])._asdict())
 
 
 def _searches(runs: Sequence[Run]) -> tuple[list[str], dict]:
@@ -208,10 +200,7 @@ def _retrievals(runs: Sequence[Run]) -> tuple[list[str], dict]:
 
 
 def _share(entry: dict[str, Any] | None) -> str:
-    if entry is None:
-        return _ABSENT
-    low, high = entry["ci95"]
-    return f"{entry['hits']} of {entry['tries']} [{100 * low:.0f}, {100 * high:.0f}] %"
+    return _ABSENT if entry is None else share_cell(entry)
 
 
 def _configs(runs: Sequence[Run]) -> list[str]:

@@ -1,16 +1,27 @@
 """Finished work directories, read for a comparison, and whether two of them were judged on the same tokens."""
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from etils import epath
 
 from longrope_jax.evaluation.perplexity import DocumentNll
-from longrope_jax.evaluation.run import recorded_nll
+from longrope_jax.evaluation.run import RECORD, recorded_nll
+from longrope_jax.json_files import Kind, read_object
 from longrope_jax.runtime import records
+
+# What of the files of a run is relied on.
+_REPORT = {
+    "original_length": int,
+    "evaluations": {str: dict},
+    "retrieval": {str: dict},
+    "search": [dict],
+    "seconds": {str: float},
+}
+_RECORD = {name: RECORD[name] for name in ("length", "method", "documents", "nll_sums", "counts")}
+_INDEX = {"shards": [{"sha256": str}]}
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ def read_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
 
     Raises:
         ValueError: there are fewer, one is named twice, or one has no finished run; one line.
+        OSError: records of one are damaged.
     """
     if len(workdirs) < 2:
         raise ValueError(f"a comparison needs at least two work directories, not {len(workdirs)}")
@@ -73,13 +85,13 @@ def _short(paths: Sequence[str]) -> list[str]:
 def _read_run(workdir: epath.Path, name: str) -> Run:
     if not workdir.is_dir():
         raise ValueError(f"work directory {workdir} is not there")
-    report = _object(workdir, "report.json", ("original_length", "evaluations", "retrieval", "search", "seconds"))
-    config = _object(workdir, "config.json", ("stages",))
+    report = _object(workdir, "report.json", _REPORT)
+    config = _object(workdir, "config.json", {"stages": [str]})
     if not any(report[key] for key in ("evaluations", "retrieval", "search")):
         raise ValueError(f"work directory {workdir} has nothing to compare: no evaluate, retrieval or search stage")
     nll: dict[str, dict[tuple[int, str], DocumentNll]] = {}
     names: dict[str, list[str]] = {}
-    for record in records.read(workdir / "evaluation.jsonl"):
+    for record in records.read(workdir / "evaluation.jsonl", _RECORD):
         nll.setdefault(record["stage"], {})[record["length"], record["method"]] = recorded_nll(record)
         names[record["stage"]] = record["documents"]
     for stage in report["evaluations"]:
@@ -91,20 +103,16 @@ def _read_run(workdir: epath.Path, name: str) -> Run:
     # Folders are called after the section and a hash: data-cd02ac3a813a.
     text = {path.parent.name.rsplit("-", 1)[0]: path for path in workdir.glob("tokens/*-*/evaluation.json")}
     hashes = {
-        section: [shard["sha256"] for shard in json.loads(path.read_text())["shards"]] for section, path in text.items()
+        section: [shard["sha256"] for shard in read_object(path, _INDEX)["shards"]] for section, path in text.items()
     }
     return Run(name, workdir, config, report, nll, names, hashes)
 
 
-def _object(workdir: epath.Path, name: str, keys: Sequence[str]) -> dict[str, Any]:
+def _object(workdir: epath.Path, name: str, fields: Mapping[str, Kind]) -> dict[str, Any]:
     path = workdir / name
     if not path.exists():
         raise ValueError(f"work directory {workdir} has no {name}: its experiment has not finished")
     try:
-        content = json.loads(path.read_text())
+        return read_object(path, fields)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}; the command of its experiment writes a new one")
-    return content
+        raise ValueError(f"{error}; the command of its experiment writes a new one") from None

@@ -14,6 +14,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array, Float, Int
 
+from longrope_jax.data.windows import Windows
 from longrope_jax.model import Llama
 from longrope_jax.model.sharding import constrain
 from longrope_jax.rope import RopeFactors
@@ -128,6 +129,13 @@ def by_file(nll: DocumentNll, names: Sequence[str]) -> DocumentNll:
     files, which = np.unique(names, return_inverse=True)
     counts = np.bincount(which, weights=nll.counts, minlength=len(files)).astype(int)
     return DocumentNll(np.bincount(which, weights=nll.sums, minlength=len(files)), counts)
+
+
+def nll_by_file(
+    model: Llama, layout: Layout, params: dict, factors: RopeFactors, windows: Windows, length: int
+) -> DocumentNll:
+    """`token_nll` of windows of text, cut into disjoint ones of `length` tokens, summed by the files they are from."""
+    return by_file(by_document(token_nll(model, layout, params, factors, windows.tokens, length)), windows.names)
 
 
 def by_position(nll: Float[np.ndarray, "N T"], buckets: int) -> Float[np.ndarray, "buckets"]:

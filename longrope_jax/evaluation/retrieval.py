@@ -123,8 +123,7 @@ def run_retrieval(
         preemption.Preempted: the process was asked to stop; finished records are kept.
     """
     path = workdir / "retrieval.jsonl"
-    records.keep(path, lambda record: True, RECORD)  # drops a line cut off by a kill
-    done = {(r["method"], r["length"], r["depth"]): r for r in records.read(path, RECORD) if r["stage"] == stage}
+    done = {(r["method"], r["length"], r["depth"]): r for r in records.resume(path, stage, RECORD)}
     # Arm by arm, so that only one model's parameters are in memory.
     wanted = [
         (name, length, depth)

@@ -1,4 +1,4 @@
-"""The evaluation stage: models and factors side by side, at every length, on the same documents."""
+"""Perplexity of models and factors side by side, at every length on the same documents, as records in a file."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -46,9 +46,9 @@ class Arm:
     model: str = ""
 
 
-def published_arms(model: str = "") -> dict[str, Arm]:
-    """The published methods, on one model."""
-    return {name: Arm(name, model) for name in (*METHODS, "dynamic_ntk")}
+def published_arms() -> dict[str, Arm]:
+    """The published methods, on the latest model."""
+    return {name: Arm(name) for name in (*METHODS, "dynamic_ntk")}
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,7 @@ def run_evaluation(
     target = max(settings.lengths)
     windows = fixed_windows(documents, target, settings.documents, settings.seed)
 
-    records.keep(path, lambda record: True, RECORD)  # drops a line cut off by a kill
-    done = {(r["length"], r["method"]): r for r in records.read(path, RECORD) if r["stage"] == stage}
+    done = {(r["length"], r["method"]): r for r in records.resume(path, stage, RECORD)}
     # Arm by arm, so that only one model's parameters are in memory.
     wanted = [(length, name) for name in by_model(settings.arms) for length in sorted(settings.lengths)]
     with (

@@ -11,7 +11,7 @@ from etils import epath
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.data.windows import Windows
-from longrope_jax.evaluation.perplexity import DocumentNll, by_document, by_file, token_nll
+from longrope_jax.evaluation.perplexity import DocumentNll, nll_by_file
 from longrope_jax.evaluation.retrieval import RetrievalSettings, run_retrieval
 from longrope_jax.evaluation.run import Arm, Subject
 from longrope_jax.model import Llama
@@ -46,10 +46,7 @@ def nll_by_length(
     with layout.active():
         return {
             length: {
-                name: by_file(
-                    by_document(token_nll(model, layout, params, _at(arm, length), windows.tokens, length)),
-                    windows.names,
-                )
+                name: nll_by_file(model, layout, params, _at(arm, length), windows, length)
                 for name, arm in arms.items()
             }
             for length in lengths
@@ -75,7 +72,7 @@ def find_numbers(
         layout: of the devices.
 
     Returns:
-        The settings with these arms, and the records, as `report_retrieval.summarize_retrieval` wants them.
+        The settings with these arms, and the records, as `report.retrieval.summarize_retrieval` wants them.
 
     Raises:
         ValueError: a length is too short for the prompts, too long for the documents, or beyond the end of a table.

@@ -8,15 +8,7 @@ import numpy as np
 
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.windows import Windows, fixed_windows
-from longrope_jax.evaluation.perplexity import (
-    Comparison,
-    Perplexity,
-    by_document,
-    by_file,
-    compare,
-    perplexity,
-    token_nll,
-)
+from longrope_jax.evaluation.perplexity import Comparison, Perplexity, compare, nll_by_file, perplexity
 from longrope_jax.model import Llama
 from longrope_jax.rope import FactorTable
 from longrope_jax.runtime.mesh import Layout
@@ -113,12 +105,11 @@ def substitution_cost(
 ) -> list[Cost]:
     """Perplexity with both tables on the same windows, by length. Costs two evaluations of every window."""
     costs = []
-    for length, (tokens, names, _) in windows.items():
+    for length, chosen in windows.items():
         with_found, with_others = (
-            by_file(by_document(token_nll(model, layout, params, table.select(length), tokens, length)), names)
-            for table in (found, others)
+            nll_by_file(model, layout, params, table.select(length), chosen, length) for table in (found, others)
         )
-        difference = compare(with_others, with_found)
+        difference, names = compare(with_others, with_found), chosen.names
         costs.append(
             Cost(length, perplexity(with_found), perplexity(with_others), difference, len(names), len(set(names)))
         )

@@ -172,7 +172,7 @@ def export_checkpoint(
     dtype = dtype or config.param_dtype
     content = huggingface_config(config, table, architecture, dtype, tokenizer)
     folder = epath.Path(folder)
-    check_replaceable(folder)
+    _check_replaceable(folder)
     partial = folder.parent / (folder.name + PARTIAL)
     files = {
         "config.json": _json(content),
@@ -199,7 +199,7 @@ def export_checkpoint(
     processes.wait_for_all(f"export {folder.name}")
 
 
-def check_replaceable(folder: epath.Path) -> None:
+def _check_replaceable(folder: epath.Path) -> None:
     """Raises ValueError if something is there that is neither empty nor a model's folder."""
     is_model = folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
     if folder.exists() and not is_model:

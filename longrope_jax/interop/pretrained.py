@@ -1,6 +1,5 @@
 """Pretrained models: a Hugging Face folder or a GGUF file -> config, parameters, tokenizer and factors by length."""
 
-import json
 import math
 import mmap
 from collections.abc import Iterator
@@ -17,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxtyping import Array
 from tqdm import tqdm
 
+from longrope_jax import json_files
 from longrope_jax.data.files import fetched
 from longrope_jax.data.subwords import SubwordTokenizer
 from longrope_jax.interop.architectures import Origin, origins, parse_config
-from longrope_jax.interop.gguf import open_gguf
-from longrope_jax.interop.gguf_tokenizer import gguf_tokenizer
+from longrope_jax.interop.gguf import gguf_tokenizer, open_gguf
 from longrope_jax.interop.tensors import FolderTensors, TensorSource
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.sharding import check_mesh, smallest_batch, tree_shardings
@@ -167,11 +166,9 @@ def _open(path: epath.Path) -> tuple[dict[str, Any], Any]:
     if not path.is_dir():
         raise ValueError(f"{path} is neither a folder nor a .gguf file; pickled weights are not read")
     try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        config = json_files.read_object(path / "config.json")
+    except OSError as error:
         raise ValueError(f"{path / 'config.json'} can't be read: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path / 'config.json'} must hold an object")
     return config, lambda: FolderTensors(path)
 
 

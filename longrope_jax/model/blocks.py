@@ -1,4 +1,4 @@
-"""What the attention backends share: tokens, arrays cut in blocks of tokens, and which blocks see each other."""
+"""What all attention shares, that of the cache too: arrays by head and in blocks of tokens, and who sees whom."""
 
 from functools import partial
 from typing import NamedTuple
@@ -60,7 +60,7 @@ def correction(d_out: Float[Array, "*rows D"], out: Float[Array, "*rows D"]) -> 
 
 
 def by_token(out: Float[Array, "B K G N D"], length: int) -> Float[Array, "B T H D"]:
-    """Undoes what `in_blocks` does to queries."""
+    """Undoes what `in_blocks` and `by_kv_head` do to queries, for those of `length` tokens."""
     batch, kv_heads, groups, _, dim = out.shape
     return out[..., :length, :].transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * groups, dim)
 

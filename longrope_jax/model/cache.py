@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from longrope_jax.model.blocks import MASKED, by_kv_head, by_token, product
 from longrope_jax.model.config import LlamaConfig
 from longrope_jax.model.sharding import constrain, partition_spec, shards
 
 BLOCK = 256  # slots that are dealt out, and read, together
 READS = 8  # as many blocks are read at a time where queries are few, else a step would be all loop on an accelerator
-_MASKED = -1e30  # finite: a block whose every score is masked must not make NaN
 
 
 class Cache(NamedTuple):
@@ -116,9 +116,9 @@ def _share(devices: int, memory: Memory, query: Array, key: Array, value: Array,
 
 def _mix(devices: int, device, keys: Array, values: Array, layer, query: Array, positions: Array) -> Array:
     """float32[B, C, H, D] over the slots of all devices: each goes through its own, with an online softmax."""
-    batch, tokens, heads, dim = query.shape
+    batch, tokens, _, dim = query.shape
     held, kv_heads = keys.shape[2] // BLOCK, keys.shape[3]
-    query = query.reshape(batch, tokens, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    query = by_kv_head(query, kv_heads)
 
     def for_slots(blocks, j, carry):
         mixed, total, highest = carry
@@ -132,19 +132,19 @@ def _mix(devices: int, device, keys: Array, values: Array, layer, query: Array, 
 
         which = (j * blocks + jnp.arange(blocks)) * devices + device
         at = (which[:, None] * BLOCK + jnp.arange(BLOCK)).reshape(-1)
-        scores = _product("bkgcd,bskd->bkgcs", query, read(keys)) * dim**-0.5
-        scores = jnp.where((at <= positions[..., None])[:, None, None], scores, _MASKED)
+        scores = product("bkgcd,bskd->bkgcs", query, read(keys)) * dim**-0.5
+        scores = jnp.where((at <= positions[..., None])[:, None, None], scores, MASKED)
         new_highest = jnp.maximum(highest, scores.max(-1))
         weights = jnp.exp(scores - new_highest[..., None])
         shrink = jnp.exp(highest - new_highest)
         total = total * shrink + weights.sum(-1)
-        part = _product("bkgcs,bskd->bkgcd", weights.astype(values.dtype), read(values))
+        part = product("bkgcs,bskd->bkgcd", weights.astype(values.dtype), read(values))
         return mixed * shrink[..., None] + part, total, new_highest
 
     # Own blocks up to the one with the last query's slot.
     used = jnp.clip((positions.max() // BLOCK - device) // devices + 1, 0, held)
     rows = query.shape[:-1]
-    start = jnp.zeros(query.shape, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, _MASKED, jnp.float32)
+    start = jnp.zeros(query.shape, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, MASKED, jnp.float32)
     # Never all at once: XLA would take that read out of the loop, and copy the whole cache in every layer for it.
     together = min(max(1, READS // tokens), held - 1)
     many = jax.lax.fori_loop(0, used // together, partial(for_slots, together), start)
@@ -153,8 +153,4 @@ def _mix(devices: int, device, keys: Array, values: Array, layer, query: Array, 
         # Who has seen nothing has summed up what is masked, and has a share of zero.
         share = jnp.exp(highest - jax.lax.pmax(highest, "seq"))
         mixed, total = jax.lax.psum((mixed * share[..., None], total * share), "seq")
-    return (mixed / total[..., None]).transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, dim)
-
-
-def _product(subscripts: str, left: Array, right: Array) -> Array:
-    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+    return by_token(mixed / total[..., None], tokens)

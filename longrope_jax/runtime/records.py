@@ -68,6 +68,17 @@ def keep(path: epath.Path, wanted: Callable[[Record], bool], fields: Mapping[str
         write_whole(path, "".join(to_json(record) + "\n" for record in read(path, fields) if wanted(record)))
 
 
+def of_stage(path: epath.Path, stage: str, fields: Mapping[str, Kind]) -> list[Record]:
+    """The complete records of one stage, see `read`."""
+    return [record for record in read(path, fields) if record["stage"] == stage]
+
+
+def resume(path: epath.Path, stage: str, fields: Mapping[str, Kind]) -> list[Record]:
+    """The same for a process that goes on with them: a last line that a kill cut off is removed from the file."""
+    keep(path, lambda record: True, fields)
+    return of_stage(path, stage, fields)
+
+
 def to_json(content: Any, indent: int | None = None) -> str:
     """JSON that every reader accepts: it has no infinity and no nan, null says that there is no number."""
     return json.dumps(finite(content), indent=indent, allow_nan=False)

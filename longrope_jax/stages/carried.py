@@ -1,6 +1,5 @@
 """What stages hand on: models, factors and results, found again by the names of the stages that made them."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +11,7 @@ from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.evaluation.run import EvaluationSettings
 from longrope_jax.model import Llama
-from longrope_jax.rope import FactorTable, RopeFactors, Trained, extend, load_factors, save_factors, unscaled
-from longrope_jax.runtime import processes, records
+from longrope_jax.rope import FactorTable, RopeFactors, Trained, extend, unscaled
 from longrope_jax.runtime.mesh import Layout
 
 BEST_SEED = "_best_seed"
@@ -104,28 +102,3 @@ class Carried:
         else:
             fixed = extend(name, trained, target, config.head_dim, config.rope_theta)
         return lambda length: fixed
-
-
-def save_stage_factors(carried: Carried, name: str, factors: RopeFactors, target: int, **metadata: Any) -> None:
-    """Writes `factors/<stage>.json`, for windows of up to `target` tokens."""
-    config = carried.model.config
-    if not processes.is_first():
-        return
-    (carried.workdir / "factors").mkdir(exist_ok=True)
-    save_factors(
-        carried.workdir / "factors" / f"{name}.json",
-        factors,
-        **records.finite(metadata),
-        stage=name,
-        model=dataclasses.asdict(config),
-        original_length=config.original_length,
-        target_length=target,
-    )
-
-
-def load_stage_factors(carried: Carried, name: str) -> RopeFactors:
-    """What `save_stage_factors` wrote; raises LookupError if it is gone."""
-    path = carried.workdir / "factors" / f"{name}.json"
-    if not path.exists():
-        raise LookupError(f"{path} is gone")
-    return load_factors(path, carried.model.config.head_dim)

@@ -20,16 +20,9 @@ from longrope_jax.rope.huggingface import DROPPABLE
 from longrope_jax.runtime import processes, records
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.stages.carried import Carried
-from longrope_jax.stages.kind import (
-    Before,
-    LoadSettings,
-    Stage,
-    TableSettings,
-    factors_target,
-    model_stage,
-    nothing,
-    sources,
-)
+from longrope_jax.stages.kind import Stage, nothing
+from longrope_jax.stages.references import Before, factors_target, model_stage, sources
+from longrope_jax.stages.settings import LoadSettings, TableSettings
 
 # What a card tells of a stage's summary, as far as it has it, and what it leaves out of its settings.
 _RESULTS = ("parameters", "evaluations", "best_nll", "seconds")

@@ -9,9 +9,11 @@ from longrope_jax.data.windows import fixed_windows
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, RopeFactors, Trained
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.stages.carried import Carried, load_stage_factors, save_stage_factors
-from longrope_jax.stages.kind import Before, Stage, factors_target, model_stage, sources
+from longrope_jax.stages.carried import Carried
+from longrope_jax.stages.kept_factors import load_stage_factors, save_stage_factors
+from longrope_jax.stages.kind import Stage
 from longrope_jax.stages.programs import finetune_programs
+from longrope_jax.stages.references import Before, factors_target, model_stage, sources
 from longrope_jax.training.finetune import FinetuneSettings, finetune
 from longrope_jax.training.loop import load_params
 

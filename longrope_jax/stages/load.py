@@ -12,7 +12,9 @@ from longrope_jax.interop.pretrained import read_params
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import Trained
 from longrope_jax.stages.carried import Carried
-from longrope_jax.stages.kind import Before, LoadSettings, Stage, nothing
+from longrope_jax.stages.kind import Stage, nothing
+from longrope_jax.stages.references import Before
+from longrope_jax.stages.settings import LoadSettings
 
 
 def _check_load(settings: LoadSettings, config: LlamaConfig, before: Before) -> None:

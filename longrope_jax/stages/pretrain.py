@@ -8,8 +8,9 @@ from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import Trained, unscaled
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.stages.carried import Carried
-from longrope_jax.stages.kind import Before, Stage
+from longrope_jax.stages.kind import Stage
 from longrope_jax.stages.programs import pretrain_programs
+from longrope_jax.stages.references import Before
 from longrope_jax.training.loop import load_params
 from longrope_jax.training.pretrain import PretrainSettings, pretrain
 

@@ -1,28 +1,25 @@
 """The stage `retrieval`: does a model find what it read a long time ago?"""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from longrope_jax.data.corpus import Document
 from longrope_jax.evaluation.retrieval import RECORD, RetrievalSettings, make_prompts, run_retrieval
-from longrope_jax.evaluation.run import Subject
 from longrope_jax.model import LlamaConfig
-from longrope_jax.runtime import records
-from longrope_jax.stages.carried import DYNAMIC, Carried
-from longrope_jax.stages.kind import Before, Stage, factors_target, model_stage, nothing, sources
+from longrope_jax.stages.arms import arm_inputs, arm_targets, finished_records, subjects
+from longrope_jax.stages.carried import Carried
+from longrope_jax.stages.kind import Stage, nothing
 from longrope_jax.stages.programs import retrieval_programs
+from longrope_jax.stages.references import Before
 
 
 def _check_retrieval(settings: RetrievalSettings, config: LlamaConfig, before: Before) -> None:
     longest = max(settings.lengths)
-    for name, arm in settings.arms.items():
-        model_stage(arm.model, before, f"arms.{name}.model")
-        target = factors_target(arm.factors, before, f"arms.{name}.factors", more=(DYNAMIC,))
+    for name, target in arm_targets(settings, before).items():
         if target is not None and longest > target:
             raise ValueError(
                 f"lengths = {settings.lengths} goes beyond {target}, up to which arms.{name}.factors = "
-                f"{arm.factors!r} is good"
+                f"{settings.arms[name].factors!r} is good"
             )
 
 
@@ -41,28 +38,16 @@ def _splits(settings: RetrievalSettings) -> tuple[str, ...]:
 
 
 def _run_retrieval(settings: RetrievalSettings, carried: Carried, name: str) -> dict[str, Any]:
-    longest = max(settings.lengths)
-    subjects = {
-        arm_name: Subject(partial(carried.params, arm.model), carried.source(arm.factors, arm.model, longest))
-        for arm_name, arm in settings.arms.items()
-    }
-    documents = _documents(settings, carried)
+    documents, judged = _documents(settings, carried), subjects(settings, carried)
     made = run_retrieval(
-        carried.model, carried.layout, subjects, settings, carried.tokenizer, documents, carried.workdir, name
+        carried.model, carried.layout, judged, settings, carried.tokenizer, documents, carried.workdir, name
     )
     return {"lengths": list(settings.lengths), "seconds": sum(record["seconds"] for record in made)}
 
 
 def _load_retrieval(settings: RetrievalSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
-    made = [record for record in records.read(carried.workdir / "retrieval.jsonl", RECORD) if record["stage"] == name]
-    if len(made) < len(settings.arms) * len(settings.lengths) * len(settings.places):
-        raise LookupError(f"{carried.workdir / 'retrieval.jsonl'} has lost records of it")
-    carried.retrievals[name] = settings, made
-
-
-def _inputs(settings: RetrievalSettings, before: Before) -> list[str]:
-    models = {model_stage(arm.model, before) for arm in settings.arms.values()}
-    return sorted(models | set(sources(tuple(arm.factors for arm in settings.arms.values()), before)))
+    count = len(settings.arms) * len(settings.lengths) * len(settings.places)
+    carried.retrievals[name] = settings, finished_records(carried.workdir / "retrieval.jsonl", name, RECORD, count)
 
 
 RETRIEVAL = Stage(
@@ -72,7 +57,7 @@ RETRIEVAL = Stage(
     nothing,  # generation fills up batches that don't fit the mesh
     _run_retrieval,
     _load_retrieval,
-    inputs=_inputs,
+    inputs=arm_inputs,
     programs=retrieval_programs,
     splits=_splits,
 )

@@ -13,9 +13,11 @@ from longrope_jax.search.run import run_search
 from longrope_jax.search.seeds import rescaled
 from longrope_jax.search.settings import SearchSettings, SeedSettings
 from longrope_jax.search.terms import make_terms
-from longrope_jax.stages.carried import BEST_SEED, Carried, load_stage_factors, save_stage_factors
-from longrope_jax.stages.kind import Before, Stage, factors_target, is_stage, model_stage, sources
+from longrope_jax.stages.carried import BEST_SEED, Carried
+from longrope_jax.stages.kept_factors import load_stage_factors, save_stage_factors
+from longrope_jax.stages.kind import Stage
 from longrope_jax.stages.programs import search_programs
+from longrope_jax.stages.references import Before, factors_target, is_stage, model_stage, sources
 
 
 def _check_search(settings: SearchSettings, config: LlamaConfig, before: Before) -> None:

@@ -1,13 +1,14 @@
 """The stage `table`: which factors a sequence gets by its length."""
 
-import dataclasses
 from typing import Any
 
 from longrope_jax.model import LlamaConfig
-from longrope_jax.rope import FactorTable, load_table, save_table
-from longrope_jax.runtime import processes
+from longrope_jax.rope import FactorTable
 from longrope_jax.stages.carried import Carried
-from longrope_jax.stages.kind import Before, Stage, TableSettings, factors_target, model_stage, nothing, sources
+from longrope_jax.stages.kept_factors import load_stage_table, save_stage_table
+from longrope_jax.stages.kind import Stage, nothing
+from longrope_jax.stages.references import Before, factors_target, model_stage, sources
+from longrope_jax.stages.settings import TableSettings
 
 
 def _check_table(settings: TableSettings, config: LlamaConfig, before: Before) -> None:
@@ -25,24 +26,18 @@ def _run_table(settings: TableSettings, carried: Carried, name: str) -> dict[str
         length: carried.source(source, settings.model, length)(length)
         for length, source in zip(settings.lengths, settings.factors, strict=True)
     }
-    if processes.is_first():
-        (carried.workdir / "factors").mkdir(exist_ok=True)
-        save_table(
-            carried.workdir / "factors" / f"{name}.json",
-            FactorTable.of(entries),
-            stage=name,
-            model=dataclasses.asdict(carried.model.config),
-            model_stage=carried.model_stage(settings.model),
-            sources=dict(zip(map(str, settings.lengths), settings.factors, strict=True)),
-        )
+    save_stage_table(
+        carried,
+        name,
+        FactorTable.of(entries),
+        model_stage=carried.model_stage(settings.model),
+        sources=dict(zip(map(str, settings.lengths), settings.factors, strict=True)),
+    )
     return {"lengths": list(settings.lengths), "seconds": 0.0}
 
 
 def _load_table(settings: TableSettings, carried: Carried, name: str, summary: dict[str, Any]) -> None:
-    path = carried.workdir / "factors" / f"{name}.json"
-    if not path.exists():
-        raise LookupError(f"{path} is gone")
-    carried.factors[name] = load_table(path, carried.model.config.head_dim)
+    carried.factors[name] = load_stage_table(carried, name)
 
 
 TABLE = Stage(

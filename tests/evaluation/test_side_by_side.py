@@ -10,7 +10,7 @@ from longrope_jax.evaluation.perplexity import token_nll
 from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.evaluation.side_by_side import find_numbers, nll_by_length
 from longrope_jax.model import Llama, LlamaConfig
-from longrope_jax.report_retrieval import summarize_retrieval
+from longrope_jax.report.retrieval import summarize_retrieval
 from longrope_jax.rope import FactorTable
 from longrope_jax.runtime.mesh import Layout
 

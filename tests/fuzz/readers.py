@@ -38,7 +38,7 @@ from longrope_jax.evaluation import retrieval
 from longrope_jax.evaluation.run import recorded_nll
 from longrope_jax.interop import load_tokenizer
 from longrope_jax.interop.factor_files import read_factors
-from longrope_jax.interop.gguf_tokenizer import gguf_tokenizer
+from longrope_jax.interop.gguf import gguf_tokenizer
 from longrope_jax.interop.pretrained import describe_pretrained, read_params, stored_dtype
 from longrope_jax.interop.tensors import FolderTensors
 from longrope_jax.interop.tokenizer_files import tokenizer_files

@@ -6,7 +6,7 @@ import pytest
 import tiny_gguf as tiny
 from gguf import GGMLQuantizationType as Type
 
-from longrope_jax.interop.gguf import open_gguf
+from longrope_jax.interop.gguf import checkpoint, open_gguf
 
 WEIGHTS = tiny.make_weights()
 QUERY, KEY = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"
@@ -124,11 +124,9 @@ def test_a_part_of_a_vector(plain):
 
 
 def test_large_tensors_are_dequantised_piece_by_piece(plain, monkeypatch):
-    monkeypatch.setattr("longrope_jax.interop.gguf._CHUNK", 5 * tiny.HIDDEN)
+    monkeypatch.setattr(checkpoint, "_CHUNK", 5 * tiny.HIDDEN)
     sizes = []
-    monkeypatch.setattr(
-        "longrope_jax.interop.gguf.dequantize", lambda rows, kind: sizes.append(len(rows)) or rows.view(np.float32)
-    )
+    monkeypatch.setattr(checkpoint, "dequantize", lambda rows, kind: sizes.append(len(rows)) or rows.view(np.float32))
     _, source = open_gguf(plain)
     sizes.clear()
     np.testing.assert_array_equal(source.read(QUERY), WEIGHTS[QUERY])
@@ -138,9 +136,7 @@ def test_large_tensors_are_dequantised_piece_by_piece(plain, monkeypatch):
 def test_a_part_costs_only_its_rows(plain, monkeypatch):
     sizes = []
     _, source = open_gguf(plain)
-    monkeypatch.setattr(
-        "longrope_jax.interop.gguf.dequantize", lambda rows, kind: sizes.append(len(rows)) or rows.view(np.float32)
-    )
+    monkeypatch.setattr(checkpoint, "dequantize", lambda rows, kind: sizes.append(len(rows)) or rows.view(np.float32))
     source.read(QUERY, (slice(8, 16), slice(None)))
     assert sum(sizes) == 8
 

@@ -211,7 +211,7 @@ def test_what_is_wrong_with_a_config_is_told_with_its_path(tmp_path):
         describe_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize(("content", "told"), [("[1]", "must hold an object"), ("{", "can't be read")])
+@pytest.mark.parametrize(("content", "told"), [("[1]", "must hold a JSON object"), ("{", "Expecting")])
 def test_a_config_that_is_no_object_is_refused(tmp_path, content, told):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=f"config.json.* {told}"):

@@ -10,8 +10,7 @@ import tiny_gguf as tiny
 from gguf import GGMLQuantizationType as Type
 
 from longrope_jax.interop import load_pretrained
-from longrope_jax.interop.gguf import open_gguf
-from longrope_jax.interop.gguf_tokenizer import gguf_tokenizer
+from longrope_jax.interop.gguf import gguf_tokenizer, open_gguf
 from longrope_jax.model import Llama
 from longrope_jax.model.decode import complete
 

@@ -9,8 +9,8 @@ from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.evaluation.run import Arm
 from longrope_jax.model import LlamaConfig
 from longrope_jax.search.settings import SearchSettings
-from longrope_jax.stages.kind import TableSettings
 from longrope_jax.stages.retrieval import RETRIEVAL
+from longrope_jax.stages.settings import TableSettings
 from longrope_jax.training.pretrain import PretrainSettings
 
 CONFIG = LlamaConfig.preset("tiny")

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from longrope_jax.markdown import picture, table
-from longrope_jax.page import to_page
+from longrope_jax.report.page import to_page
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from longrope_jax import plots
 from longrope_jax.evaluation.retrieval import RetrievalSettings, accuracy
 from longrope_jax.markdown import picture, table
+from longrope_jax.report.cells import share_cell
 
 Records = list[dict[str, Any]]
 
@@ -47,17 +48,12 @@ def retrieval_figure(summary: dict[str, Any], original_length: int) -> Figure:
     return plots.retrieval_heatmap(grids, lengths, [float(depth) for depth in depths])
 
 
-def retrieval_section(stage: str, summary: dict[str, Any], figure: str) -> list[str]:
-    """The section of a report."""
+def retrieval_section(stage: str, summary: dict[str, Any]) -> list[str]:
+    """The section of a report; its figure is named like the stage."""
     found = summary["accuracy"]
     lengths = list(next(iter(found.values())))
-
-    def cell(entry):
-        low, high = entry["ci95"]
-        return f"{entry['hits']} of {entry['tries']} [{100 * low:.0f}, {100 * high:.0f}] %"
-
     rows = [
-        [plots.label(arm), *(cell(by_length[length]) for length in lengths)]
+        [plots.label(arm), *(share_cell(by_length[length]) for length in lengths)]
         for arm, by_length in ((arm, found[arm]) for arm in plots.ordered(found))
     ]
     return [
@@ -65,5 +61,5 @@ def retrieval_section(stage: str, summary: dict[str, Any], figure: str) -> list[
         "How often the first number in a greedy continuation was the hidden one; lengths are tokens of prompt and "
         f"answer together; 95 % Wilson intervals; seed {summary['seed']}.\n",
         table(["", *lengths], rows),
-        picture("numbers found", figure),
+        picture("numbers found", stage),
     ]

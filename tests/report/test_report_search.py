@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from longrope_jax import plots
-from longrope_jax.report_search import search_figures, search_section
+from longrope_jax.report.search import search_figures, search_section
 
 SUMMARY = dict(
     stage="search_4x",

@@ -9,8 +9,8 @@ from gguf import TokenType
 from tokenizers import AddedToken, Tokenizer, processors
 
 from longrope_jax.data.subwords import SubwordTokenizer
-from longrope_jax.interop.gguf_bpe import PREFIX, build, read_list
-from longrope_jax.interop.gguf_file import read_gguf
+from longrope_jax.interop.gguf.bpe import PREFIX, build, read_list
+from longrope_jax.interop.gguf.file import read_gguf
 
 # How llama.cpp and Hugging Face call tokens with a meaning; the last two only end a text.
 _MEANINGS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "eot": None, "eom": None}

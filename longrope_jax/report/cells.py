@@ -1,0 +1,25 @@
+"""How the tables of reports show a length, a difference and a share; and what they say of differences."""
+
+from collections.abc import Mapping
+from typing import Any
+
+DIFFERENCES = (
+    "Differences in nats per token, negative where the first named is better, paired by document, with 95 % "
+    "intervals, a bootstrap over documents:\n"
+)
+
+
+def length_heading(length: int, original_length: int) -> str:
+    """A length (tokens) and how many original lengths it is."""
+    return f"{length} ({length / original_length:g}L)"
+
+
+def difference_cell(compared: Mapping[str, Any]) -> str:
+    """A difference and its interval, of the fields of an `evaluation.perplexity.Comparison`."""
+    return "{difference:+.4f} [{ci95[0]:+.4f}, {ci95[1]:+.4f}]".format(**compared)
+
+
+def share_cell(found: Mapping[str, Any]) -> str:
+    """How many of the tries were hits, and the interval of their share."""
+    low, high = found["ci95"]
+    return f"{found['hits']} of {found['tries']} [{100 * low:.0f}, {100 * high:.0f}] %"

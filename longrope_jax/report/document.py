@@ -1,0 +1,132 @@
+"""The report of a run, put together from what its stages have to say."""
+
+from typing import Any
+
+from etils import epath
+from matplotlib.figure import Figure
+
+from longrope_jax import plots
+from longrope_jax.evaluation.retrieval import RetrievalSettings
+from longrope_jax.evaluation.run import EvaluationSettings
+from longrope_jax.evaluation.substitution import Cost
+from longrope_jax.interop.model_card import cost_table
+from longrope_jax.markdown import picture, table
+from longrope_jax.model import LlamaConfig
+from longrope_jax.report.files import write_pages
+from longrope_jax.report.perplexity import (
+    evaluation_figures,
+    evaluation_section,
+    perplexity_table,
+    summarize_evaluation,
+)
+from longrope_jax.report.retrieval import retrieval_figure, retrieval_section, summarize_retrieval
+from longrope_jax.report.search import search_figures, search_section
+from longrope_jax.runtime import records
+from longrope_jax.runtime.records import to_json, write_whole
+
+Records = list[dict[str, Any]]
+Evaluations = dict[str, tuple[EvaluationSettings, Records]]
+"""Of every evaluate stage its settings and what `evaluation.run` made."""
+
+Retrievals = dict[str, tuple[RetrievalSettings, Records]]
+"""The same of every retrieval stage."""
+
+
+def summarize(
+    config: LlamaConfig,
+    evaluations: Evaluations,
+    retrievals: Retrievals,
+    searches: Records,
+    exports: dict[str, dict[str, Any]],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The content of report.json.
+
+    Args:
+        searches: the summary of every search stage, see `report.search`.
+        exports: the summary of every export stage.
+        seconds: wall time by stage.
+    """
+    evaluated = {
+        stage: summarize_evaluation(settings, made, config.original_length)
+        for stage, (settings, made) in evaluations.items()
+    }
+    return {
+        "original_length": config.original_length,
+        "perplexity": list(evaluated.values())[-1]["perplexity"] if evaluated else {},  # the last is the final word
+        "evaluations": evaluated,
+        "retrieval": {stage: summarize_retrieval(*retrieval) for stage, retrieval in retrievals.items()},
+        "search": searches,
+        "exports": exports,
+        "seconds": seconds,
+    }
+
+
+def write_report(
+    workdir: epath.Path, config: LlamaConfig, report: dict[str, Any], evaluations: Evaluations
+) -> epath.Path:
+    """Writes what `summarize` made as report.json, report.md with its figures, and the same as one page, report.html,
+    which holds its pictures; returns the path of report.md.
+    """
+    write_whole(workdir / "report.json", to_json(report, indent=1) + "\n")
+    figures: dict[str, Figure] = {}
+    for stage, evaluation in evaluations.items():
+        figures |= evaluation_figures(stage, report["evaluations"][stage], *evaluation, config)
+    for stage, retrieval in report["retrieval"].items():
+        figures[stage] = retrieval_figure(retrieval, config.original_length)
+    for search in report["search"]:
+        figures |= search_figures(search)
+    training = _training_curves(workdir)
+    if training:
+        figures["training"] = plots.training_curves(training)
+    return write_pages(workdir, "report", _markdown(config, report, evaluations, set(figures)), figures)
+
+
+def summary_tables(report: dict[str, Any]) -> str:
+    """Perplexity by arm and length as Markdown tables, one an evaluation, readable in a terminal as well."""
+    return "".join(
+        f"Perplexity by window length: {stage}\n{perplexity_table(evaluation, report['original_length'])}\n"
+        for stage, evaluation in report["evaluations"].items()
+    )
+
+
+def _training_curves(workdir: epath.Path) -> dict[str, Records]:
+    """By stage that trained: its lines of metrics.jsonl."""
+    stages: dict[str, Records] = {}
+    for record in records.read(workdir / "metrics.jsonl", {"step": int}):
+        stages.setdefault(record["stage"], []).append(record)
+    return stages
+
+
+def _markdown(config: LlamaConfig, report: dict[str, Any], evaluations: Evaluations, figures: set[str]) -> str:
+    parts = ["# Report\n"]
+    parts.append(
+        f"Model: {config.num_layers} layers, head dimension {config.head_dim}, original length L = "
+        f"{config.original_length} tokens.\n"
+    )
+    for stage, evaluation in report["evaluations"].items():
+        parts += evaluation_section(stage, evaluation, evaluations[stage][0], config.original_length, figures)
+    for stage, retrieval in report["retrieval"].items():
+        parts += retrieval_section(stage, retrieval)
+    if "training" in figures:
+        parts += ["## Training\n", picture("loss by step", "training")]
+    for search in report["search"]:
+        parts += search_section(search)
+    for stage, export in report["exports"].items():
+        parts += _export_section(stage, export)
+    seconds = [[stage, f"{value:.1f}"] for stage, value in report["seconds"].items()]
+    return "\n".join([*parts, "## Seconds by stage\n", table(["stage", "seconds"], seconds)])
+
+
+def _export_section(stage: str, export: dict[str, Any]) -> list[str]:
+    until = " and ".join(f"{length:,}" for length in export["lengths"])
+    parts = [
+        f"## Export: {stage}\n",
+        f"[{export['folder']}/]({export['folder']}/README.md): {export['architecture']}, {export['dtype']}, factors "
+        f"for up to {until} tokens.\n",
+    ]
+    if export["dropped"]:
+        parts.append(f"Dropped, as the format can't carry it: {'; '.join(export['dropped'].values())}.\n")
+    if export["costs"]:
+        parts.append(cost_table([Cost.from_record(record) for record in export["costs"]]))
+    return parts

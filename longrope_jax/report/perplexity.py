@@ -1,0 +1,198 @@
+"""What a report says of perplexity: every arm at every length, their differences, and where in a window they lie."""
+
+from collections.abc import Container
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from longrope_jax import plots, rope
+from longrope_jax.evaluation.perplexity import compare, perplexity
+from longrope_jax.evaluation.run import EvaluationSettings, recorded_nll
+from longrope_jax.markdown import picture, table
+from longrope_jax.model import LlamaConfig
+from longrope_jax.report.cells import DIFFERENCES, difference_cell, length_heading
+
+Records = list[dict[str, Any]]
+Summary = dict[str, Any]
+"""What `summarize_evaluation` makes."""
+
+SUBJECT = "longrope"
+"""The arm that the others are compared with, where there is one of that name."""
+
+
+def summarize_evaluation(settings: EvaluationSettings, made: Records, original_length: int) -> Summary:
+    """By length and arm the perplexity with its 95 % interval; the differences that were asked for, and those of the
+    arm `longrope` to all others and, at longer lengths, to the controls at the original length (tokens).
+    """
+    nll = {(record["length"], record["method"]): recorded_nll(record) for record in made}
+    lengths = sorted({length for length, _ in nll})
+    arms = [arm for arm in settings.arms if (lengths[0], arm) in nll]
+    summary: Summary = {
+        "perplexity": {str(n): {arm: perplexity(nll[n, arm])._asdict() for arm in arms} for n in lengths},
+        "documents": sorted(set(made[0]["documents"])),
+        "start_tokens": {
+            arm: {str(r["length"]): r["factors"]["n_hat"] for r in made if r["method"] == arm} for arm in arms
+        },
+        "compared": [
+            {"arms": pair, "by_length": {str(n): compare(nll[n, pair[0]], nll[n, pair[1]])._asdict() for n in lengths}}
+            for pair in settings.compared
+        ],
+        "longrope_minus": {},
+        "longrope_minus_disjoint_windows_of_original_length": {},
+    }
+    if SUBJECT in arms:
+        others = [arm for arm in arms if arm != SUBJECT]
+        controls = [arm for arm in settings.controls if (original_length, arm) in nll]
+        for n in lengths:
+            mine = nll[n, SUBJECT]
+            summary["longrope_minus"][str(n)] = {arm: compare(mine, nll[n, arm])._asdict() for arm in others}
+            if n > original_length:
+                summary["longrope_minus_disjoint_windows_of_original_length"][str(n)] = {
+                    arm: compare(mine, nll[original_length, arm])._asdict() for arm in controls
+                }
+    return summary
+
+
+def perplexity_table(summary: Summary, original_length: int) -> str:
+    """Perplexity by arm and length, in Markdown."""
+    lengths = list(summary["perplexity"])
+    header = ["", *(length_heading(int(n), original_length) for n in lengths)]
+    rows = [
+        [plots.label(arm), *(f"{summary['perplexity'][n][arm]['ppl']:.2f}" for n in lengths)]
+        for arm in plots.ordered(summary["perplexity"][lengths[0]])
+    ]
+    return table(header, rows)
+
+
+def _suffix(stage: str) -> str:
+    """What tells the figures of several evaluate stages apart."""
+    return stage.removeprefix("evaluate")
+
+
+def evaluation_figures(
+    stage: str, summary: Summary, settings: EvaluationSettings, made: Records, config: LlamaConfig
+) -> dict[str, Figure]:
+    """By name: perplexity by length, and what the records allow of perplexity by position, and of factors by pair and
+    by length.
+    """
+    figures: dict[str, Figure] = {}
+    suffix, original = _suffix(stage), config.original_length
+    by_length = {int(n): {arm: e["ppl"] for arm, e in row.items()} for n, row in summary["perplexity"].items()}
+    controls = [arm for arm in settings.controls if original in by_length and arm in by_length[original]]
+    figures[f"perplexity_by_length{suffix}"] = plots.perplexity_by_length(by_length, original, controls)
+    longest = max(by_length)
+    curves = {r["method"]: r["nll_by_position"] for r in made if r["length"] == longest}
+    at_original = {r["method"]: r["nll_by_position"] for r in made if r["length"] == original}
+    if controls:
+        figures[f"perplexity_by_position{suffix}"] = plots.nll_by_position(
+            curves, longest, original, at_original[controls[0]], plots.control_label(controls[0])
+        )
+    used = {(r["method"], r["length"]): _factors(r["factors"]) for r in made}
+    at_longest = {arm: factors for (arm, n), factors in used.items() if n == longest and arm in plots.STYLES}
+    at_longest.pop("unscaled", None)
+    if at_longest:
+        figures[f"factors{suffix}"] = plots.factors_by_pair(at_longest, longest / original, config.rope_theta, original)
+    chosen = {n: factors for (arm, n), factors in sorted(used.items()) if arm == SUBJECT}
+    if len({factors.lam.tobytes() for factors in chosen.values()}) > 1:
+        figures[f"factors_by_length{suffix}"] = plots.factors_by_length(chosen, original)
+    return figures
+
+
+def _factors(numbers: dict[str, Any]) -> rope.RopeFactors:
+    return rope.RopeFactors(**{name: np.array(value) for name, value in numbers.items()})
+
+
+def evaluation_section(
+    stage: str, summary: Summary, settings: EvaluationSettings, original_length: int, figures: Container[str]
+) -> list[str]:
+    """The section of a report.
+
+    Args:
+        original_length: tokens.
+        figures: the names of those that could be drawn.
+    """
+    longest = list(summary["perplexity"])[-1]
+    suffix = _suffix(stage)
+    tokens = "every length scores the same tokens."
+    if str(original_length) in summary["perplexity"]:
+        tokens += (
+            " The column of L is therefore the control for all longer ones: what a model does with disjoint windows of "
+            "its original length."
+        )
+    parts = [
+        f"## Perplexity by window length: {stage}\n",
+        f"{len(summary['documents'])} evaluation documents, which neither training nor search has seen, cut into "
+        f"windows of every length up to {longest} tokens: {tokens}\n",
+        perplexity_table(summary, original_length),
+        picture("perplexity by length", f"perplexity_by_length{suffix}"),
+        _arms(summary, settings),
+    ]
+    if summary["compared"]:
+        parts += _pairs(summary, original_length)
+    if f"perplexity_by_position{suffix}" in figures:
+        parts.append(picture("perplexity by position", f"perplexity_by_position{suffix}"))
+    if summary["longrope_minus"]:
+        parts += _comparisons(summary, longest, original_length)
+    for name, what in ((f"factors{suffix}", "rescale factors"), (f"factors_by_length{suffix}", "factors by length")):
+        if name in figures:
+            parts.append(picture(what, name))
+    return parts
+
+
+def _arms(summary: Summary, settings: EvaluationSettings) -> str:
+    """What each arm is; with its start tokens by length where there are any."""
+    header = ["", "factors", "model"]
+    rows = [[plots.label(name), arm.factors, arm.model or "the latest before"] for name, arm in settings.arms.items()]
+    tokens = summary["start_tokens"]
+    if any(any(by_length.values()) for by_length in tokens.values()):
+        lengths = ", ".join(summary["perplexity"])
+        header.append(f"start tokens at {lengths}")
+        rows = [
+            [*row, ", ".join(str(tokens[name][n]) for n in summary["perplexity"])]
+            for row, name in zip(rows, settings.arms, strict=True)
+        ]
+    return table(header, rows)
+
+
+def _pairs(summary: Summary, original_length: int) -> list[str]:
+    """The differences that were asked for, at every length."""
+    lengths = list(summary["perplexity"])
+    rows = [
+        [
+            " minus ".join(map(plots.label, pair["arms"])),
+            *(difference_cell(pair["by_length"][n]) for n in lengths),
+        ]
+        for pair in summary["compared"]
+    ]
+    return [
+        DIFFERENCES,
+        table(["", *(length_heading(int(n), original_length) for n in lengths)], rows),
+    ]
+
+
+def _comparisons(summary: Summary, longest: str, original_length: int) -> list[str]:
+    def row(label, entry):
+        low, high = entry["ci95"]
+        return [
+            label,
+            f"{entry['difference']:+.4f}",
+            f"[{low:+.4f}, {high:+.4f}]",
+            f"{100 * entry['improvement']:.1f} %",
+            f"{100 * entry['documents_better']:.0f} %",
+        ]
+
+    parts = []
+    for length in dict.fromkeys([longest, str(original_length)]):
+        if length not in summary["longrope_minus"]:
+            continue
+        rows = [row(plots.label(arm), entry) for arm, entry in summary["longrope_minus"][length].items()]
+        controls = summary["longrope_minus_disjoint_windows_of_original_length"].get(length, {})
+        rows += [row(plots.control_label(arm), entry) for arm, entry in controls.items()]
+        header = ["LongRoPE minus", "nats per token", "95 % interval", "perplexity lower by", "documents better"]
+        parts += [f"### LongRoPE against the others at {length} tokens\n", table(header, rows)]
+    return [
+        *parts,
+        "Differences are paired by document; the interval is a bootstrap over documents. Where the difference to a "
+        "control is positive, the model does not make use of the longer context.\n",
+    ]

@@ -1,0 +1,104 @@
+"""Settings of the stages that only gather what others have made: a pretrained model, or factors by length."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from longrope_jax.interop import describe_pretrained
+from longrope_jax.model import LlamaConfig
+from longrope_jax.model.attention import BACKENDS
+from longrope_jax.model.config import FLOAT_TYPES, PRESETS
+from longrope_jax.rope import FactorTable, unscaled
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """Whose pretrained model, and how to compute with it. As the first stage it also gives the tokenizer.
+
+    Attributes:
+        path: a Hugging Face folder (config.json, safetensors, tokenizer.json) or a GGUF file. The architecture and the
+            rotation come from there; the stage's name is a source of factors, those by length that it came with.
+        dtype: of activations and matrix products.
+        param_dtype: of parameters, whatever the files have.
+        attention: backend, see `model/attention.py`.
+        preset: name of the architecture that the files must hold, see `LlamaConfig.preset`, in its original length;
+            nothing is read from them before they are needed. "" takes what they hold.
+    """
+
+    path: str
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    attention: str = "auto"
+    preset: str = ""
+
+    def __post_init__(self):
+        if not self.path:
+            raise ValueError("path is empty; give a Hugging Face folder or a .gguf file")
+        if self.preset and self.preset not in PRESETS:
+            raise ValueError(f"preset = {self.preset!r} must be one of {', '.join(PRESETS)}, or ''")
+        for name, known in (("dtype", FLOAT_TYPES), ("param_dtype", FLOAT_TYPES), ("attention", BACKENDS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's; raises ValueError where the path holds none that can be loaded."""
+        return self._described[0]
+
+    @property
+    def factors(self) -> FactorTable:
+        """The rotation that the model came with, by length."""
+        return self._described[1]
+
+    def check_preset(self) -> None:
+        """Raises ValueError if the files hold something else than the preset says."""
+        if not self.preset:
+            return
+        found, factors = describe_pretrained(self.path, **self._numerics)
+        wanted = dataclasses.asdict(self.config)
+        # Mistral 7B claims 32k tokens, which it reads through a sliding window of 4k; that it can do 8k is L here.
+        differing = [
+            f"{field} = {value} there, {wanted[field]} here"
+            for field, value in dataclasses.asdict(found).items()
+            if value != wanted[field] and not (field == "original_length" and value > wanted[field])
+        ]
+        if any(np.any(entry != 1) for entry in (factors.factors.lam, factors.factors.mscale)):
+            differing.append("a context that is extended already")
+        if differing:
+            raise ValueError(f"path = {self.path!r} does not hold preset = {self.preset!r}: {', '.join(differing)}")
+
+    @property
+    def _numerics(self) -> dict[str, str]:
+        return dict(dtype=self.dtype, param_dtype=self.param_dtype, attention=self.attention)
+
+    @cached_property
+    def _described(self) -> tuple[LlamaConfig, FactorTable]:
+        if not self.preset:
+            return describe_pretrained(self.path, **self._numerics)
+        config = LlamaConfig.preset(self.preset, **self._numerics)
+        return config, FactorTable.of({config.original_length: unscaled(config.head_dim)})
+
+
+@dataclass(frozen=True)
+class TableSettings:
+    """Which factors a sequence gets by its length.
+
+    Attributes:
+        lengths: boundaries, tokens.
+        factors: for every boundary a search stage, the best seed that one started from ("search_best_seed"), a load
+            stage for what the model came with, "original" for lam = 1, or a method that extends the model to it (up to
+            the length that it was tuned at, any method means the factors it was tuned with).
+        model: the stage whose model the factors are for; "" is the latest before this one.
+    """
+
+    lengths: tuple[int, ...]
+    factors: tuple[str, ...]
+    model: str = ""
+
+    def __post_init__(self):
+        if not self.lengths or list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
+            raise ValueError(f"lengths = {self.lengths} must be rising numbers of tokens")
+        if len(self.factors) != len(self.lengths):
+            raise ValueError(f"factors = {self.factors} must name one source for each of lengths = {self.lengths}")
