@@ -2,7 +2,7 @@
 
 import pytest
 from fuzz import campaign
-from fuzz.readers import FORMATS
+from fuzz.formats import FORMATS
 
 INPUTS = 200
 
