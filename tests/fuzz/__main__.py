@@ -32,7 +32,11 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes, spawning, initializer=faulthandler.enable) as pool:
         begun = {name: [pool.submit(timed_run, name, part) for part in parts] for name in options.formats}
         for name, results in begun.items():
-            counts, failures, seconds = _together(name, parts, results)
+            try:
+                counts, failures, seconds = _together(name, parts, results)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # or it would be told when all the others have ended
+                raise
             told = [options.inputs, counts["read"], counts["refused"], len(failures), f"{seconds:.0f}"]
             rows.append([name, *map(str, told)])
             print(f"{name}: {dict(counts)}, {len(failures)} failures, {seconds:.0f} s", flush=True)
