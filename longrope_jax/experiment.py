@@ -17,6 +17,7 @@ from longrope_jax import json_files
 from longrope_jax.data.settings import DataSettings
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.interop import load_tokenizer
+from longrope_jax.messages import shortened
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.attention import check_platform
 from longrope_jax.model.sharding import check_mesh
@@ -56,7 +57,9 @@ def parse_experiment(config: ConfigDict) -> Experiment:
     """
     stages = config.get("stages")
     if not isinstance(stages, tuple | list) or not stages:
-        raise ValueError(f"config.stages = {stages!r} must name the stages in order, e.g. ('pretrain', 'search')")
+        raise ValueError(
+            f"config.stages = {shortened(stages)} must name the stages in order, e.g. ('pretrain', 'search')"
+        )
     for name in stages:
         if kind_of(name) not in STAGES:
             raise ValueError(f"config.stages: {name!r} is of no known kind; kinds are {', '.join(STAGES)}")

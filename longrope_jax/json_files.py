@@ -6,6 +6,8 @@ from typing import Any
 
 from etils import epath
 
+from longrope_jax.messages import shortened
+
 Kind = Any
 """What a value has to be: a type; `[kind]`, a list of them; `{name: kind}`, an object with these fields at least;
 `{str: kind}`, an object of any fields. `float` is any number, or null, which stands for one that is not finite.
@@ -37,12 +39,6 @@ def check(content: Any, fields: Mapping[str, Kind]) -> dict[str, Any]:
         if not fits(content[name], kind):
             raise ValueError(f"{name} = {shortened(content[name])} must be {_named(kind)}")
     return content
-
-
-def shortened(value: Any) -> str:
-    """A value as a message shows it."""
-    told = repr(value)
-    return told if len(told) <= 80 else f"{told[:77]}..."
 
 
 def fits(value: Any, kind: Kind) -> bool:

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from ml_collections import ConfigDict
 
+from longrope_jax.messages import shortened
+
 
 class _Dataclass(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -32,7 +34,7 @@ def parse(cls: type[T], section: ConfigDict, name: str) -> T:
             full.
     """
     if not isinstance(section, ConfigDict):
-        raise ValueError(f"config.{name} = {section!r} must be a section with the fields of {cls.__name__}")
+        raise ValueError(f"config.{name} = {shortened(section)} must be a section with the fields of {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in section:
         if key not in fields:
@@ -63,5 +65,5 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     expected = origin or hint
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ValueError(f"config.{name} = {value!r} must be {expected.__name__}")
+        raise ValueError(f"config.{name} = {shortened(value)} must be {expected.__name__}")
     return value

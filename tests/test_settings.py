@@ -140,6 +140,12 @@ def test_an_unknown_field_names_the_closest(fields, message):
     assert_refuses(PretrainSettings, changed(PRETRAIN, **fields), "pretrain", message)
 
 
+def test_a_long_value_is_told_by_its_beginning():
+    with pytest.raises(ValueError, match="config.mesh.axes = ") as caught:
+        parse(MeshSettings, ConfigDict({"axes": (2**53,) * 2000}), "mesh")
+    assert len(str(caught.value)) < 500
+
+
 def test_an_unknown_field_that_is_close_to_none_names_all():
     assert_refuses(
         PretrainSettings,

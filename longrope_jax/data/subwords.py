@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import Integer
 
 from longrope_jax import json_files
-from longrope_jax.json_files import shortened
+from longrope_jax.messages import shortened
 
 _TOKENIZER = "tokenizer.json"
 # What an exported model hands on, and what is only read: which ids begin and end a text.

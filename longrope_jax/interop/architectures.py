@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
+from longrope_jax.messages import shortened
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, from_huggingface
 from longrope_jax.rope.huggingface import rope_type
@@ -65,7 +66,9 @@ def parse_config(config: Mapping[str, Any], **changes: Any) -> tuple[LlamaConfig
     problems: list[str] = []
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures or architectures[0] not in ARCHITECTURES:
-        problems.append(f"architectures = {architectures} is not supported; known are {', '.join(ARCHITECTURES)}")
+        problems.append(
+            f"architectures = {shortened(architectures)} is not supported; known are {', '.join(ARCHITECTURES)}"
+        )
     for name, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         problems += _unsupported(config, name, wanted)
     if config.get("quantization_config"):
@@ -73,10 +76,10 @@ def parse_config(config: Mapping[str, Any], **changes: Any) -> tuple[LlamaConfig
     sizes: dict[str, Any] = {ours: _size(config, theirs, problems) for ours, theirs in _SIZES.items()}
     sizes["num_kv_heads"] = _size(config, "num_key_value_heads", problems, sizes["num_heads"] or 1)
     if not _is_number(config.get("rms_norm_eps")):
-        problems.append(f"rms_norm_eps = {config.get('rms_norm_eps')!r} must be a positive number")
+        problems.append(f"rms_norm_eps = {shortened(config.get('rms_norm_eps'))} must be a positive number")
     tied = config.get("tie_word_embeddings")
     if tied not in (None, True, False):
-        problems.append(f"tie_word_embeddings = {tied!r} must be true or false")
+        problems.append(f"tie_word_embeddings = {shortened(tied)} must be true or false")
     rotation = _rotation(config, problems)
     if rotation is None or problems:
         raise _refusal(problems)
@@ -151,7 +154,7 @@ def _in_layer(name: str) -> str:
 def _unsupported(config: Mapping[str, Any], name: str, wanted: Any) -> list[str]:
     """What the model can't do otherwise: a problem where a config has another value."""
     value = config.get(name)
-    return [] if value in (None, wanted) else [f"{name} = {value!r} is not supported, only {wanted!r} is"]
+    return [] if value in (None, wanted) else [f"{name} = {shortened(value)} is not supported, only {wanted!r} is"]
 
 
 def _rotation(config: Mapping[str, Any], problems: list[str]) -> Rotation | None:
@@ -165,14 +168,14 @@ def _rotation(config: Mapping[str, Any], problems: list[str]) -> Rotation | None
         )
     rope = _rope(config)
     if not isinstance(rope, Mapping):
-        problems.append(f"rope_parameters = {rope!r} must be an object")
+        problems.append(f"rope_parameters = {shortened(rope)} must be an object")
         return None
     for place in (config, rope):
         problems += _unsupported(place, "partial_rotary_factor", 1.0)
     original = _size(rope, _ORIGINAL, problems, max_length or 1)
     base = rope.get("rope_theta", 10000.0)
     if not _is_number(base) or not base > 1:
-        problems.append(f"rope_theta = {base!r} must be a number above 1")
+        problems.append(f"rope_theta = {shortened(base)} must be a number above 1")
     if problems:
         return None
     try:
@@ -202,7 +205,7 @@ def _size(config: Mapping[str, Any], name: str, problems: list[str], default: in
     value = default if value is None else value
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31:
         return value
-    problems.append(f"{name} = {value!r} must be a positive whole number")
+    problems.append(f"{name} = {shortened(value)} must be a positive whole number")
     return 0
 
 

@@ -9,6 +9,7 @@ from etils import epath
 
 from longrope_jax.interop.architectures import parse_rotation
 from longrope_jax.interop.pretrained import read_config
+from longrope_jax.messages import shortened
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import (
     FactorTable,
@@ -42,9 +43,9 @@ class Found(NamedTuple):
     def check(self) -> "Found":
         """Returns self; raises ValueError if a number makes no sense."""
         if self.base is not None and not (_is_number(self.base) and 1 < self.base < 1e30):
-            raise ValueError(f"rope_theta = {self.base!r} must be a number above 1")
+            raise ValueError(f"rope_theta = {shortened(self.base)} must be a number above 1")
         if self.original_length is not None and not _is_length(self.original_length):
-            raise ValueError(f"original_length = {self.original_length!r} must be a positive number of tokens")
+            raise ValueError(f"original_length = {shortened(self.original_length)} must be a positive number of tokens")
         return self
 
 
@@ -168,24 +169,29 @@ def _snippet(content: Mapping[str, Any]) -> Found:
     """
     rope = content.get("rope_scaling") or content.get("rope_parameters") or content
     if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_parameters = {rope!r} must be an object")
+        raise ValueError(f"rope_parameters = {shortened(rope)} must be an object")
     if rope_type(rope) != "longrope":
         raise ValueError(
-            f"rope_type = {rope_type(rope)!r} needs head dimension and lengths of the model; give its whole config.json"
+            f"rope_type = {shortened(rope_type(rope))} needs head dimension and lengths of the model; "
+            "give its whole config.json"
         )
     original = content.get(_ORIGINAL, rope.get(_ORIGINAL))
     if not _is_length(original):
-        raise ValueError(f"{_ORIGINAL} = {original!r} must be a positive number of tokens")
+        raise ValueError(f"{_ORIGINAL} = {shortened(original)} must be a positive number of tokens")
     longest, factor = content.get("max_position_embeddings"), rope.get("factor")
     if longest is None:
         if not _is_number(factor) or not factor >= 1:
-            raise ValueError(f"factor = {factor!r} must be 1 or more, where there is no max_position_embeddings")
+            raise ValueError(
+                f"factor = {shortened(factor)} must be 1 or more, where there is no max_position_embeddings"
+            )
         longest = round(factor * original)
     if not _is_length(longest) or longest < original:
-        raise ValueError(f"max_position_embeddings = {longest!r} must be a number of tokens, {original} or more")
+        raise ValueError(
+            f"max_position_embeddings = {shortened(longest)} must be a number of tokens, {original} or more"
+        )
     lam = rope.get("long_factor")
     if not isinstance(lam, list):
-        raise ValueError(f"long_factor = {lam!r} must be a list of numbers, half of the head dimension")
+        raise ValueError(f"long_factor = {shortened(lam)} must be a list of numbers, half of the head dimension")
     base = rope.get("rope_theta", content.get("rope_theta"))
     table = from_huggingface({**rope, _ORIGINAL: original}, 2 * len(lam), 10000.0, longest)
     return Found(table, base, original)

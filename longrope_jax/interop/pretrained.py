@@ -22,9 +22,9 @@ from longrope_jax.data.subwords import SubwordTokenizer
 from longrope_jax.interop.architectures import Origin, origins, parse_config
 from longrope_jax.interop.gguf import gguf_tokenizer, open_gguf
 from longrope_jax.interop.tensors import FolderTensors, TensorSource
-from longrope_jax.model import Llama, LlamaConfig
-from longrope_jax.model.sharding import check_mesh, smallest_batch, tree_shardings
-from longrope_jax.rope import FactorTable, unscaled
+from longrope_jax.model import LlamaConfig
+from longrope_jax.model.sharding import check_mesh, tree_shardings
+from longrope_jax.rope import FactorTable
 from longrope_jax.runtime import processes
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -124,9 +124,7 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
     problems = _problems(config, wanted, source) or _other_head(config, source)
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
-    model = Llama(config)
-    tokens = jax.ShapeDtypeStruct(smallest_batch(), jnp.int32)
-    like = jax.eval_shape(model.init, jax.random.key(0), tokens, unscaled(config.head_dim))["params"]
+    like = _params_like(config, wanted)
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), like)
     else:
@@ -218,9 +216,31 @@ def _other_head(config: LlamaConfig, source: TensorSource) -> list[str]:
     return [f"{_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings = True; with false, both are used"]
 
 
+def _params_like(config: LlamaConfig, wanted: dict[str, Origin]) -> dict:
+    """Shape and dtype of every parameter, from where it comes from: tracing the model for them takes a good while."""
+    like: dict = {}
+    for leaf, origin in wanted.items():
+        *above, last = leaf.split("/")
+        rows, *columns = origin.shape
+        if origin.rows is not None:
+            rows = origin.rows[1] - origin.rows[0]
+        shape = (*columns[::-1], rows) if _is_transposed(origin) else (rows, *columns)
+        layers = (config.num_layers,) * ("{}" in origin.tensor)
+        node = like
+        for name in above:
+            node = node.setdefault(name, {})
+        node[last] = jax.ShapeDtypeStruct(layers + shape, jnp.dtype(config.param_dtype))
+    return like
+
+
+def _is_transposed(origin: Origin) -> bool:
+    """Our matrices are [in, out], but for the embedding."""
+    return len(origin.shape) == 2 and origin.tensor != _EMBEDDING
+
+
 def _place(source: TensorSource, name: str, origin: Origin, like: jax.ShapeDtypeStruct, sharding: Sharding) -> Array:
-    """A tensor on its devices, each of which asks for its part; our matrices are [in, out] but for the embedding."""
-    is_transposed = len(like.shape) == 2 and origin.tensor != _EMBEDDING
+    """A tensor on its devices, each of which asks for its part."""
+    is_transposed = _is_transposed(origin)
     first_row = 0 if origin.rows is None else origin.rows[0]
 
     def part(index):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from longrope_jax.json_files import shortened
+from longrope_jax.messages import shortened
 from longrope_jax.rope.factors import FactorTable, RopeFactors
 from longrope_jax.whole_files import write_whole
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from longrope_jax.messages import shortened
 from longrope_jax.rope.factors import FactorTable, RopeFactors
 from longrope_jax.rope.methods import linear, llama3, longrope_mscale, unscaled, yarn
 
@@ -35,7 +36,7 @@ def from_huggingface(parameters: Mapping[str, Any] | None, head_dim: int, base: 
         raise ValueError("rope_parameters must be one object for all layers, of numbers and lists")
     kind = rope_type(parameters)
     if kind not in TYPES:
-        raise ValueError(f"rope_type = {kind!r} is not supported; known are {', '.join(TYPES)}")
+        raise ValueError(f"rope_type = {shortened(kind)} is not supported; known are {', '.join(TYPES)}")
     if kind == "default":
         return FactorTable.of({max_length: unscaled(head_dim)})
     if kind == "longrope":
@@ -156,7 +157,7 @@ def _yarn_mscale(parameters: Mapping[str, Any], scale: float) -> float:
 def _original(parameters: Mapping[str, Any]) -> int:
     value = _number(parameters, "original_max_position_embeddings")
     if value % 1:
-        raise ValueError(f"original_max_position_embeddings = {value} must be a whole number of tokens")
+        raise ValueError(f"original_max_position_embeddings = {shortened(value)} must be a whole number of tokens")
     return int(value)
 
 
@@ -165,7 +166,9 @@ def _number(parameters: Mapping[str, Any], name: str, default: float | None = No
     if value is None and default is not None:
         return float(default)
     if not _is_number(value) or not value > 0:
-        raise ValueError(f"{name} = {value!r} must be a positive number for rope_type = {rope_type(parameters)!r}")
+        raise ValueError(
+            f"{name} = {shortened(value)} must be a positive number for rope_type = {shortened(rope_type(parameters))}"
+        )
     return float(value)
 
 

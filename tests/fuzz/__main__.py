@@ -2,15 +2,19 @@
 
 import argparse
 import faulthandler
+import multiprocessing
+import os
 import sys
-import time
+from collections import Counter
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
-from fuzz.campaign import run
-from fuzz.readers import FORMATS
+from fuzz.campaign import Failure, timed_run
+from fuzz.formats import FORMATS
 
 from longrope_jax.markdown import table
 
-_STEP = 1000
+_STEP = 2500  # inputs that a process reads in one go
 
 
 def main() -> None:
@@ -19,26 +23,42 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=20_000, help="of every format")
     parser.add_argument("--first", type=int, default=0, help="number of the first one, to see a failure again")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS), metavar="FORMAT")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at the same time; one a core")
     options = parser.parse_args()
-    rows, all_failures = [], []
-    for name in options.formats:
-        began, counts, failures = time.monotonic(), {"read": 0, "refused": 0}, []
-        for first in range(options.first, options.first + options.inputs, _STEP):
-            faulthandler.dump_traceback_later(3600, exit=True)  # a hang outside of Python
-            found, wrong = run(name, range(first, min(first + _STEP, options.first + options.inputs)))
-            counts = {kind: counts[kind] + found[kind] for kind in counts}
-            failures += wrong
-        faulthandler.cancel_dump_traceback_later()
-        seconds = f"{time.monotonic() - began:.0f}"
-        rows.append(
-            [name, str(options.inputs), str(counts["read"]), str(counts["refused"]), str(len(failures)), seconds]
-        )
-        print(f"{name}: {counts}, {len(failures)} failures, {seconds} s", flush=True)
-        for failure in failures[:20]:
-            print(f"  {failure.number}: {failure.why}", flush=True)
-        all_failures += failures
-    print(table(["format", "inputs", "read", "refused", "failures", "seconds"], rows))
-    sys.exit(1 if all_failures else 0)
+    last = options.first + options.inputs
+    parts = [range(first, min(first + _STEP, last)) for first in range(options.first, last, _STEP)]
+    spawning = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would lose
+    rows, is_sound = [], True
+    with ProcessPoolExecutor(options.processes, spawning, initializer=faulthandler.enable) as pool:
+        begun = {name: [pool.submit(timed_run, name, part) for part in parts] for name in options.formats}
+        for name, results in begun.items():
+            try:
+                counts, failures, seconds = _together(name, parts, results)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # or it would be told when all the others have ended
+                raise
+            told = [options.inputs, counts["read"], counts["refused"], len(failures), f"{seconds:.0f}"]
+            rows.append([name, *map(str, told)])
+            print(f"{name}: {dict(counts)}, {len(failures)} failures, {seconds:.0f} s", flush=True)
+            for failure in failures[:20]:
+                print(f"  {failure.number}: {failure.why}", flush=True)
+            is_sound = is_sound and not failures
+    print(table(["format", "inputs", "read", "refused", "failures", "seconds of a core"], rows))
+    sys.exit(0 if is_sound else 1)
+
+
+def _together(name: str, parts: list[range], results: list[Future]) -> tuple[Counter, list[Failure], float]:
+    counts, failures, seconds = Counter(), [], 0.0
+    for part, result in zip(parts, results, strict=True):
+        try:
+            found, wrong, spent = result.result()
+        except BrokenProcessPool:
+            sys.exit(
+                f"a process died at {name} {part.start} to {part.stop - 1}, or at what the others were reading; see "
+                f"with --formats '{name}' --first={part.start} --inputs={len(part)} --processes=1"
+            )
+        counts, failures, seconds = counts + found, failures + wrong, seconds + spent
+    return counts, failures, seconds
 
 
 if __name__ == "__main__":

@@ -173,7 +173,8 @@ def _with_change(rng: random.Random, tree: Any, lures: Sequence[str]) -> Any:
         del holder[key]
     elif kind < 0.8:
         other_holder, other_key = rng.choice(places)
-        holder[key], other_holder[other_key] = other_holder[other_key], holder[key]
+        # As copies: one may lie within the other, and no document holds itself.
+        holder[key], other_holder[other_key] = (json.loads(_dumped(v)) for v in (other_holder[other_key], holder[key]))
     elif isinstance(holder, list):
         holder[key:key] = [holder[key]] * rng.choice([1, 2, 100])
     else:

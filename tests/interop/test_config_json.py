@@ -73,7 +73,7 @@ WRONG = [
         r"architectures = \['GemmaForCausalLM'\] is not supported; known are Ll",
     ),
     (dict(architectures=[]), r"architectures = \[\] is not supported"),
-    (dict(architectures="LlamaForCausalLM"), "architectures = LlamaForCausalLM is not supported"),
+    (dict(architectures="LlamaForCausalLM"), "architectures = 'LlamaForCausalLM' is not supported"),
     (dict(hidden_act="gelu"), "hidden_act = 'gelu' is not supported, only 'silu' is"),
     (dict(attention_bias=True), "attention_bias = True is not supported, only False is"),
     (dict(mlp_bias=True), "mlp_bias = True is not supported"),

@@ -121,6 +121,27 @@ def test_what_is_no_file_of_factors_is_told_with_its_name(tmp_path, content, tol
         read_factors(tmp_path / "f.json")
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"attention_factor": [2**31] * 2000},
+        {"factor": [2**31] * 2000},
+        {"original_max_position_embeddings": [2**31] * 2000},
+        {"rope_type": [2**31] * 2000},
+        [2**31] * 2000,
+    ],
+)
+@pytest.mark.parametrize("around", [{}, CONFIG])
+def test_a_long_value_is_told_by_its_beginning(tmp_path, rope, around):
+    if isinstance(rope, dict):
+        rope = {"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 64,
+                "long_factor": [1.0] * 4, "short_factor": [1.0] * 4} | rope  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({**around, "rope_scaling": rope}))
+    with pytest.raises(ValueError, match="2147483648") as caught:
+        read_factors(tmp_path / "config.json")
+    assert len(str(caught.value)) < 1000
+
+
 def test_factors_of_another_model_are_refused(tmp_path, caplog):
     save_table(tmp_path / "other.json", TABLE, original_length=32)
     assert_same_table(factors_for(tmp_path / "other.json", MODEL), TABLE)

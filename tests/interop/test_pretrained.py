@@ -295,6 +295,27 @@ def test_a_path_to_nowhere_is_told(tmp_path, name):
         load_tokenizer(tmp_path / name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Phi3ForCausalLM"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_shapes_and_dtypes_are_those_of_a_new_model(params, tmp_path, architecture, tied, dtype):
+    made = {name: leaf for name, leaf in params.items() if name != "lm_head" or not tied}
+    content = {**CONFIG, "architectures": [architecture], "tie_word_embeddings": tied}
+    write(tmp_path / "model", content, to_huggingface(made, fused=architecture.startswith("Phi3")))
+    config, found, *_ = lr.load_pretrained(tmp_path / "model", param_dtype=dtype)
+    like = jax.eval_shape(lambda: init_params(lr.Llama(config), 0))
+    about = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    assert about(found) == about(like)
+
+
+@pytest.mark.parametrize("name", ["architectures", "hidden_size", "rms_norm_eps", "hidden_act", "rope_theta"])
+def test_a_long_value_is_told_by_its_beginning(params, tmp_path, name):
+    write(tmp_path / "model", {**CONFIG, name: [2**64] * 2000}, to_huggingface(params))
+    with pytest.raises(ValueError, match=name) as caught:
+        lr.load_pretrained(tmp_path / "model")
+    assert len(str(caught.value)) < 1000
+
+
 def test_the_stack_of_layers_is_filled_in_place(params, tmp_path):
     """A copy of a stack for every layer would cost twice its memory."""
     write(tmp_path / "model", CONFIG, to_huggingface(params))

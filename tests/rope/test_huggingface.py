@@ -143,7 +143,7 @@ WRONG = {
     ),
     "layers": ({"full_attention": {"rope_type": "default"}}, "one object for all layers"),
     "list": ([1.0], "must be one object"),
-    "huge": ({"rope_type": "linear", "factor": 10**400}, "factor = 10+ must be a positive number"),
+    "huge": ({"rope_type": "linear", "factor": 10**400}, "factor = 10+... must be a positive number"),
     "half a token": (
         {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0.5},
         "original_max_position_embeddings = 0.5 must be a whole number",

@@ -7,6 +7,8 @@ from absl import logging
 from gguf import TokenType
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from longrope_jax.messages import shortened
+
 PREFIX = "tokenizer.ggml."
 # Regular expressions that cut a text into words, one after the other, by the names that llama.cpp gives them. What
 # none of them matches is a word too.
@@ -37,7 +39,7 @@ def build(metadata: Mapping[str, Any]) -> Tokenizer:
         return _byte_level(metadata)
     if kind == "llama":
         return _sentencepiece(metadata)
-    raise ValueError(f"{PREFIX}model = {kind!r} is not supported; 'gpt2' and 'llama' are")
+    raise ValueError(f"{PREFIX}model = {shortened(kind)} is not supported; 'gpt2' and 'llama' are")
 
 
 def read_list(metadata: Mapping[str, Any], name: str, kind: type, length: int | None = None) -> list:
@@ -61,7 +63,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
         words = "default"
         logging.warning("%spre is missing: words are cut as by 'default', but an old file may mean another", PREFIX)
     if words not in list(_WORDS):  # a damaged file may have a list here, which no dict can look up
-        raise ValueError(f"{PREFIX}pre = {words!r} is not supported; {', '.join(_WORDS)} are")
+        raise ValueError(f"{PREFIX}pre = {shortened(words)} is not supported; {', '.join(_WORDS)} are")
     pairs = [tuple(merge.split(" ")) for merge in read_list(metadata, "merges", str)]
     wrong = [index for index, pair in enumerate(pairs) if len(pair) != 2]
     if wrong:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from longrope_jax.messages import shortened
+
 # How llama.cpp calls the tensors that a frequency is divided by: on their own (Llama 3), or by length (LongRoPE).
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_LONG = "rope_factors_long.weight"
@@ -31,9 +33,13 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
     """
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise ValueError(f"general.architecture = {architecture!r} is not supported; GGUF files of 'llama' are")
+        raise ValueError(
+            f"general.architecture = {shortened(architecture)} is not supported; GGUF files of 'llama' are"
+        )
     if metadata.get("llama.expert_count", 0) or any("_exps" in name for name in shapes):
-        raise ValueError(f"llama.expert_count = {metadata.get('llama.expert_count')}: experts are not supported")
+        raise ValueError(
+            f"llama.expert_count = {shortened(metadata.get('llama.expert_count'))}: experts are not supported"
+        )
     if not metadata.get("llama.attention.causal", True):
         raise ValueError("llama.attention.causal = False is not supported: tokens see what is before them only")
     if "token_embd.weight" not in shapes:
@@ -93,12 +99,12 @@ def _read_rope(metadata: Mapping[str, Any], context_length: int, factors: Mappin
     prefix = "llama.rope.scaling."
     for key, neutral in _NEUTRAL.items():
         if metadata.get(prefix + key, neutral) != neutral:
-            raise ValueError(f"{prefix}{key} = {metadata[prefix + key]} is not supported, only {neutral} is")
+            raise ValueError(f"{prefix}{key} = {shortened(metadata[prefix + key])} is not supported, only {neutral} is")
     # A scale of 0 stands for none. Old files have a key of their own for it.
     scale = _number(metadata, prefix + "factor", _number(metadata, "llama.rope.scale_linear", 0.0)) or 1.0
     kind = metadata.get(prefix + "type", "linear" if scale != 1 else "none")
     if kind not in _ROPE_TYPES:
-        raise ValueError(f"{prefix}type = {kind!r} must be one of {_ROPE_TYPES}")
+        raise ValueError(f"{prefix}type = {shortened(kind)} must be one of {_ROPE_TYPES}")
     original = _size(metadata, prefix + "original_context_length", context_length)
     temperature = _number(metadata, prefix + "attn_factor", 1.0)
     rope = {"rope_theta": _number(metadata, "llama.rope.freq_base", 10000.0)}

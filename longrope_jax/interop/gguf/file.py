@@ -16,6 +16,8 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 from jaxtyping import UInt8
 
+from longrope_jax.messages import shortened
+
 _VERSIONS = (2, 3)
 _NUMBERS: dict[int, str] = {
     GGUFValueType.UINT8: "B",
@@ -143,12 +145,12 @@ def _read(mapped: np.ndarray) -> GgufFile:
     metadata = _unique("the key", ((cursor.string(), cursor.value(cursor.number("I"))) for _ in range(metadata_count)))
     if metadata.get("split.count", 1) != 1:
         raise ValueError(
-            f"one of {metadata['split.count']} parts of a model; join them first (llama-gguf-split --merge)"
+            f"one of {shortened(metadata['split.count'])} parts of a model; join them first (llama-gguf-split --merge)"
         )
     described = _unique("the tensor", _describe_tensors(cursor, tensor_count))
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"general.alignment = {alignment!r} must be a positive number of bytes")
+        raise ValueError(f"general.alignment = {shortened(alignment)} must be a positive number of bytes")
     start = -(-cursor.at // alignment) * alignment
     return GgufFile(metadata, {name: _map(data, name, start, *about) for name, about in described.items()})
 
