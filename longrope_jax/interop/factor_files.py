@@ -159,7 +159,7 @@ def _ours(path: epath.Path, content: dict[str, Any], target_length: int | None, 
     if boundary is None:
         raise ValueError("up to how many tokens are these factors good? Give a target_length")
     if not _is_length(boundary):
-        raise ValueError(f"target_length = {boundary!r} must be a positive number of tokens")
+        raise ValueError(f"target_length = {shortened(boundary)} must be a positive number of tokens")
     return Found(FactorTable.of({boundary: load_factors(path, head_dim)}), base, original)
 
 

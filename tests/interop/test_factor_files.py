@@ -142,6 +142,13 @@ def test_a_long_value_is_told_by_its_beginning(tmp_path, rope, around):
     assert len(str(caught.value)) < 1000
 
 
+def test_a_long_target_length_is_told_by_its_beginning(tmp_path):
+    save_factors(tmp_path / "one.json", LONG, target_length=[2**31] * 2000)
+    with pytest.raises(ValueError, match=r"target_length = \[2147483648.* must be a positive number") as caught:
+        read_factors(tmp_path / "one.json")
+    assert len(str(caught.value)) < 1000
+
+
 def test_factors_of_another_model_are_refused(tmp_path, caplog):
     save_table(tmp_path / "other.json", TABLE, original_length=32)
     assert_same_table(factors_for(tmp_path / "other.json", MODEL), TABLE)
