@@ -163,8 +163,12 @@ def llama3(
 
 
 def longrope_mscale(scale: float, original_length: int) -> float:
-    """LongRoPE's attention temperature in the released code and Hugging Face: sqrt(1 + ln s / ln L), 1 up to s = 1."""
-    return float(np.sqrt(1 + np.log(scale) / np.log(original_length))) if scale > 1 else 1.0
+    """LongRoPE's attention temperature in the released code and Hugging Face: sqrt(1 + ln s / ln L), 1 up to s = 1, and
+    infinite for an L of a single token.
+    """
+    if scale <= 1:
+        return 1.0
+    return float(np.sqrt(1 + np.log(scale) / np.log(original_length))) if original_length > 1 else np.inf
 
 
 def compose(

@@ -174,6 +174,10 @@ def test_longrope_mscale(scale, length):
     assert longrope_mscale(scale, length) == pytest.approx(reference.mscale_su(scale, length), rel=1e-12)
 
 
+def test_longrope_mscale_of_a_single_token_has_no_bound():
+    assert longrope_mscale(8, 1) == np.inf and longrope_mscale(1, 1) == 1
+
+
 # --- extending twice --------------------------------------------------------------------------------------------------
 
 
