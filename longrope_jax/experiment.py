@@ -17,7 +17,7 @@ from longrope_jax import json_files
 from longrope_jax.data.settings import DataSettings
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.interop import load_tokenizer
-from longrope_jax.messages import shortened
+from longrope_jax.messages import beginning, shortened
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.attention import check_platform
 from longrope_jax.model.sharding import check_mesh
@@ -62,9 +62,11 @@ def parse_experiment(config: ConfigDict) -> Experiment:
         )
     for name in stages:
         if kind_of(name) not in STAGES:
-            raise ValueError(f"config.stages: {name!r} is of no known kind; kinds are {', '.join(STAGES)}")
+            raise ValueError(f"config.stages: {shortened(name)} is of no known kind; kinds are {', '.join(STAGES)}")
     if len(set(stages)) < len(stages):
-        raise ValueError(f"config.stages = {tuple(stages)} names a stage twice; give the second one a suffix")
+        raise ValueError(
+            f"config.stages = {shortened(tuple(stages))} names a stage twice; give the second one a suffix"
+        )
     if kind_of(stages[0]) not in ("pretrain", "load"):
         raise ValueError(f"config.stages: {stages[0]!r} can't come first, it needs a model's parameters")
     is_loaded = kind_of(stages[0]) == "load"
@@ -243,9 +245,10 @@ def _refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
             now = flat(json.loads(to_json(_identity(name, experiment))))
             for key in sorted(there.keys() | now.keys()):
                 if there.get(key) != now.get(key):
-                    differing[key] = f"{there.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} now"
+                    before, after = (shortened(which.get(key, "absent"), 300) for which in (there, now))
+                    differing[key] = f"{before} there, {after} now"
     if differing:
-        told = ", ".join(f"{key} ({values})" for key, values in differing.items())
+        told = beginning(", ".join(f"{key} ({values})" for key, values in differing.items()))
         raise ValueError(f"work directory {workdir} has stages of another config; differing: {told}")
 
 

@@ -1,9 +1,19 @@
-"""Values in the words of an error."""
+"""Values, and the words of others, in the words of an error."""
 
 from typing import Any
 
+_LONGEST = 1000  # characters of what others say: a page of a terminal
 
-def shortened(value: Any) -> str:
-    """A value as a message shows it: of a long list or text only the beginning."""
+
+def shortened(value: Any, most: int = 80) -> str:
+    """A value as a message shows it, in at most so many characters: of a long list or text only the beginning."""
     told = repr(value)
-    return told if len(told) <= 80 else f"{told[:77]}..."
+    return told if len(told) <= most else f"{told[: most - 3]}..."
+
+
+def beginning(told: object) -> str:
+    """What a library, or settings, said is wrong, which may repeat a whole file: on one line, and of a long text only
+    its beginning.
+    """
+    line = " ".join(str(told).split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."

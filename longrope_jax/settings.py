@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from ml_collections import ConfigDict
 
-from longrope_jax.messages import shortened
+from longrope_jax.messages import beginning, shortened
 
 
 class _Dataclass(Protocol):
@@ -50,7 +50,7 @@ def parse(cls: type[T], section: ConfigDict, name: str) -> T:
     try:
         return cls(**values)
     except ValueError as error:
-        raise ValueError(f"config.{name}: {error}") from None
+        raise ValueError(f"config.{name}: {beginning(error)}") from None
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
@@ -62,7 +62,10 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if origin is dict and isinstance(value, ConfigDict):
         return {key: _value(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"config.{name} = {shortened(value)} is beyond every number of 64 bits") from None
     expected = origin or hint
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ValueError(f"config.{name} = {shortened(value)} must be {expected.__name__}")

@@ -12,7 +12,7 @@ from longrope_jax.search.gradient import GradientSettings
 from longrope_jax.search.settings import SearchSettings, SeedSettings
 from longrope_jax.search.terms import TermSettings
 from longrope_jax.settings import parse, section
-from longrope_jax.stages import TableSettings
+from longrope_jax.stages import ExportSettings, TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings
@@ -144,6 +144,17 @@ def test_a_long_value_is_told_by_its_beginning():
     with pytest.raises(ValueError, match="config.mesh.axes = ") as caught:
         parse(MeshSettings, ConfigDict({"axes": (2**53,) * 2000}), "mesh")
     assert len(str(caught.value)) < 500
+
+
+def test_what_settings_say_of_a_long_value_is_told_by_its_beginning():
+    with pytest.raises(ValueError, match=r"config.export: cost_lengths = \(-1, -1") as caught:
+        parse(ExportSettings, ConfigDict({"factors": "table", "cost_lengths": (-1,) * 2000}), "export")
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_number_beyond_all_floats_is_refused():
+    with pytest.raises(ValueError, match="config.pretrain.optimizer.learning_rate = 1000.* is beyond every number"):
+        parse(PretrainSettings, changed(PRETRAIN, optimizer__learning_rate=10**400), "pretrain")
 
 
 def test_an_unknown_field_that_is_close_to_none_names_all():

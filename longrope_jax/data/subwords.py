@@ -27,6 +27,8 @@ _FILES = (
     "merges.txt",
 )
 _CONFIGS = ("generation_config.json", "config.json")
+# Sixty times those of today; `tokenizers` takes memory and time for every id up to the largest, there or not.
+_LARGEST_VOCABULARY = 1 << 24
 
 
 class SubwordTokenizer:
@@ -54,9 +56,11 @@ class SubwordTokenizer:
             stops: ids that end a generated text, beside `eos`.
 
         Raises:
-            ValueError: `bos`, `eos` or one of `stops` is no id of the tokenizer.
+            ValueError: `bos`, `eos` or one of `stops` is no id of the tokenizer, or a token has an id beyond reason.
         """
         self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        if self.vocab_size > _LARGEST_VOCABULARY:
+            raise ValueError(f"a token has id {self.vocab_size - 1}; ids must be below {_LARGEST_VOCABULARY}")
         ends = ([] if eos is None else [eos]) + list(stops)
         for name, ids in {"bos": [] if bos is None else [bos], "eos": ends}.items():
             wrong = [i for i in ids if not _is_id(i, self.vocab_size) or tokenizer.id_to_token(i) is None]

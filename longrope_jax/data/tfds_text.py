@@ -9,6 +9,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from longrope_jax.messages import beginning, shortened
+
 # Where a document's name may be, the best first; a link or a number will do.
 _NAMES = ("path", "name", "title", "book_title", "url", "id")
 
@@ -43,7 +45,11 @@ class OpenDataset:
         for number, example in self._examples(split, numbers):
             name = example[self._name] if self._name else b""
             name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
-            yield name or f"{split}/{number}", _as_bytes(example[self._text])
+            name = name or f"{split}/{number}"
+            text = example[self._text]
+            if not isinstance(text, str | bytes):
+                raise ValueError(f"{self._builder.data_dir}: {shortened(name)} has no text: {shortened(text)}")
+            yield name, text.encode() if isinstance(text, str) else text
 
     def _examples(self, split: str, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         if not len(numbers):
@@ -73,8 +79,9 @@ class OpenDataset:
             yield
         # Files that are not there or damaged (with hashes), and names of files or features that fit nothing.
         except (RuntimeError, ValueError, LookupError, OSError, TypeError, AttributeError) as error:
-            told = " ".join(str(error).split())[:500]
-            raise ValueError(f"{self._builder.data_dir}: files of the dataset can't be read: {told}") from None
+            raise ValueError(
+                f"{self._builder.data_dir}: files of the dataset can't be read: {beginning(error)}"
+            ) from None
 
 
 def open_by_name(name: str, data_dir: str, text_feature: str) -> OpenDataset:
@@ -87,7 +94,7 @@ def open_by_name(name: str, data_dir: str, text_feature: str) -> OpenDataset:
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
     except Exception as error:  # each of its ways to find a dataset fails in its own way
-        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        told = beginning(error) or type(error).__name__
         raise ValueError(f"tfds = {name!r}: not found {where}: {told}") from None
     if not builder.info.splits:
         argument = f", data_dir={data_dir!r}" if data_dir else ""
@@ -104,7 +111,7 @@ def open_directory(directory: epath.PathLike, text_feature: str) -> OpenDataset:
     try:
         builder = tfds.builder_from_directory(directory)
     except Exception as error:
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        told = beginning(error) or type(error).__name__
         raise ValueError(f"data folder {str(directory)!r}: {told}") from None
     try:
         return OpenDataset(builder, text_feature)
@@ -128,7 +135,3 @@ def _text_feature(features: tfds.features.FeaturesDict, wanted: str) -> str:
         return "text"
     told = ", ".join(texts or strings)
     raise ValueError(f"text_feature must say which feature is the text: {told}" if told else "it holds no text at all")
-
-
-def _as_bytes(text: str | bytes) -> bytes:
-    return text.encode() if isinstance(text, str) else bytes(text)

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
+from longrope_jax.messages import shortened
 from longrope_jax.runtime import storage
 
 Manifest = dict[str, list[int | str]]
@@ -34,9 +35,9 @@ def difference(expected: Manifest, found: Manifest) -> str | None:
     """The first thing wrong with the files found, None if they are those expected."""
     for name in sorted({*expected, *found}):
         if name not in found:
-            return f"{name} is missing"
+            return f"{shortened(name)} is missing"
         if name not in expected:
             return f"{name} is not in the manifest"
         if found[name] != expected[name]:
-            return f"{name} has size and SHA-256 {found[name]}, the manifest says {expected[name]}"
+            return f"{name} has size and SHA-256 {found[name]}, the manifest says {shortened(expected[name])}"
     return None

@@ -1,5 +1,6 @@
 """Where text comes from: folders of files and records, TFDS datasets; who gets what, and what is refused."""
 
+import json
 import shutil
 
 import numpy as np
@@ -166,6 +167,24 @@ def test_a_dataset_by_its_name_has_splits_of_its_own(prepared):
 def test_the_directory_of_a_dataset_is_a_folder(prepared):
     by_name = read(DataSettings(tfds="toy/own", tfds_dir=str(prepared)))
     assert read(DataSettings(folder=str(prepared / "toy" / "own" / "1.2.0"))) == by_name
+
+
+def test_a_feature_that_is_in_no_example_is_no_text(prepared, tmp_path):
+    folder = shutil.copytree(prepared / "toy" / "single" / "1.2.0", tmp_path / "single")
+    features = (folder / "features.json").read_text()
+    (folder / "features.json").write_text(
+        features.replace('"text": {\n                "python', '"other": {\n                "python')
+    )
+    with pytest.raises(ValueError, match="'train/0' has no text: None"):
+        read(DataSettings(folder=str(folder)))
+
+
+def test_what_tfds_says_of_damaged_features_is_told_by_its_beginning(prepared, tmp_path):
+    folder = shutil.copytree(prepared / "toy" / "single" / "1.2.0", tmp_path / "single")
+    (folder / "features.json").write_text(json.dumps({"featuresDict": [2**60] * 2000, "pythonClassName": "x"}))
+    with pytest.raises(ValueError, match=f"data folder '{folder}'") as caught:
+        read(DataSettings(folder=str(folder)))
+    assert len(str(caught.value)) < 2000
 
 
 def test_a_dataset_with_one_split_is_cut_by_shares(prepared):

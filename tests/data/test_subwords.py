@@ -208,6 +208,15 @@ def test_a_damaged_tokenizer(tmp_path, content):
         SubwordTokenizer.from_folder(folder)
 
 
+def test_an_id_that_would_fill_the_memory_is_refused(tmp_path):
+    folder = write(tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["more"] = 2**30
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="model: a token has id 1073741824; ids must be below 16777216"):
+        SubwordTokenizer.from_folder(folder)
+
+
 def test_a_damaged_config(tmp_path):
     folder = write(tmp_path / "model")
     (folder / "tokenizer_config.json").write_text("{")

@@ -115,7 +115,8 @@ def make_state(folder: Path) -> list[str]:
 
 def read_state(folder: Path, name: str) -> None:
     carried = experiment.reopen(_state_config(folder), folder / "run")
-    carried.table("table", "load").select(64)
+    table = carried.table("table", "load")
+    table.select(int(table.boundaries[-1]))
 
 
 def make_compile_report(folder: Path) -> list[str]:
