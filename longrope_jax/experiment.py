@@ -203,7 +203,7 @@ def _layout(experiment: Experiment, workdir: epath.Path) -> Layout:
     try:
         layout = Layout.of(experiment.mesh)
     except ValueError as error:
-        raise ValueError(f"config.mesh: {error}") from None
+        raise ValueError(f"config.mesh: {beginning(error)}") from None
     check_layout(experiment, layout, {name for name in experiment.stages if not _finished(workdir, name).exists()})
     return layout
 
@@ -224,7 +224,7 @@ def _naming_section(name: str, check: Callable, *arguments) -> None:
     try:
         check(*arguments)
     except ValueError as error:
-        raise ValueError(f"config.{name}: {error}") from None
+        raise ValueError(f"config.{name}: {beginning(error)}") from None
 
 
 def _refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
@@ -349,7 +349,7 @@ def _model_config(name: str, settings: LoadSettings) -> LlamaConfig:
     try:
         return settings.config
     except (ValueError, OSError) as error:
-        raise ValueError(f"config.{name}: {error}") from None
+        raise ValueError(f"config.{name}: {beginning(error)}") from None
 
 
 def _tokenizer(experiment: Experiment) -> Tokenizer:
@@ -360,7 +360,7 @@ def _tokenizer(experiment: Experiment) -> Tokenizer:
     try:
         return load_tokenizer(settings.path)
     except (ValueError, OSError) as error:
-        raise ValueError(f"config.{name}: {error}") from None
+        raise ValueError(f"config.{name}: {beginning(error)}") from None
 
 
 def _reads(stages: dict[str, Any]) -> text.Reads:

@@ -29,6 +29,7 @@ REFUSED = {
     ),
     "small vocabulary": ("model.vocab_size", 100, "vocab_size = 100 is below"),
     "unknown factors": ("evaluate.arms.yarn.factors", "yern", "config.evaluate: arms.yarn.factors = 'yern' is neither"),
+    "endless factors": ("evaluate.arms.yarn.factors", "yern" * 1000, "config.evaluate: arms.yarn.factors = 'yernyern"),
     "unknown model of an arm": ("evaluate.arms.yarn.model", "search", "config.evaluate: arms.yarn.model = 'search' is"),
     "control that is no arm": ("evaluate.controls", ("original",), "config.evaluate: controls = .* must be arms"),
     "no arms": ("evaluate.arms", {}, "config.evaluate: arms is empty"),
@@ -51,7 +52,7 @@ def test_bad_configs_are_refused_in_one_line_before_any_work(config, tmp_path, m
     forbid_work(monkeypatch)
     with pytest.raises(ValueError, match=message) as caught:
         experiment.run(change(config, path, value), tmp_path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
     assert not (tmp_path / "config.json").exists()  # the mended config may use the directory
 
 
