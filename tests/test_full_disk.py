@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from speeds import SPEEDS
 
 from longrope_jax import experiment
-from longrope_jax.data import stored, tokens
+from longrope_jax.data import sources, stored, tokens
 from longrope_jax.data.settings import DataSettings
 from longrope_jax.data.sources import Texts
 from longrope_jax.data.tokenizer import ByteTokenizer
@@ -95,6 +95,15 @@ def test_tokens_that_do_not_fit_are_made_again(tmp_path, capsys, room):  # what 
         assert ByteTokenizer().decode(document.tokens[:]).encode() == texts[document.name]
 
 
+def test_a_dataset_that_does_not_fit_is_named_and_built_with_room(tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("the quick brown fox " * 100)
+    settings, data_dir = DataSettings(str(tmp_path)), tmp_path / "data"
+    with no_file_beyond(300), pytest.raises(OSError, match=f"{data_dir}.* can't be written: "):
+        sources.open_source(settings, data_dir)
+    assert sum(map(len, sources.open_source(settings, data_dir).values())) == 4
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
@@ -105,7 +114,7 @@ def config(tmp_path_factory):
     stages = {
         "pretrain": PretrainSettings(steps=2, batch=2, checkpoint_every=1, log_every=1),
         "search": SearchSettings(target_length=32, documents=1, evolution=evolution),
-        "evaluate": EvaluationSettings(lengths=(16, 32), documents=2, arms={"longrope": Arm("search")}),
+        "evaluate": EvaluationSettings(lengths=(16, 32), documents=2, arms={"longrope": Arm("search")}, controls=()),
         "table": TableSettings((16, 32), ("original", "search")),
         "export": ExportSettings(factors="table", allow_dropping_start_tokens=True),
     }

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from longrope_jax.data.files import copy_tree, is_remote, size_of, spelled
 from longrope_jax.data.settings import SHARES, SPLITS
 from longrope_jax.data.tokenizer import Tokenizer
+from longrope_jax.messages import beginning
 
 
 class Document(NamedTuple):
@@ -166,7 +167,12 @@ def split_by_file(paths: Sequence[str], shares: Sequence[float] = SHARES) -> dic
 
 
 def build(config: TextFolderConfig, data_dir: epath.PathLike) -> TextFolder:
-    """Builds the dataset in `data_dir`, or finds it there already built (then the folder is not looked at again)."""
+    """Builds the dataset in `data_dir`, or finds it there already built (then the folder is not looked at again).
+
+    Raises:
+        OSError: it can't be written.
+        ValueError: see `find_texts`.
+    """
     tfds.disable_progress_bar()  # ours tells more
     builder = _builder(config, data_dir)
     if is_remote(data_dir) and not builder.is_prepared():
@@ -174,8 +180,11 @@ def build(config: TextFolderConfig, data_dir: epath.PathLike) -> TextFolder:
             built = build(config, folder)
             copy_tree(epath.Path(built.data_dir), epath.Path(builder.data_dir), last="dataset_info.json")
         builder = _builder(config, data_dir)
-    with contextlib.redirect_stdout(None):
-        builder.download_and_prepare()
+    try:
+        with contextlib.redirect_stdout(None):
+            builder.download_and_prepare()
+    except RuntimeError as error:  # what array_record's writer has to say, as of a full disk
+        raise OSError(f"{builder.data_dir} can't be written: {beginning(error)}") from None
     return builder
 
 

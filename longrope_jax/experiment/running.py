@@ -1,0 +1,150 @@
+"""Runs a config in a work directory: its stages in order, resumed where they stopped, skipped where they finished."""
+
+import json
+from typing import Any
+
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from longrope_jax import json_files
+from longrope_jax.experiment.identity import begun_file, finished_file, identity, refuse_changed_stages
+from longrope_jax.experiment.parsing import (
+    Experiment,
+    check_layout,
+    naming_section,
+    parse_experiment,
+    reads,
+    stage_of,
+    tokenizer_of,
+)
+from longrope_jax.messages import beginning
+from longrope_jax.model import Llama
+from longrope_jax.report import summarize, summary_tables, write_report
+from longrope_jax.runtime import lock, preemption, processes, profiling, storage
+from longrope_jax.runtime.mesh import Layout
+from longrope_jax.runtime.records import finite, to_json, write_whole
+from longrope_jax.stages import Carried, text
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
+    """Runs a config in a work directory, or what is left of it, and returns the path of the report."""
+    with lock.hold(workdir):
+        return execute(*prepare(config, workdir))
+
+
+def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Carried]:
+    """Everything that can be checked before long work: the config, the devices, the work directory, the text.
+
+    Call it, and `execute`, while `lock.hold` keeps others out of the work directory.
+
+    Raises:
+        ValueError: a bad config, unusable data, devices that don't fit, or a work directory in which a stage has begun
+            with other settings; one line.
+        OSError: the work directory can't be written to.
+    """
+    experiment = parse_experiment(config)
+    storage.see_what_others_write()
+    workdir = epath.Path(workdir)
+    layout = _layout(experiment, workdir)
+    refuse_changed_stages(workdir, experiment)
+    storage.make(workdir)
+    tokenizer = tokenizer_of(experiment)
+    documents = text.read(experiment.data, reads(experiment.stages), tokenizer, workdir)
+    carried = Carried(Llama(experiment.model), layout, documents, tokenizer, workdir)
+    for name, settings in experiment.stages.items():
+        naming_section(name, stage_of(name).check_data, settings, carried)
+    # Only now: a config that could not run must not keep a mended one out of its work directory.
+    write_whole(workdir / "config.json", to_json(json.loads(config.to_json()), indent=1) + "\n")
+    return experiment, carried
+
+
+def reopen(config: ConfigDict, workdir: epath.PathLike) -> Carried:
+    """What the finished stages of a work directory left, without its text and without doing anything.
+
+    Raises:
+        ValueError: a bad config, a work directory of another one, or one in which no model is finished.
+    """
+    storage.see_what_others_write()
+    experiment, workdir = parse_experiment(config), epath.Path(workdir)
+    refuse_changed_stages(workdir, experiment)
+    layout = Layout.of(experiment.mesh)
+    carried = Carried(Llama(experiment.model), layout, {}, tokenizer_of(experiment), workdir)
+    for name, settings in experiment.stages.items():
+        finished = finished_file(workdir, name)
+        if finished.exists():
+            try:
+                stage_of(name).load(settings, carried, name, _summary(finished))
+            except LookupError as error:
+                raise ValueError(f"{finished}: {name} has lost what it left: {error.args[0]}") from None
+    if not carried.trained:
+        raise ValueError(f"work directory {workdir} has no finished stage of this config that makes a model")
+    return carried
+
+
+def execute(experiment: Experiment, carried: Carried) -> epath.Path:
+    """Runs the stages that have not finished, writes the report and returns its path.
+
+    Raises:
+        preemption.Preempted: the process was asked to stop; finished stages are kept, and what the one under way saved.
+    """
+    workdir, seconds = carried.workdir, {}
+    with preemption.watch(), carried.layout.active():
+        for name in experiment.stages:
+            if preemption.requested():
+                raise preemption.Preempted(name, "the stages before it are finished")
+            seconds[name] = _run_or_skip(name, experiment, carried)["seconds"]
+    report = summarize(
+        experiment.model, carried.evaluations, carried.retrievals, carried.searches, carried.exports, seconds
+    )
+    path = workdir / "report.md"
+    if processes.is_first():
+        write_report(workdir, experiment.model, report, carried.evaluations)
+        print(f"\n{summary_tables(report)}report: {path}")
+    return path
+
+
+def _run_or_skip(name: str, experiment: Experiment, carried: Carried) -> dict[str, Any]:
+    """The stage's summary; what it leaves is handed on."""
+    settings, finished = experiment.stages[name], finished_file(carried.workdir, name)
+    if processes.any_of(finished.exists()):
+        lost = None
+        try:
+            summary = _summary(finished)
+            stage_of(name).load(settings, carried, name, summary)
+        except (LookupError, ValueError) as error:
+            lost = " ".join(map(str, error.args))
+        if not processes.any_of(lost is not None):
+            _tell(f"{name}: finished before, skipped")
+            return summary
+        logging.warning("%s: finished before, but %s; running it again", name, lost)
+    if processes.is_first():
+        finished.parent.mkdir(exist_ok=True)
+    write_whole(begun_file(carried.workdir, name), to_json(identity(name, experiment), indent=1) + "\n")
+    processes.wait_for_all(f"{name} begins")
+    with profiling.of_stage(experiment.profile, name, carried.workdir):
+        summary = finite(stage_of(name).run(settings, carried, name))
+    write_whole(finished, to_json(summary, indent=1) + "\n")
+    processes.wait_for_all(name)
+    stage_of(name).load(settings, carried, name, summary)
+    return summary
+
+
+def _layout(experiment: Experiment, workdir: epath.Path) -> Layout:
+    """The devices, if the model and the stages that are still to run can be spread over them."""
+    try:
+        layout = Layout.of(experiment.mesh)
+    except ValueError as error:
+        raise ValueError(f"config.mesh: {beginning(error)}") from None
+    check_layout(experiment, layout, {name for name in experiment.stages if not finished_file(workdir, name).exists()})
+    return layout
+
+
+def _summary(finished: epath.Path) -> dict[str, Any]:
+    """What a stage that has finished tells of itself."""
+    return json_files.read_object(finished, {"seconds": float})
+
+
+def _tell(line: str) -> None:
+    if processes.is_first():
+        print(line)
