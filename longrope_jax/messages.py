@@ -5,10 +5,10 @@ from typing import Any
 _LONGEST = 1000  # characters of what others say: a page of a terminal
 
 
-def shortened(value: Any, most: int = 80) -> str:
-    """A value as a message shows it, in at most so many characters: of a long list or text only the beginning."""
+def shortened(value: Any) -> str:
+    """A value as a message shows it: of a long list or text only the beginning."""
     told = repr(value)
-    return told if len(told) <= most else f"{told[: most - 3]}..."
+    return told if len(told) <= 80 else f"{told[:77]}..."
 
 
 def beginning(told: object) -> str:

@@ -141,12 +141,13 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_directory_without_a_finished_run_is_refused(tmp_path, damage, message):
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_directory_without_a_finished_run_is_refused(tmp_path, name):
+    damage, message = BROKEN[name]
     write_run(tmp_path / "one", 1)
     write_run(tmp_path / "two", 2)
     damage(tmp_path / "two")
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises(OSError if name == "other records" else ValueError, match=message):
         write_comparison([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

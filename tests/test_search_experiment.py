@@ -182,6 +182,9 @@ def test_a_work_directory_from_before_the_new_fields_is_accepted(config, finishe
         del summary[name]
     (workdir / "stages" / "search_near.json").write_text(json.dumps(summary))
     experiment.run(config, workdir)
+    unused = ConfigDict(config.to_dict())
+    unused.search_near.gradient.steps = unused.search_near.cma_es.iterations = 7
+    experiment.run(unused, workdir)
     changed = ConfigDict(config.to_dict())
     changed.search_near.method = "cma_es"
     with pytest.raises(ValueError, match=r"differing: search_near.method \('evolution' there, 'cma_es' now\)$"):

@@ -51,7 +51,8 @@ def read_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
     """The runs of at least two work directories, each named by what its path does not share with the others.
 
     Raises:
-        ValueError: there are fewer, one is named twice, or one has no finished run; one line.
+        ValueError: there are fewer, one is named twice, or one has no finished run or a damaged report or index; one
+            line.
         OSError: records of one are damaged.
     """
     if len(workdirs) < 2:

@@ -10,6 +10,7 @@ from longrope_jax import json_files
 from longrope_jax.experiment.parsing import Experiment, before, stage_of
 from longrope_jax.messages import beginning, shortened
 from longrope_jax.runtime.records import flat, to_json
+from longrope_jax.search.settings import METHODS, SearchSettings
 from longrope_jax.stages import text
 
 
@@ -33,7 +34,7 @@ def refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
             now = flat(json.loads(to_json(identity(name, experiment))))
             for key in sorted(there.keys() | now.keys()):
                 if there.get(key) != now.get(key):
-                    old, new = (shortened(which.get(key, "absent"), 300) for which in (there, now))
+                    old, new = (shortened(which.get(key, "absent")) for which in (there, now))
                     differing[key] = f"{old} there, {new} now"
     if differing:
         told = beginning(", ".join(f"{key} ({values})" for key, values in differing.items()))
@@ -42,7 +43,9 @@ def refuse_changed_stages(workdir: epath.Path, experiment: Experiment) -> None:
 
 def identity(name: str, experiment: Experiment) -> dict[str, Any]:
     """All that the results of a stage depend on, with the names that fields have in a config."""
-    sections = {section: _what(asdict(settings)) for section, settings in _settings_of(name, experiment).items()}
+    sections = {
+        section: _what(asdict(settings), settings) for section, settings in _settings_of(name, experiment).items()
+    }
     inputs = stage_of(name).inputs(experiment.stages[name], before(experiment.stages, name))
     return sections | {f"stages before {name}": inputs}
 
@@ -62,7 +65,7 @@ def _as_if_now(begun: dict[str, Any], name: str, experiment: Experiment) -> dict
     known = {key: value for key, value in begun.items() if key in sections or not text.is_text_section(key)}
     for section, settings in sections.items():
         if section in known:
-            known[section] = _what(_filled_up(known[section], _defaults(type(settings))))
+            known[section] = _what(_filled_up(known[section], _defaults(type(settings))), settings)
     return known
 
 
@@ -90,14 +93,19 @@ def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
-def _what(settings: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a section but those about how devices do the work, which may change with the mesh."""
+def _what(fields: dict[str, Any], settings: Any) -> dict[str, Any]:
+    """The fields of a section but those about how devices do the work, which may change with the mesh, and those that
+    the settings of now make no use of.
+    """
+    if isinstance(settings, SearchSettings):
+        unused = {section for used in METHODS.values() for section in used} - set(METHODS[settings.method])
+        fields = {field: value for field, value in fields.items() if field not in unused}
     # A race and a descent go from one block of documents to the next, so what they find depends on these.
-    goes_by_blocks = settings.get("racing") or settings.get("method") in ("gradient", "hybrid")
+    goes_by_blocks = fields.get("racing") or fields.get("method") in ("gradient", "hybrid")
     how = _HOW - {"documents_at_once"} if goes_by_blocks else _HOW
     return {
-        field: _what(value) if isinstance(value, dict) else value
-        for field, value in settings.items()
+        field: _what(value, None) if isinstance(value, dict) else value
+        for field, value in fields.items()
         if field not in how and (field not in _GONE or value != _GONE[field])
     }
 

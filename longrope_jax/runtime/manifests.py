@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-from longrope_jax.messages import shortened
+from longrope_jax.messages import beginning, shortened
 from longrope_jax.runtime import storage
 
 Manifest = dict[str, list[int | str]]
@@ -35,9 +35,11 @@ def difference(expected: Manifest, found: Manifest) -> str | None:
     """The first thing wrong with the files found, None if they are those expected."""
     for name in sorted({*expected, *found}):
         if name not in found:
-            return f"{shortened(name)} is missing"
+            return f"{beginning(name)} is missing"
         if name not in expected:
-            return f"{name} is not in the manifest"
+            return f"{beginning(name)} is not in the manifest"
         if found[name] != expected[name]:
-            return f"{name} has size and SHA-256 {found[name]}, the manifest says {shortened(expected[name])}"
+            return (
+                f"{beginning(name)} has size and SHA-256 {found[name]}, the manifest says {shortened(expected[name])}"
+            )
     return None

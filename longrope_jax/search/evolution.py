@@ -36,12 +36,12 @@ class EvolutionSettings:
     """Algorithm 1's numbers and operators; the numbers are the paper's up to 512k tokens (sec. 4.1), and so are the
     operators of `paper`.
 
-    What is the default was measured (docs/results/search.md): most mutations are small, and of sixteen children the one
-    is scored of which a model of the score expects most. The reach is wider than the paper's narrowest reading
-    because, of two tiny models extended four times, it took the one with 64 dimensions a head from a search perplexity
-    of 7.31 [7.30, 7.33] to 7.17 [7.14, 7.20] (mean and range of two searches of 1344 candidates on one document of 512
-    tokens), and the one with 32 from 6.60 [6.59, 6.62] to 6.54 [6.42, 6.66], which is no clear difference; the other
-    crossovers showed no gain over that noise.
+    What is the default was measured, with races and random ramps (docs/results/search.md): most mutations are small,
+    and of sixteen children the one is scored of which a model of the score expects most. The reach is wider than the
+    paper's narrowest reading because, of two tiny models extended four times, it took the one with 64 dimensions a head
+    from a search perplexity of 7.31 [7.30, 7.33] to 7.17 [7.14, 7.20] (mean and range of two searches of 1344 candidates
+    on one document of 512 tokens), and the one with 32 from 6.60 [6.59, 6.62] to 6.54 [6.42, 6.66], which is no clear
+    difference; the other crossovers showed no gain over that noise.
 
     Attributes:
         population: P, candidates in population 0, the seeds included.
@@ -153,10 +153,12 @@ def _children(key, state, elite, restart, space, settings) -> SearchState:
     missing = crossovers - len(crossed)
     spare = _mutations(spare_key, joined(state, crossed, mutants), elite, missing, restart, space, settings)
     children = joined(mutants, crossed, spare)
-    if settings.proposals > 1:
-        count = settings.mutations + settings.crossovers
-        children = children.take(promising(state, children, count, goal=state.nll[elite[0]]))
-    return children
+    if settings.proposals == 1:
+        return children
+    count = settings.mutations + settings.crossovers
+    if not np.isfinite(state.nll).any():  # nothing to learn from, and the search will end with that
+        return children.take(np.arange(min(count, len(children))))
+    return children.take(promising(state, children, count, goal=state.nll[elite[0]]))
 
 
 def _mutations(key, state, elite, count, restart, space, settings) -> SearchState:

@@ -12,7 +12,14 @@ from longrope_jax.search.seeds import PAPER_SEEDS, PUBLISHED
 from longrope_jax.search.space import N_HAT, SPACES, SearchSpace, critical_space, paper_space
 from longrope_jax.search.terms import TermSettings
 
-METHODS = ("evolution", "gradient", "hybrid", "cma_es", "start_tokens")
+METHODS = {
+    "evolution": ("evolution",),
+    "gradient": ("gradient",),
+    "hybrid": ("gradient", "evolution"),
+    "cma_es": ("cma_es",),
+    "start_tokens": (),
+}
+"""Ways to search, and the sections of `SearchSettings` that each of them goes by."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from fuzz.formats import FORMATS, Format
 
 SECONDS = 20  # of the processor for one file: a busy machine makes nothing a hang
 MEMORY = 6 << 30  # bytes of addresses beyond what the process has already
-LONGEST = 20_000  # characters of a message
+LONGEST = 3_000  # characters of a message
 
 
 class Failure(NamedTuple):

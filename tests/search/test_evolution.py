@@ -82,6 +82,15 @@ def test_a_model_of_the_score_reaches_the_optimum_sooner():
     assert (chosen.parents[64:, 0] >= 0).all()
 
 
+def test_where_nothing_has_a_score_there_is_nothing_to_learn_and_children_are_made_all_the_same():
+    def broken(factors, standing):
+        return distance(factors)._replace(nll=np.full(len(factors.n_hat), np.inf))
+
+    settings = EvolutionSettings(population=8, mutations=3, crossovers=3, parents=4, iterations=2)
+    state = run(settings, broken, seeds=seeded(broken))[-1]
+    assert len(state) == settings.evaluations and np.isinf(state.nll).all()
+
+
 def test_budget_elitism_and_monotone_progress():
     state = run()[-1]
     assert len(state) == SETTINGS.evaluations == 16 + 6 * 12
@@ -106,10 +115,17 @@ def test_crossovers_have_two_different_parents_the_better_first(kind):
     assert (better != other).all() and (state.nll[better] <= state.nll[other]).all()
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_no_candidate_is_scored_twice_and_all_are_valid(mutation):
-    state = run(EvolutionSettings.paper(iterations=15, mutation=mutation, reach=4))[-1]
-    assert len(set(identities(state.genes))) == len(state) == 64 + 15 * 32
+@pytest.mark.parametrize(
+    "settings",
+    [
+        EvolutionSettings(iterations=6),
+        *(EvolutionSettings.paper(iterations=15, mutation=mutation, reach=4) for mutation in MUTATIONS),
+    ],
+    ids=["default", *MUTATIONS],
+)
+def test_no_candidate_is_scored_twice_and_all_are_valid(settings):
+    state = run(settings)[-1]
+    assert len(set(identities(state.genes))) == len(state) == settings.evaluations
     assert (np.diff(state.lam, axis=1) >= 0).all()
     assert state.lam.min() >= SPACE.low and state.lam.max() <= np.float32(SPACE.high)
     assert np.isin(state.n_hat, SPACE.n_hat).all()

@@ -7,7 +7,7 @@ from absl import logging
 from gguf import TokenType
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from longrope_jax.messages import shortened
+from longrope_jax.messages import beginning, shortened
 
 PREFIX = "tokenizer.ggml."
 # Regular expressions that cut a text into words, one after the other, by the names that llama.cpp gives them. What
@@ -120,7 +120,7 @@ def _bpe(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], **opt
     try:
         return models.BPE(dict(vocabulary), list(merges), **options)
     except Exception as error:  # the package raises Exception itself
-        raise ValueError(f"{PREFIX}merges do not fit the tokens: {error}") from None
+        raise ValueError(f"{PREFIX}merges do not fit the tokens: {beginning(error)}") from None
 
 
 def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:

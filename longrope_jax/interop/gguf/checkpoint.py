@@ -13,6 +13,7 @@ from jaxtyping import Float32, Int64, UInt8
 
 from longrope_jax.interop.gguf.config import ROPE_TENSORS, read_config
 from longrope_jax.interop.gguf.file import StoredTensor, read_gguf
+from longrope_jax.messages import beginning
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -53,7 +54,7 @@ def open_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], "GgufTensors"]:
             file.metadata, shapes, lambda name: _dequantize(file.tensors[name].rows, file.tensors[name])[0]
         )
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {beginning(error)}") from None
     weights = {name: stored for name, stored in file.tensors.items() if name not in ROPE_TENSORS}
     return config, GgufTensors(weights, config["num_attention_heads"], config["num_key_value_heads"])
 

@@ -16,7 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 from jaxtyping import UInt8
 
-from longrope_jax.messages import shortened
+from longrope_jax.messages import beginning, shortened
 
 _VERSIONS = (2, 3)
 _NUMBERS: dict[int, str] = {
@@ -83,7 +83,7 @@ def read_gguf(path: str | os.PathLike) -> GgufFile:
     except RecursionError:
         raise ValueError(f"{path}: damaged: lists in lists in the header, too deep to read") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {beginning(error)}") from None
 
 
 class _Cursor:

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 from longrope_jax.data.subwords import SubwordTokenizer
 from longrope_jax.interop.gguf.bpe import PREFIX, build, read_list
 from longrope_jax.interop.gguf.file import read_gguf
+from longrope_jax.messages import beginning
 
 # How llama.cpp and Hugging Face call tokens with a meaning; the last two only end a text.
 _MEANINGS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "eot": None, "eom": None}
@@ -32,7 +33,7 @@ def gguf_tokenizer(path: str | os.PathLike) -> SubwordTokenizer | None:
     try:
         return _from_metadata(metadata)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {beginning(error)}") from None
 
 
 def _from_metadata(metadata: Mapping[str, Any]) -> SubwordTokenizer:
