@@ -40,7 +40,7 @@ def parse(cls: type[T], section: ConfigDict, name: str) -> T:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(fields)}"
-            raise ValueError(f"config.{name}.{key} is not a field of {cls.__name__}; {hint}")
+            raise ValueError(f"config.{name}.{beginning(key)} is not a field of {cls.__name__}; {hint}")
     hints = typing.get_type_hints(cls)
     for key, field in fields.items():
         is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

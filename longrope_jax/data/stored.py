@@ -18,6 +18,7 @@ from jaxtyping import UInt
 from longrope_jax import json_files
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.files import local_copy
+from longrope_jax.messages import beginning
 
 SHARD = {"file": str, "bytes": int, "sha256": str, "names": [str], "tokens": [int], "sizes": [int]}
 """What is noted of a shard: its file's name, size and digest, and of every document name, tokens and bytes of text."""
@@ -38,7 +39,9 @@ def read_index(folder: epath.Path, split: str) -> dict[str, Any]:
         for shard in index["shards"]:
             _check_shard(shard)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; without its folder the same command makes it again") from None
+        raise ValueError(
+            f"{path} is damaged: {beginning(error)}; without its folder the same command makes it again"
+        ) from None
     return index
 
 

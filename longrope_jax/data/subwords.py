@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import Integer
 
 from longrope_jax import json_files
-from longrope_jax.messages import shortened
+from longrope_jax.messages import beginning, shortened
 
 _TOKENIZER = "tokenizer.json"
 # What an exported model hands on, and what is only read: which ids begin and end a text.
@@ -106,7 +106,7 @@ class SubwordTokenizer:
             bos, eos = (_id_of(tokenizer, name, named, ids) for name in ("bos", "eos"))
             return cls(tokenizer, files, bos=bos, eos=eos, stops=_as_list(ids.get("eos_token_id")))
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
+            raise ValueError(f"{folder}: {beginning(error)}") from None
 
     def encode(self, text: str | bytes, *, bos: bool = True, eos: bool = True) -> Integer[np.ndarray, "tokens"]:
         """See `Tokenizer`; bytes that are no UTF-8 become the replacement character."""

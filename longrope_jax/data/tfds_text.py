@@ -116,7 +116,7 @@ def open_directory(directory: epath.PathLike, text_feature: str) -> OpenDataset:
     try:
         return OpenDataset(builder, text_feature)
     except ValueError as error:
-        raise ValueError(f"data folder {str(directory)!r}: {error}") from None
+        raise ValueError(f"data folder {str(directory)!r}: {beginning(error)}") from None
 
 
 def _text_feature(features: tfds.features.FeaturesDict, wanted: str) -> str:

@@ -65,8 +65,8 @@ def parse_experiment(config: ConfigDict) -> Experiment:
     for key in config:
         if key not in needed | {"mesh", "profile"} and not text.is_text_section(key):
             raise ValueError(
-                f"config.{key} is neither model, data, data_NAME, mesh, profile nor a stage in config.stages = "
-                f"{tuple(stages)}"
+                f"config.{beginning(key)} is neither model, data, data_NAME, mesh, profile nor a stage in "
+                f"config.stages = {tuple(stages)}"
             )
     for key in sorted(needed - set(config)):
         raise ValueError(f"config.{key} is missing")

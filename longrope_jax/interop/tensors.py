@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from longrope_jax import json_files
 from longrope_jax.data.files import fetched
+from longrope_jax.messages import beginning, shortened
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -67,17 +68,17 @@ def _files_by_tensor(folder: epath.Path) -> dict[str, epath.Path]:
     named = sorted(set(files.values()))
     outside = [name for name in named if epath.Path(name).name != name or "\0" in name]
     if outside:
-        raise ValueError(f"{index} names files outside of its folder: {', '.join(map(repr, outside))}")
+        raise ValueError(f"{index} names files outside of its folder: {beginning(', '.join(map(repr, outside)))}")
     others = [name for name in named if not name.endswith(".safetensors")]
     if others:
-        raise ValueError(f"{index} names {', '.join(others)}; only .safetensors files are read")
+        raise ValueError(f"{index} names {beginning(', '.join(others))}; only .safetensors files are read")
     missing = [name for name in named if not (folder / name).exists()]
     if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names")
+        raise ValueError(f"{folder} lacks {beginning(', '.join(missing))}, which its index names")
     there = {name: set(_names(folder / name)) for name in named}
     absent = [tensor for tensor, name in files.items() if tensor not in there[name]]
     if absent:
-        raise ValueError(f"{index}: {len(absent)} tensors are not in the files it names, first {absent[0]!r}")
+        raise ValueError(f"{index}: {len(absent)} tensors are not in the files it names, first {shortened(absent[0])}")
     return {tensor: folder / name for tensor, name in files.items()}
 
 
@@ -87,7 +88,9 @@ def _once(files: list[epath.Path]) -> dict[str, epath.Path]:
     for file in files:
         for name in _names(file):
             if name in found:
-                raise ValueError(f"{name} is in {found[name].name} and in {file.name}, and there is no {_INDEX}")
+                raise ValueError(
+                    f"{beginning(name)} is in {found[name].name} and in {file.name}, and there is no {_INDEX}"
+                )
             found[name] = file
     return found
 
@@ -101,4 +104,4 @@ def _open(file: epath.Path):
     try:
         return safe_open(str(fetched(file)), framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is no sound safetensors file: {error}") from None
+        raise ValueError(f"{file} is no sound safetensors file: {beginning(error)}") from None

@@ -38,10 +38,10 @@ class EvolutionSettings:
 
     What is the default was measured, with races and random ramps (docs/results/search.md): most mutations are small,
     and of sixteen children the one is scored of which a model of the score expects most. The reach is wider than the
-    paper's narrowest reading because, of two tiny models extended four times, it took the one with 64 dimensions a head
-    from a search perplexity of 7.31 [7.30, 7.33] to 7.17 [7.14, 7.20] (mean and range of two searches of 1344
-    candidates on one document of 512 tokens), and the one with 32 from 6.60 [6.59, 6.62] to 6.54 [6.42, 6.66], which is no clear
-    difference; the other crossovers showed no gain over that noise.
+    paper's narrowest reading because, of two tiny models extended four times, it took the one with 64 dimensions a
+    head from a search perplexity of 7.31 [7.30, 7.33] to 7.17 [7.14, 7.20] (mean and range of two searches of 1344
+    candidates on one document of 512 tokens), and the one with 32 from 6.60 [6.59, 6.62] to 6.54 [6.42, 6.66], which
+    is no clear difference; the other crossovers showed no gain over that noise.
 
     Attributes:
         population: P, candidates in population 0, the seeds included.

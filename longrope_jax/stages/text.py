@@ -14,6 +14,7 @@ from longrope_jax.data.corpus import Document
 from longrope_jax.data.settings import DataSettings
 from longrope_jax.data.stored import StoredDocuments
 from longrope_jax.data.tokenizer import Tokenizer
+from longrope_jax.messages import shortened
 from longrope_jax.runtime import processes
 from longrope_jax.runtime.records import to_json, write_whole
 from longrope_jax.settings import parse
@@ -36,14 +37,14 @@ def parse_sections(config: ConfigDict, reads: Reads) -> dict[str, DataSettings]:
     there = [name for name in config if is_text_section(name)]
     for stage, (section, splits) in reads.items():
         if not is_text_section(section):
-            raise ValueError(f"config.{stage}.data = {section!r} must be 'data' or begin with 'data_'")
+            raise ValueError(f"config.{stage}.data = {shortened(section)} must be 'data' or begin with 'data_'")
         if splits and section not in there:
             told = f"; there are {', '.join(there)}" if there else ""
             raise ValueError(f"config.{section} is missing, the text that config.{stage}.data names{told}")
     named = {section for section, _ in reads.values()}
     for section in there:
         if section not in named:
-            told = ", ".join(f"{stage}.data = {section!r}" for stage, (section, _) in reads.items())
+            told = ", ".join(f"{stage}.data = {shortened(section)}" for stage, (section, _) in reads.items())
             raise ValueError(f"config.{section} is read by no stage{': ' if told else ''}{told}")
     sections = {section: parse(DataSettings, config[section], section) for section in there}
     for section, settings in sections.items():
