@@ -20,7 +20,7 @@ def test_damaged_files_are_read_or_refused_by_name(name):
 def test_a_value_that_moves_into_itself_makes_no_endless_document():
     for seed in range(2000):
         tree = {"a": {"b": {"c": [{"d": 1}]}}}
-        json.dumps(mutations.mutated_json(random.Random(seed), tree))
+        assert json.dumps(mutations.mutated_json(random.Random(seed), tree))
 
 
 def test_the_same_number_is_the_same_input(tmp_path):
