@@ -1,6 +1,7 @@
 """How the documentation is built: `make docs`, into docs/_build/html."""
 
 import importlib.metadata
+import pathlib
 import typing
 
 typing.GENERATING_DOCUMENTATION = "longrope_jax"  # jaxtyping's switch: types are then shown as they are written
@@ -9,7 +10,13 @@ project = "longrope_jax"
 author = "the longrope_jax authors"
 release = importlib.metadata.version("longrope_jax")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx.ext.mathjax",
+]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
@@ -26,7 +33,7 @@ default_role = "code"
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False  # the class's signature has them
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "no-value": True}
+autodoc_default_options = {"members": True, "no-value": True, "ignore-module-all": True}
 autodoc_mock_imports = ["lm_eval"]  # requirements-harness.txt has it
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
@@ -42,6 +49,22 @@ def skip_field_numbers(app, kind, name, member, skip, options):
     return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+def write_api_pages(app):
+    """Writes docs/api/generated/PACKAGE.md: the modules of a package, each with its docstrings."""
+    root = pathlib.Path(__file__).parents[1]
+    generated = root / "docs" / "api" / "generated"
+    generated.mkdir(exist_ok=True)
+    for stale in generated.glob("*.md"):
+        stale.unlink()
+    for package in sorted((root / "longrope_jax").rglob("__init__.py")):
+        page = ".".join(package.parent.relative_to(root).parts)
+        modules = [f"{page}.{path.stem}" for path in sorted(package.parent.glob("*.py")) if path != package]
+        sections = [f"# {page}\n\n```{{eval-rst}}\n.. automodule:: {page}\n```\n"]
+        sections += [f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n" for name in modules]
+        (generated / f"{page}.md").write_text("\n".join(sections))
+
+
 def setup(app):
-    """What Sphinx calls."""
+    """Connects the functions of this file to Sphinx."""
+    app.connect("builder-inited", write_api_pages)
     app.connect("autodoc-skip-member", skip_field_numbers)

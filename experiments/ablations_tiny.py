@@ -20,15 +20,15 @@ from functools import partial
 
 from ml_collections import ConfigDict
 
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.experiment import DataSettings
+from longrope_jax.experiment.stages import TableSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings
@@ -102,7 +102,7 @@ def _first_searches() -> dict[str, SearchSettings]:
 
 
 def _first_tables() -> dict[str, TableSettings]:
-    """Factors by length for the arms, as a method has others for every length; up to L the original rotation."""
+    """Factors by length for the methods, as a method has others for every length; up to L the original rotation."""
     tables = {method: _from_original((2, 4, 8), [method] * 3) for method in METHODS}
     tables["searched"] = _from_original((2, 4, 8), ["search_2x", "search_4x", "search_8x"])
     tables["lambda"] = _from_original((4, 8), ["search_lambda_4x", "search_lambda_8x"])
@@ -117,15 +117,15 @@ def _from_original(scales, factors) -> TableSettings:
 
 
 def _first_evaluations() -> dict[str, EvaluationSettings]:
-    linear, ntk, yarn = (Arm(f"table_{method}", "pretrain") for method in METHODS)
-    searched, unscaled = Arm("table_searched", "pretrain"), Arm("original", "pretrain")
+    linear, ntk, yarn = (Method(f"table_{method}", "pretrain") for method in METHODS)
+    searched, unscaled = Method("table_searched", "pretrain"), Method("original", "pretrain")
     return {
         "evaluate_table1_methods": EvaluationSettings(
             lengths=(L, 2 * L, 4 * L, 8 * L),
             documents=DOCUMENTS,
-            arms={
+            methods={
                 "unscaled": unscaled,
-                "dynamic_ntk": Arm("dynamic_ntk", "pretrain"),
+                "dynamic_ntk": Method("dynamic_ntk", "pretrain"),
                 "linear": linear,
                 "ntk": ntk,
                 "yarn": yarn,
@@ -136,11 +136,11 @@ def _first_evaluations() -> dict[str, EvaluationSettings]:
         "evaluate_table2_start_tokens": EvaluationSettings(
             lengths=(L, 2 * L, 4 * L),
             documents=DOCUMENTS,
-            arms={
+            methods={
                 "linear": linear,
-                "linear_with_start_tokens": Arm("table_start_linear", "pretrain"),
+                "linear_with_start_tokens": Method("table_start_linear", "pretrain"),
                 "ntk": ntk,
-                "ntk_with_start_tokens": Arm("table_start_ntk", "pretrain"),
+                "ntk_with_start_tokens": Method("table_start_ntk", "pretrain"),
                 "unscaled": unscaled,
             },
             compared=(("linear_with_start_tokens", "linear"), ("ntk_with_start_tokens", "ntk")),
@@ -148,9 +148,9 @@ def _first_evaluations() -> dict[str, EvaluationSettings]:
         "evaluate_table11_forms": EvaluationSettings(
             lengths=(L, 4 * L, 8 * L),
             documents=DOCUMENTS,
-            arms={
+            methods={
                 "linear": linear,
-                "lambda_only": Arm("table_lambda", "pretrain"),
+                "lambda_only": Method("table_lambda", "pretrain"),
                 "longrope": searched,
                 "unscaled": unscaled,
             },
@@ -173,10 +173,10 @@ def _recovery() -> dict[str, SearchSettings | TableSettings | EvaluationSettings
         "evaluate_table10_recovery": EvaluationSettings(
             lengths=(L, 2 * L),
             documents=4 * DOCUMENTS,
-            arms={
-                "original": Arm("original", "pretrain"),
-                "tuned_factors": Arm("table_tuned", "finetune_8x"),
-                "short_factors": Arm("table_recovered", "finetune_8x"),
+            methods={
+                "original": Method("original", "pretrain"),
+                "tuned_factors": Method("table_tuned", "finetune_8x"),
+                "short_factors": Method("table_recovered", "finetune_8x"),
             },
             controls=("original",),
             compared=(("short_factors", "tuned_factors"), ("short_factors", "original"), ("tuned_factors", "original")),
@@ -202,9 +202,9 @@ def _second_extension() -> dict[str, SearchSettings | TableSettings | Evaluation
     stages["evaluate_table9_second_extension"] = EvaluationSettings(
         lengths=lengths,
         documents=LONG_DOCUMENTS,
-        arms={
-            **{method: Arm(f"table_second_{method}", "finetune_8x") for method in others},
-            "longrope": Arm("table_second_searched", "finetune_8x"),
+        methods={
+            **{method: Method(f"table_second_{method}", "finetune_8x") for method in others},
+            "longrope": Method("table_second_searched", "finetune_8x"),
         },
         controls=(),
         compared=tuple(("longrope", method) for method in others),

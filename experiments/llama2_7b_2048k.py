@@ -34,15 +34,15 @@ brings its own splits (`DataSettings`).
 
 from ml_collections import ConfigDict
 
-from longrope_jax.data.settings import DataSettings
+from longrope_jax.data.corpus import DataSettings
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.experiment.stages import ExportSettings, LoadSettings, TableSettings
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import ExportSettings, LoadSettings, TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.step import OptimizerSettings
 
@@ -131,9 +131,9 @@ def _extend(config: ConfigDict) -> None:
 
 
 def _judge(config: ConfigDict) -> None:
-    tuned = {"longrope": Arm("table"), "without_short_recovery": Arm("table_without_recovery")}
-    original = {"original": Arm("original", "load")}
-    sliding = dict(stride=256, tokens_at_once=256 * K, arms=tuned | original, controls=("original",))
+    tuned = {"longrope": Method("table"), "without_short_recovery": Method("table_without_recovery")}
+    original = {"original": Method("original", "load")}
+    sliding = dict(stride=256, tokens_at_once=256 * K, methods=tuned | original, controls=("original",))
     lengths = tuple(length * K for length in (4, 8, 16, 32, 64, 128, 256))
     config.evaluate_proofpile = section(
         EvaluationSettings(lengths=lengths, documents=10, data="data_proofpile", **sliding)
@@ -144,7 +144,7 @@ def _judge(config: ConfigDict) -> None:
             lengths=tuple(length * K for length in (8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
             stride=256 * K,
             tokens_at_once=256 * K,
-            arms={"longrope": Arm("table"), "second_interpolation_yarn": Arm("table_yarn")},
+            methods={"longrope": Method("table"), "second_interpolation_yarn": Method("table_yarn")},
             controls=("longrope",),
             documents=20,
             data="data_books",
@@ -153,7 +153,7 @@ def _judge(config: ConfigDict) -> None:
     config.retrieval = section(
         RetrievalSettings(
             lengths=tuple(length * K for length in (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
-            arms={"longrope": Arm("table")},
+            methods={"longrope": Method("table")},
             prompts_at_once=1,
             tokens_at_once=8 * K,
         )

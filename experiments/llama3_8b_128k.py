@@ -15,8 +15,8 @@ Expected time, from `--mode=compile` and not from a run (docs/results): 72 hours
 step, as if all sequences were long).
 
 Published figures to compare with (LongRoPE2): short benchmarks keep 98.6 % of the original model's scores (`python -m
-longrope_jax.harness --model=WORKDIR/export ...`); RULER at 128k is 82.0 with its search on needles, and 78.7 with the
-same search on PG19's perplexity (`--config.search.objective.needle.kind=perplexity`; RULER is not part of this).
+longrope_jax.commands.harness --model=WORKDIR/export`); RULER at 128k is 82.0 with its search on needles, and 78.7 with
+the same search on PG19's perplexity (`--config.search.objective.needle.kind=perplexity`; RULER is not part of this).
 
 The paper has 10B tokens: 3B short, 3B of up to 100k and 4B of 100k to 200k. These 2250 steps are 19B, as every sequence
 has 128k; `--config.finetune.steps=1190` makes 10B. Weight decay and warmup are not published; these are usual ones.
@@ -26,16 +26,16 @@ Text: long documents and short ones to tune on, RedPajama for example; PG19 to s
 
 from ml_collections import ConfigDict
 
-from longrope_jax.data.settings import DataSettings
+from longrope_jax.data.corpus import DataSettings
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.experiment.stages import ExportSettings, LoadSettings, TableSettings
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.search.terms import TermSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import ExportSettings, LoadSettings, TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.step import OptimizerSettings
 
@@ -92,11 +92,11 @@ def mixed_windows(load: LoadSettings, original: int) -> ConfigDict:
             stride=256,
             tokens_at_once=TARGET,
             documents=10,
-            arms={
-                "longrope": Arm("table"),
-                "not_tuned": Arm("search", "load"),
-                "yarn_not_tuned": Arm("yarn", "load"),
-                "original": Arm("original", "load"),
+            methods={
+                "longrope": Method("table"),
+                "not_tuned": Method("search", "load"),
+                "yarn_not_tuned": Method("yarn", "load"),
+                "original": Method("original", "load"),
             },
             controls=("original",),
             data="data_pg19",
@@ -107,7 +107,7 @@ def mixed_windows(load: LoadSettings, original: int) -> ConfigDict:
             lengths=lengths,
             task="needle",
             depths=(0.0, 0.25, 0.5, 0.75, 1.0),
-            arms={"longrope": Arm("table")},
+            methods={"longrope": Method("table")},
             prompts_at_once=8,
             tokens_at_once=8 * K,
             data="data_pg19",

@@ -22,9 +22,9 @@ from ml_collections import ConfigDict
 
 from experiments import llama2_7b_2048k
 from experiments.llama2_7b_2048k import K
-from longrope_jax.data.settings import DataSettings
+from longrope_jax.data.corpus import DataSettings
+from longrope_jax.experiment.stages import LoadSettings, TableSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import LoadSettings, TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.step import OptimizerSettings
 

@@ -17,12 +17,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.evaluation.perplexity import DocumentNll, compare
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
 from longrope_jax.experiment import DataSettings, prepare, reopen
-from longrope_jax.markdown import table
 from longrope_jax.model import LlamaConfig
+from longrope_jax.report.tables import table
 from longrope_jax.rope import stack
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
@@ -64,7 +64,9 @@ def get_config(head_dim: str = "32") -> ConfigDict:
         )
     )
     cloze = dict(task="needle_cloze", prompts_at_once=50)
-    config.retrieval = section(RetrievalSettings(lengths=(L,), arms={"original": Arm("original")}, tries=200, **cloze))
+    config.retrieval = section(
+        RetrievalSettings(lengths=(L,), methods={"original": Method("original")}, tries=200, **cloze)
+    )
     for name, objective in OBJECTIVES.items():
         config[f"search_{name}"] = section(
             SearchSettings(
@@ -78,9 +80,9 @@ def get_config(head_dim: str = "32") -> ConfigDict:
                 evolution=EvolutionSettings.paper(reach=4, iterations=9),
             )
         )
-    arms = {name: Arm(f"search_{name}") for name in OBJECTIVES} | {"yarn": Arm("yarn_without_temperature")}
-    config.evaluate = section(EvaluationSettings(lengths=(TARGET,), arms=arms, controls=()))
-    config.retrieval_8x = section(RetrievalSettings(lengths=(TARGET,), arms=arms, tries=100, **cloze))
+    methods = {name: Method(f"search_{name}") for name in OBJECTIVES} | {"yarn": Method("yarn_without_temperature")}
+    config.evaluate = section(EvaluationSettings(lengths=(TARGET,), methods=methods, controls=()))
+    config.retrieval_8x = section(RetrievalSettings(lengths=(TARGET,), methods=methods, tries=100, **cloze))
     config.mesh = section(MeshSettings())
     config.profile = section(ProfileSettings())
     return config
@@ -108,9 +110,9 @@ def needle_nll(workdir: str) -> dict[str, DocumentNll]:
     asked = {"needle": TermSettings("needle_cloze")}
     terms = make_terms(asked, documents, carried.tokenizer, TARGET, JUDGED_ON, JUDGED_SEED)
     objective = Objective.of(found.model, found.layout, found.params("pretrain"), terms)
-    arms = {name: f"search_{name}" for name in OBJECTIVES} | {"yarn": "yarn_without_temperature"}
+    methods = {name: f"search_{name}" for name in OBJECTIVES} | {"yarn": "yarn_without_temperature"}
     nll = {}
-    for name, source in arms.items():
+    for name, source in methods.items():
         factors = stack([found.source(source, "pretrain", TARGET)(TARGET)])
         losses = [objective.block_nll(block, factors)[0] for block in range(len(objective.blocks))]
         nll[name] = DocumentNll(np.concatenate(losses), np.ones(JUDGED_ON, int))

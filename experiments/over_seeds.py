@@ -3,7 +3,7 @@
     python experiments/over_seeds.py PICTURE.png runs/p0 runs/p1 runs/p2
 
 Prints perplexity by window length, mean and range over the runs, and for the longest window and for L the difference
-between LongRoPE and every other arm in every run, with the run's own interval over documents. Mean and range of a few
+between LongRoPE and every other method by run, with the run's own interval over documents. Mean and range of a few
 runs are not an interval; for three runs a t interval of the mean difference is given as well.
 """
 
@@ -14,39 +14,42 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
-from longrope_jax import plots
+from longrope_jax.report import plots
 
 
 def main(picture: str, *workdirs: str) -> None:
-    """Reads the runs' reports; each has to have the same arms and lengths."""
+    """Reads the runs' reports; each has to have the same methods and lengths."""
     reports = [json.loads((Path(workdir) / "report.json").read_text()) for workdir in workdirs]
     results = [report["evaluations"]["evaluate"] for report in reports]
     original, first = reports[0]["original_length"], results[0]["perplexity"]
-    lengths, arms = list(first), plots.ordered(list(first[str(original)]))
+    lengths, methods = list(first), plots.ordered(list(first[str(original)]))
     values = {
-        (n, arm): np.array([result["perplexity"][n][arm]["ppl"] for result in results]) for n in lengths for arm in arms
+        (n, method): np.array([result["perplexity"][n][method]["ppl"] for result in results])
+        for n in lengths
+        for method in methods
     }
 
     print(f"| | {' | '.join(f'{n} ({int(n) / original:g}L)' for n in lengths)} |")
     print("| --- |" + " --- |" * len(lengths))
-    for arm in arms:
+    for method in methods:
         cells = (
-            f"{values[n, arm].mean():.2f} [{values[n, arm].min():.2f}, {values[n, arm].max():.2f}]" for n in lengths
+            f"{values[n, method].mean():.2f} [{values[n, method].min():.2f}, {values[n, method].max():.2f}]"
+            for n in lengths
         )
-        print(f"| {plots.label(arm)} | {' | '.join(cells)} |")
+        print(f"| {plots.label(method)} | {' | '.join(cells)} |")
 
     for n in (lengths[-1], str(8 * original), str(original)):
         print(f"\n| LongRoPE minus, at {n} tokens | {' | '.join(workdirs)} | mean [95 % t interval over runs] |")
         print("| --- |" + " --- |" * (len(workdirs) + 1))
         compared = [result["longrope_minus"][n] for result in results]
         controls = [result["longrope_minus_disjoint_windows_of_original_length"].get(n, {}) for result in results]
-        rows = [(plots.label(arm), [c[arm] for c in compared]) for arm in arms if arm != "longrope"]
-        rows += [(plots.control_label(arm), [c[arm] for c in controls]) for arm in controls[0]]
+        rows = [(plots.label(method), [c[method] for c in compared]) for method in methods if method != "longrope"]
+        rows += [(plots.control_label(method), [c[method] for c in controls]) for method in controls[0]]
         for name, entries in rows:
             cells = [f"{e['difference']:+.3f} [{e['ci95'][0]:+.3f}, {e['ci95'][1]:+.3f}]" for e in entries]
             print(f"| {name} | {' | '.join(cells)} | {_t_interval([e['difference'] for e in entries])} |")
 
-    means = {int(n): {arm: float(values[n, arm].mean()) for arm in arms} for n in lengths}
+    means = {int(n): {method: float(values[n, method].mean()) for method in methods} for n in lengths}
     plots.perplexity_by_length(means, original, ["tuned_at_original"]).savefig(picture)
 
 

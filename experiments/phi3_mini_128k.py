@@ -12,14 +12,14 @@ Expected time on v5p:2x4x4, from `--mode=compile` and not from a run (docs/resul
 97 (155 s a step, as if all sequences were long).
 
 Published figures to compare with: the factors of Phi-3-mini-128k-instruct, which LongRoPE found (`python -m
-longrope_jax.interop.huggingface factors CONFIG.json long.csv --length=131072`); in LongRoPE2 the real critical
+longrope_jax.commands.export factors CONFIG.json long.csv --length=131072`); in LongRoPE2 the real critical
 dimension is pair 25, the theoretical one 31.
 """
 
 from ml_collections import ConfigDict
 
 from experiments.llama3_8b_128k import K, mixed_windows
-from longrope_jax.stages import LoadSettings
+from longrope_jax.experiment.stages import LoadSettings
 
 
 def get_config() -> ConfigDict:

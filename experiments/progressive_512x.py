@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 
 from experiments import progressive_tiny
 from experiments.progressive_tiny import L
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
+from longrope_jax.experiment.stages import TableSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import TableSettings
 
 
 def get_config() -> ConfigDict:
@@ -51,10 +51,10 @@ def get_config() -> ConfigDict:
         EvaluationSettings(
             lengths=(L, 8 * L, 64 * L, 512 * L),
             documents=5,
-            arms={
-                "longrope": Arm("table_longrope_512x", "finetune_8x"),
-                "yarn_without_temperature": Arm("table_yarn_512x", "finetune_yarn"),
-                "tuned_at_original": Arm("original", "finetune_original"),
+            methods={
+                "longrope": Method("table_longrope_512x", "finetune_8x"),
+                "yarn_without_temperature": Method("table_yarn_512x", "finetune_yarn"),
+                "tuned_at_original": Method("original", "finetune_original"),
             },
             controls=("tuned_at_original",),
         )

@@ -14,15 +14,15 @@ effective wavelengths of its own; and the model fine-tuned at L with as many tok
 
 from ml_collections import ConfigDict
 
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.experiment import DataSettings
+from longrope_jax.experiment.stages import ExportSettings, TableSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import ExportSettings, TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings
@@ -133,14 +133,14 @@ def get_config() -> ConfigDict:
         EvaluationSettings(
             lengths=(L // 2, L, 2 * L, 4 * L, 8 * L, 16 * L, 32 * L, 64 * L),
             documents=16,
-            arms={
-                "longrope": Arm("table_longrope", "finetune_8x"),
-                "longrope_without_second_search": Arm("table_best_seed", "finetune_8x"),
-                "yarn": Arm("table_yarn", "finetune_yarn"),
-                "yarn_without_temperature": Arm("table_yarn_without_temperature", "finetune_yarn"),
-                "yarn_mistral": Arm("table_yarn_mistral", "finetune_yarn"),
-                "original": Arm("original", "pretrain"),
-                "tuned_at_original": Arm("original", "finetune_original"),
+            methods={
+                "longrope": Method("table_longrope", "finetune_8x"),
+                "longrope_without_second_search": Method("table_best_seed", "finetune_8x"),
+                "yarn": Method("table_yarn", "finetune_yarn"),
+                "yarn_without_temperature": Method("table_yarn_without_temperature", "finetune_yarn"),
+                "yarn_mistral": Method("table_yarn_mistral", "finetune_yarn"),
+                "original": Method("original", "pretrain"),
+                "tuned_at_original": Method("original", "finetune_original"),
             },
             controls=("original", "tuned_at_original"),
         )

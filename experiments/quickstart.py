@@ -11,15 +11,15 @@ L. At 8L, not fine-tuned, LongRoPE is 9 to 19 % below the best YaRN, all but YaR
 
 from ml_collections import ConfigDict
 
-from longrope_jax.evaluation.run import Arm, EvaluationSettings, published_arms
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method, published_methods
 from longrope_jax.experiment import DataSettings
+from longrope_jax.experiment.stages import ExportSettings, TableSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import ExportSettings, TableSettings
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings
 
@@ -41,7 +41,9 @@ def get_config() -> ConfigDict:
         )
     )
     config.evaluate = section(
-        EvaluationSettings(lengths=(64, 128, 256, 512, 1024), arms={**published_arms(), "longrope": Arm("search")})
+        EvaluationSettings(
+            lengths=(64, 128, 256, 512, 1024), methods={**published_methods(), "longrope": Method("search")}
+        )
     )
     # Up to L the original rotation, beyond it what was found: the two sets that a Hugging Face folder has room for.
     config.table = section(TableSettings(lengths=(128, 1024), factors=("original", "search")))

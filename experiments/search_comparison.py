@@ -22,11 +22,11 @@ from etils import epath
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method, recorded_nll
 from longrope_jax.evaluation.perplexity import DocumentNll
-from longrope_jax.evaluation.run import Arm, EvaluationSettings, recorded_nll
 from longrope_jax.experiment import DataSettings, run
-from longrope_jax.markdown import table
 from longrope_jax.model import LlamaConfig
+from longrope_jax.report.tables import table
 from longrope_jax.runtime import records
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
@@ -101,8 +101,8 @@ def get_config(head_dim: str = "32") -> ConfigDict:
     )
     for name, settings in ways.items():
         config[f"search_{name}"] = section(settings)
-    arms = {name: Arm(f"search_{name}") for name in ways} | {"yarn": Arm("yarn_without_temperature")}
-    config.evaluate = section(EvaluationSettings(lengths=(LENGTH,), arms=arms, controls=()))
+    methods = {name: Method(f"search_{name}") for name in ways} | {"yarn": Method("yarn_without_temperature")}
+    config.evaluate = section(EvaluationSettings(lengths=(LENGTH,), methods=methods, controls=()))
     return config
 
 

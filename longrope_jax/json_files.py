@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from longrope_jax.messages import shortened
+from longrope_jax.errors import shortened
 
 Kind = Any
 """What a value has to be: a type; `[kind]`, a list of them; `{name: kind}`, an object with these fields at least;

@@ -16,13 +16,15 @@ from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
-from longrope_jax import ahead_of_time, comparison, experiment, generate
+from longrope_jax import experiment, files
+from longrope_jax.commands import compile, generate
 from longrope_jax.interop.export import CannotCarry
 from longrope_jax.model.decode import SWITCHES, Sampling
-from longrope_jax.runtime import lock, processes, storage
-from longrope_jax.runtime.compilation import keep_programs
+from longrope_jax.report.compare import write_comparison
+from longrope_jax.runtime import lock, processes
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.preemption import Preempted
 from longrope_jax.training.progress import Diverged
@@ -77,9 +79,9 @@ def _run(argv: list[str], until_done: contextlib.ExitStack) -> None:
         if _MODE.value == "compile":
             return _compile()
         if _MODE.value == "compare":
-            return print(f"report: {comparison.write_comparison(argv[1:], _WORKDIR.value or '.')}")
+            return print(f"report: {write_comparison(argv[1:], _WORKDIR.value or '.')}")
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        storage.see_what_others_write()
+        files.see_what_others_write()
         keep_programs(_CACHE.value, _WORKDIR.value)
         if _MODE.value == "generate":
             return _generate()
@@ -103,7 +105,7 @@ def _run(argv: list[str], until_done: contextlib.ExitStack) -> None:
 def _compile() -> None:
     _require(config=_CONFIG.value, workdir=_WORKDIR.value, topology=_TOPOLOGY.value)
     jax.config.update("jax_platforms", "cpu")  # with libtpu there, JAX would look for TPUs first
-    ahead_of_time.compile_experiment(_CONFIG.value, str(_TOPOLOGY.value), str(_WORKDIR.value))
+    compile.compile_experiment(_CONFIG.value, str(_TOPOLOGY.value), str(_WORKDIR.value))
 
 
 def _generate() -> None:
@@ -127,6 +129,27 @@ def _require(**given) -> None:
     missing = [f"--{name}" for name, value in given.items() if not value]
     if missing:
         raise ValueError(f"--mode={_MODE.value} needs {' and '.join(missing)}")
+
+
+def keep_programs(directory: str | None, workdir: epath.PathLike | None) -> None:
+    """Turns JAX's persistent compilation cache on; call it after the processes have joined and before anything runs.
+
+    Process 0 writes and all read, so the directory has to be one that all of them see. Programs that compile within a
+    second are not kept (`JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`), and a cache that can't be used costs a warning,
+    not the run.
+
+    Args:
+        directory: a path, gs:// among them; "" for no cache; None for what JAX was told otherwise
+            (`JAX_COMPILATION_CACHE_DIR`), else `compilation_cache` in the work directory where there are accelerators.
+            On CPUs programs compile in seconds, and are good for one make of processor only.
+        workdir: the work directory, if there is one.
+    """
+    if directory is None:
+        told = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds it at run time
+        if told or workdir is None or jax.default_backend() == "cpu":
+            return
+        directory = os.path.join(os.fspath(workdir), "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", directory or None)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

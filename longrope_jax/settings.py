@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from ml_collections import ConfigDict
 
-from longrope_jax.messages import beginning, shortened
+from longrope_jax.errors import beginning, shortened
 
 
 class _Dataclass(Protocol):

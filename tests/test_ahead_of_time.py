@@ -12,17 +12,19 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from longrope_jax import ahead_of_time, experiment
-from longrope_jax.ahead_of_time import compile_experiment
+from longrope_jax import experiment
+from longrope_jax.commands import compile
+from longrope_jax.commands.compile import compile_experiment
 from longrope_jax.evaluation import perplexity
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
 from longrope_jax.experiment import DataSettings, kind_of
+from longrope_jax.experiment.stages import STAGES, ExportSettings, LoadSettings, TableSettings
 from longrope_jax.model import LlamaConfig, decode
 from longrope_jax.model.sharding import make_mesh
 from longrope_jax.runtime import ahead_of_time as runtime
 from longrope_jax.runtime.ahead_of_time import described
-from longrope_jax.runtime.chips import Chip
+from longrope_jax.runtime.estimate import Chip
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.search import gradient, objective
 from longrope_jax.search.evolution import EvolutionSettings
@@ -30,7 +32,6 @@ from longrope_jax.search.gradient import GradientSettings
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.search.terms import TermSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import STAGES, ExportSettings, LoadSettings, TableSettings
 from longrope_jax.training import loop
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.pretrain import PretrainSettings
@@ -73,14 +74,14 @@ def config(tmp_path_factory):
             documents=3,
             stride=32,
             tokens_at_once=256,
-            arms={"longrope": Arm("table"), "yarn": Arm("yarn", "pretrain")},
+            methods={"longrope": Method("table"), "yarn": Method("yarn", "pretrain")},
             controls=("yarn",),
         ),
         retrieval=RetrievalSettings(
-            lengths=(TARGET,), arms={"longrope": Arm("table")}, tries=3, prompts_at_once=3, tokens_at_once=128
+            lengths=(TARGET,), methods={"longrope": Method("table")}, tries=3, prompts_at_once=3, tokens_at_once=128
         ),
         retrieval_at_once=RetrievalSettings(
-            lengths=(400,), arms={"longrope": Arm("table")}, tries=1, tokens_at_once=1000
+            lengths=(400,), methods={"longrope": Method("table")}, tries=1, tokens_at_once=1000
         ),
         export=ExportSettings(factors="table", cost_lengths=()),
     )
@@ -163,8 +164,8 @@ def slice_of_cpus(monkeypatch):
             compiled.append(arguments)
             return runtime.compile_lowered(*arguments)
 
-        monkeypatch.setattr(ahead_of_time, "described", lambda topology, mesh: (Layout(make_mesh(fsdp=2, seq=2)), chip))
-        monkeypatch.setattr(ahead_of_time, "compile_lowered", compile_lowered)
+        monkeypatch.setattr(compile, "described", lambda topology, mesh: (Layout(make_mesh(fsdp=2, seq=2)), chip))
+        monkeypatch.setattr(compile, "compile_lowered", compile_lowered)
         return compiled
 
     return take
@@ -183,7 +184,7 @@ PROGRAMS = [
     ("finetune", "step at 512", 2),
     ("finetune", "held-out evaluation", 2),
     ("finetune_whole", "step at 256", 2),
-    # Two arms; of the short length 15 windows for each of three documents, four at a time.
+    # Two methods; of the short length 15 windows for each of three documents, four at a time.
     ("evaluate", "windows of 64", 2 * -(-15 * 3 // 4)),
     ("evaluate", "windows of 512", 2 * 2),
     ("retrieval", "reading the last 128 of 512 tokens", 4),
@@ -296,12 +297,12 @@ def test_what_the_run_would_refuse_is_refused_here(to_compile, slice_of_cpus, tm
         (("pretrain", "batch"), 6, "^config.pretrain: batch / accumulate = 3 sequences can't be split"),
         (("search_wide", "target_length"), 258, "^config.search_wide: target_length = 258 can't be split over seq:2"),
         (("model", "hidden_size"), 18, "^config.mesh: .*hidden_size = 18 is not a multiple of fsdp = 2 . seq = 2"),
-        (("evaluate", "lengths"), (64,), "^config.evaluate: lengths = .* must end at|^config.evaluate: arms"),
+        (("evaluate", "lengths"), (64,), "^config.evaluate: lengths = .* must end at|^config.evaluate: methods"),
     ):
         config = ConfigDict(to_compile.to_dict())
         config[field[0]][field[1]] = value
         if field[0] == "evaluate":
-            config.evaluate.arms.longrope.factors = "serach"
+            config.evaluate.methods.longrope.factors = "serach"
         with pytest.raises(ValueError, match=message) as caught:
             compile_experiment(config, "made_up:2x2", tmp_path / "run")
         assert "\n" not in str(caught.value)

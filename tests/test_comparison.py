@@ -8,27 +8,30 @@ import sys
 import numpy as np
 import pytest
 
-from longrope_jax.comparison import write_comparison
-from longrope_jax.comparison.runs import read_runs
 from longrope_jax.evaluation.perplexity import DocumentNll, compare, perplexity
+from longrope_jax.report.compare import write_comparison
+from longrope_jax.report.runs import read_runs
 
 DOCUMENTS = ["a.txt", "b.txt", "c.txt", "d.txt"]
 TOKENS = 64
 
 
-def write_run(workdir, seed, *, lengths=(16, 64), arms=("yarn", "longrope"), text="1f", names=DOCUMENTS, **config):
-    """A finished work directory, with NLL drawn by this seed; returns NLL sums by (length, arm)."""
+def write_run(workdir, seed, *, lengths=(16, 64), methods=("yarn", "longrope"), text="1f", names=DOCUMENTS, **config):
+    """A finished work directory, with NLL drawn by this seed; returns NLL sums by (length, method)."""
     rng = np.random.default_rng(seed)
-    sums = {(n, arm): rng.uniform(60, 120, len(names)) for n in lengths for arm in arms}
+    sums = {(n, method): rng.uniform(60, 120, len(names)) for n in lengths for method in methods}
     counts = np.full(len(names), TOKENS)
     (workdir / "tokens" / "data-0123").mkdir(parents=True)
     (workdir / "tokens" / "data-0123" / "evaluation.json").write_text(json.dumps({"shards": [{"sha256": text}]}))
     records = [
-        dict(stage="evaluate", length=n, method=arm, documents=names, nll_sums=list(values), counts=counts.tolist())
-        for (n, arm), values in sums.items()
+        dict(stage="evaluate", length=n, method=method, documents=names, nll_sums=list(values), counts=counts.tolist())
+        for (n, method), values in sums.items()
     ]
     (workdir / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    told = {str(n): {arm: perplexity(DocumentNll(sums[n, arm], counts))._asdict() for arm in arms} for n in lengths}
+    told = {
+        str(n): {method: perplexity(DocumentNll(sums[n, method], counts))._asdict() for method in methods}
+        for n in lengths
+    }
     best, held_out = np.log(5.0), np.log(6.0)
     search = dict(stage="search", target_length=64, method="hybrid", evaluations=3, seconds=12.0, best_nll=best)
     search |= dict(costs=[1.0, 2.0, 2.5], curve=[None, 2.0, best], held_out=[[1.0, 2.0, 2.0], [2.5, best, held_out]])
@@ -91,9 +94,9 @@ def test_no_difference_is_told_between_other_tokens(tmp_path, change, reason):
     assert "two minus one" not in text and cells(text, "YaRN", "two")
 
 
-def test_arms_lengths_and_sections_that_only_some_have_are_marked(tmp_path):
+def test_methods_lengths_and_sections_that_only_some_have_are_marked(tmp_path):
     write_run(tmp_path / "one", 1)
-    write_run(tmp_path / "two", 2, lengths=(64,), arms=("yarn", "linear"), finetune={"steps": 3})
+    write_run(tmp_path / "two", 2, lengths=(64,), methods=("yarn", "linear"), finetune={"steps": 3})
     text = write_comparison([tmp_path / "one", tmp_path / "two"], tmp_path / "out").read_text()
     ((at_16, at_64),) = cells(text, "PI (linear)", "two")
     assert at_16 == "–" and float(at_64) > 1

@@ -22,7 +22,7 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # What a run makes, and what readers have or choose themselves.
 NOT_OURS = re.compile(
     r"^(runs|path|to|DIR|WORKDIR|export|stages|data|tokens|checkpoints|profile|factors|figures|tensorboard|descents|"
-    r"compilation_cache|docs/_build|roles)/|^~|^/|[<>*{]|://|^\.venv"
+    r"compilation_cache|docs/_build|docs/api/generated|roles)/|^~|^/|[<>*{]|://|^\.venv"
 )
 FILE = re.compile(r"^[\w.-]+(/[\w.-]+)*/?$")
 
@@ -92,12 +92,6 @@ def test_modules_that_are_named_exist(document):
 def test_references_are_spelled_out(document):
     """Sphinx looks up all of ours and none of others; a name that is not spelled out would pass for another's."""
     assert all(name.startswith("longrope_jax") for name in re.findall(r"\{py:\w+\}`([^`]+)`", document.read_text()))
-
-
-def test_every_module_has_its_place_in_the_api():
-    pages = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
-    placed = re.findall(r"^\.\. (?:py:module|automodule):: (\S+)$", pages, re.MULTILINE)
-    assert sorted(placed) == sorted(MODULES)
 
 
 def test_short_names_are_in_the_api():

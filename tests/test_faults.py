@@ -60,8 +60,8 @@ SMALL = {
     "table_yarn.lengths": (256, 512),
     "evaluate.lengths": (128, 256, 512),
     "evaluate.documents": 4,
-    "evaluate.arms.yarn_without_temperature.factors": "yarn_without_temperature",
-    "evaluate.arms.yarn_mistral.factors": "yarn_mistral",
+    "evaluate.methods.yarn_without_temperature.factors": "yarn_without_temperature",
+    "evaluate.methods.yarn_mistral.factors": "yarn_mistral",
 }
 
 

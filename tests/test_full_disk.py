@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 from speeds import SPEEDS
 
 from longrope_jax import experiment
-from longrope_jax.data import sources, stored, tokens
-from longrope_jax.data.settings import DataSettings
+from longrope_jax.data import sources, token_files
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.data.sources import Texts
 from longrope_jax.data.tokenizer import ByteTokenizer
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
+from longrope_jax.experiment.stages import ExportSettings, TableSettings
 from longrope_jax.interop.factor_files import Found, write_factors
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, linear, load_factors, save_factors, save_table
@@ -23,7 +24,6 @@ from longrope_jax.runtime import records
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import ExportSettings, TableSettings
 from longrope_jax.training.pretrain import PretrainSettings
 
 
@@ -87,11 +87,11 @@ def test_tokens_that_do_not_fit_are_made_again(tmp_path, capsys, room):  # what 
         no_file_beyond(room),
         pytest.raises(OSError, match=f"{folder}/train-00000-of-00001.array_record can't be writ"),
     ):
-        tokens.write_shards(folder, "train", source, ByteTokenizer())
-    assert not tokens.is_finished(folder, "train")
-    tokens.write_shards(folder, "train", source, ByteTokenizer())
-    tokens.finish(folder, "train", source, ByteTokenizer(), {})
-    for document in stored.StoredDocuments(folder, "train"):
+        token_files.write_shards(folder, "train", source, ByteTokenizer())
+    assert not token_files.is_finished(folder, "train")
+    token_files.write_shards(folder, "train", source, ByteTokenizer())
+    token_files.finish(folder, "train", source, ByteTokenizer(), {})
+    for document in token_files.StoredDocuments(folder, "train"):
         assert ByteTokenizer().decode(document.tokens[:]).encode() == texts[document.name]
 
 
@@ -114,7 +114,9 @@ def config(tmp_path_factory):
     stages = {
         "pretrain": PretrainSettings(steps=2, batch=2, checkpoint_every=1, log_every=1),
         "search": SearchSettings(target_length=32, documents=1, evolution=evolution),
-        "evaluate": EvaluationSettings(lengths=(16, 32), documents=2, arms={"longrope": Arm("search")}, controls=()),
+        "evaluate": EvaluationSettings(
+            lengths=(16, 32), documents=2, methods={"longrope": Method("search")}, controls=()
+        ),
         "table": TableSettings((16, 32), ("original", "search")),
         "export": ExportSettings(factors="table", allow_dropping_start_tokens=True),
     }

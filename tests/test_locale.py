@@ -20,11 +20,11 @@ time.time = lambda: real() + 60 * (-1) ** next(jumps)
 
 from ml_collections import ConfigDict
 from longrope_jax import experiment
-from longrope_jax.data.settings import DataSettings
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.data.corpus import DataSettings
+from longrope_jax.evaluation.evaluate import Method, EvaluationSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.settings import section
-from longrope_jax.stages import ExportSettings, TableSettings
+from longrope_jax.experiment.stages import ExportSettings, TableSettings
 from longrope_jax.training.pretrain import PretrainSettings
 
 folder, workdir = sys.argv[1:]
@@ -34,7 +34,8 @@ sections = {
     "data": DataSettings(folder, suffix=".txt"),
     "pretrain": PretrainSettings(steps=2, batch=2, checkpoint_every=2, log_every=1),
     "table": TableSettings((16, 32), ("original", "yarn_without_temperature")),
-    "evaluate": EvaluationSettings(lengths=(16, 32), documents=3, arms={"original": Arm("original")}, controls=()),
+    "evaluate": EvaluationSettings(lengths=(16, 32), documents=3, methods={"original": Method("original")}, controls=()
+    ),
     "export": ExportSettings(factors="table"),
 }
 stages = ("pretrain", "table", "evaluate", "export")

@@ -15,18 +15,18 @@ from ml_collections import ConfigDict
 from tokenizers import decoders, pre_tokenizers
 
 import longrope_jax as lr
-from longrope_jax import experiment, generate
+from longrope_jax import experiment
+from longrope_jax.commands import generate
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
 from longrope_jax.experiment import DataSettings
+from longrope_jax.experiment.stages import LoadSettings, TableSettings
 from longrope_jax.model.config import PRESETS
-from longrope_jax.model.decode import complete
-from longrope_jax.model.sampling import Sampling
+from longrope_jax.model.decode import Sampling, complete
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import LoadSettings, TableSettings
 from longrope_jax.training.step import init_params
 
 L, TARGET = 64, 512
@@ -61,7 +61,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(checkpoint, text):
-    arms = {"unscaled": Arm("unscaled"), "as_loaded": Arm("table"), "longrope": Arm("search")}
+    methods = {"unscaled": Method("unscaled"), "as_loaded": Method("table"), "longrope": Method("search")}
     sections = dict(
         load=LoadSettings(path=str(checkpoint)),
         search=SearchSettings(
@@ -70,8 +70,10 @@ def config(checkpoint, text):
             evolution=EvolutionSettings(population=6, mutations=2, crossovers=2, parents=3, iterations=1),
         ),
         table=TableSettings(lengths=(L, TARGET), factors=("load", "search")),
-        evaluate=EvaluationSettings(lengths=(L, TARGET), documents=2, arms=arms),
-        retrieval=RetrievalSettings(lengths=(TARGET,), arms={"longrope": Arm("table")}, tries=2, prompts_at_once=2),
+        evaluate=EvaluationSettings(lengths=(L, TARGET), documents=2, methods=methods),
+        retrieval=RetrievalSettings(
+            lengths=(TARGET,), methods={"longrope": Method("table")}, tries=2, prompts_at_once=2
+        ),
         data=DataSettings(folder=str(text)),
     )
     stages = tuple(name for name in sections if name != "data")

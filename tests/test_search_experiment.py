@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from speeds import SPEEDS
 
 from longrope_jax import experiment, rope
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.experiment import DataSettings
+from longrope_jax.experiment.stages import search as search_stage
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime import preemption
 from longrope_jax.search import gradient
@@ -22,7 +23,6 @@ from longrope_jax.search.gradient import GradientSettings
 from longrope_jax.search.settings import SearchSettings, SeedSettings
 from longrope_jax.search.terms import TermSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import search as search_stage
 from longrope_jax.training.pretrain import PretrainSettings
 
 LENGTH, NEAR, TARGET = 64, 128, 320
@@ -61,7 +61,7 @@ def config(tmp_path_factory):
             held_out_documents=2,
         ),
         evaluate=EvaluationSettings(
-            lengths=(LENGTH, TARGET), documents=2, arms={"longrope": Arm("search"), "pi": Arm("linear")},
+            lengths=(LENGTH, TARGET), documents=2, methods={"longrope": Method("search"), "pi": Method("linear")},
             controls=("pi",),
         ),
     )  # fmt: skip

@@ -4,7 +4,8 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from longrope_jax.evaluation.run import Arm, EvaluationSettings, published_arms
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method, published_methods
+from longrope_jax.experiment.stages import ExportSettings, TableSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.search.evolution import EvolutionSettings
@@ -12,7 +13,6 @@ from longrope_jax.search.gradient import GradientSettings
 from longrope_jax.search.settings import SearchSettings, SeedSettings
 from longrope_jax.search.terms import TermSettings
 from longrope_jax.settings import parse, section
-from longrope_jax.stages import ExportSettings, TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings
@@ -42,12 +42,12 @@ SETTINGS = {
         gradient=GradientSettings(rounds=3, remat="dots_saveable"),
         held_out_documents=2,
     ),
-    # A config has its fields in alphabetical order, and so the arms.
-    "evaluate": EvaluationSettings(lengths=(64, 128), arms=dict(sorted(published_arms().items()))),
+    # A config has its fields in alphabetical order, and so the methods.
+    "evaluate": EvaluationSettings(lengths=(64, 128), methods=dict(sorted(published_methods().items()))),
     "changed evaluate": EvaluationSettings(
         lengths=(8,),
         stride=3,
-        arms={"a": Arm("yarn", "finetune"), "b": Arm("unscaled")},
+        methods={"a": Method("yarn", "finetune"), "b": Method("unscaled")},
         controls=("b", "a"),
         compared=(("a", "b"), ("b", "a")),
     ),
@@ -241,35 +241,38 @@ def test_a_list_will_do_for_a_tuple_and_becomes_one():
 # --- sections within sections, by name -----------------------------------------------------------------------------
 
 
-def test_arms_come_back_as_arms_and_can_be_changed_and_added_in_place():
+def test_methods_come_back_as_methods_and_can_be_changed_and_added_in_place():
     config = section(EVALUATE)
-    config.arms.yarn.model = "finetune"
-    config.arms.other = {"factors": "search"}
-    expected = {**published_arms(), "yarn": Arm("yarn", "finetune"), "other": Arm("search")}
-    assert parse(EvaluationSettings, config, "evaluate").arms == expected
+    config.methods.yarn.model = "finetune"
+    config.methods.other = {"factors": "search"}
+    expected = {**published_methods(), "yarn": Method("yarn", "finetune"), "other": Method("search")}
+    assert parse(EvaluationSettings, config, "evaluate").methods == expected
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"arms": 3}, "config.evaluate.arms = 3 must be dict"),
-        ({"arms": {"a": "yarn"}}, "config.evaluate.arms.a = 'yarn' must be a section with the fields of Arm"),
-        ({"arms": {"a": {"factor": "yarn"}}}, "config.evaluate.arms.a.factor is not a field of Arm; did you mean fac"),
-        ({"arms": {"a": {"model": "pretrain"}}}, "config.evaluate.arms.a.factors is missing"),
-        ({"arms": {"a": {"factors": 3}}}, "config.evaluate.arms.a.factors = 3 must be str"),
-        ({"arms": {}, "controls": ()}, "config.evaluate: arms is empty"),
+        ({"methods": 3}, "config.evaluate.methods = 3 must be dict"),
+        ({"methods": {"a": "yarn"}}, "config.evaluate.methods.a = 'yarn' must be a section with the fields of Method"),
+        (
+            {"methods": {"a": {"factor": "yarn"}}},
+            "config.evaluate.methods.a.factor is not a field of Method; did you mean fac",
+        ),
+        ({"methods": {"a": {"model": "pretrain"}}}, "config.evaluate.methods.a.factors is missing"),
+        ({"methods": {"a": {"factors": 3}}}, "config.evaluate.methods.a.factors = 3 must be str"),
+        ({"methods": {}, "controls": ()}, "config.evaluate: methods is empty"),
         (
             {"controls": ("original",)},
-            "config.evaluate: controls = ('original',) must be arms; those are dynamic_ntk, l",
+            "config.evaluate: controls = ('original',) must be methods; those are dynamic_ntk, l",
         ),
         (
             {"compared": (("yarn", "pi"),)},
-            "config.evaluate: compared: ('yarn', 'pi') must be a pair of arms; those",
+            "config.evaluate: compared: ('yarn', 'pi') must be a pair of methods; those",
         ),
-        ({"compared": (("yarn",),)}, "config.evaluate: compared: ('yarn',) must be a pair of arms; those are"),
+        ({"compared": (("yarn",),)}, "config.evaluate: compared: ('yarn',) must be a pair of methods; those are"),
     ],
 )
-def test_arms_are_checked_one_by_one(fields, message):
+def test_methods_are_checked_one_by_one(fields, message):
     assert_refuses(EvaluationSettings, changed(EVALUATE, **fields), "evaluate", message)
 
 

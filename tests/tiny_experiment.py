@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 from speeds import SPEEDS
 
 from longrope_jax.experiment import DataSettings
+from longrope_jax.experiment.stages import evaluation, search, training
 from longrope_jax.model import LlamaConfig
 from longrope_jax.search.evolution import EvolutionSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import evaluate, finetune, pretrain, search
 from longrope_jax.training.pretrain import PretrainSettings
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,7 @@ def read(path):
 def forbid_work(monkeypatch):
     """From now on no stage may do anything that takes time."""
     for module, name in [
-        (pretrain, "pretrain"), (search, "run_search"), (finetune, "finetune"), (evaluate, "run_evaluation"),
+        (training, "pretrain"), (search, "run_search"), (training, "finetune"), (evaluation, "run_evaluation"),
     ]:  # fmt: skip
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("a finished stage ran again"))
 

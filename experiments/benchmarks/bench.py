@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from longrope_jax.markdown import table
+from longrope_jax.report.tables import table
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent

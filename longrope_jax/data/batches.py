@@ -14,8 +14,7 @@ import grain
 from absl import logging
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.packing import pack
-from longrope_jax.data.pieces import Pieces, cut, segments
+from longrope_jax.data.packing import Pieces, cut, pack, segments
 from longrope_jax.data.sequences import Batch, DisjointWindows, NeedleRows, PackedPieces
 from longrope_jax.data.tokenizer import Tokenizer
 

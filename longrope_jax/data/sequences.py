@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Int
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.pieces import Pieces
-from longrope_jax.data.retrieval import answered_cloze, cloze_size
+from longrope_jax.data.needles import answered_cloze, cloze_size
+from longrope_jax.data.packing import Pieces
 from longrope_jax.data.tokenizer import Tokenizer
 
 IGNORED = -1

@@ -11,10 +11,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from longrope_jax.data import corpus
-from longrope_jax.data.files import changed_at, size_of, spelled
-from longrope_jax.data.settings import SHARES, SPLITS, DataSettings
+from longrope_jax.data.corpus import SHARES, SPLITS, DataSettings
 from longrope_jax.data.tfds_text import OpenDataset, open_by_name, open_directory
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from longrope_jax.files import changed_at, size_of, spelled
 
 _AT_ONCE = 64  # records; files with groups of records are unpacked a group at a time
 _OWN_SPLITS = {"train": "train", "search": "validation", "evaluation": "test"}

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from longrope_jax.messages import beginning, shortened
+from longrope_jax.errors import beginning, shortened
 
 # Where a document's name may be, the best first; a link or a number will do.
 _NAMES = ("path", "name", "title", "book_title", "url", "id")

@@ -12,7 +12,7 @@ from etils import epath
 from tqdm import tqdm
 
 from longrope_jax.data.tokenizer import Tokenizer
-from longrope_jax.evaluation.likelihood import likelihoods
+from longrope_jax.evaluation.scoring import likelihoods
 from longrope_jax.model import Llama
 from longrope_jax.model.decode import ENDED, Sampling, generate
 from longrope_jax.rope import FactorTable

@@ -12,9 +12,9 @@ from etils import epath
 from tqdm import tqdm
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.retrieval import Prompt, answer_room, needle, needle_cloze, passkey
+from longrope_jax.data.needles import Prompt, answer_room, needle, needle_cloze, passkey
 from longrope_jax.data.tokenizer import Tokenizer
-from longrope_jax.evaluation.run import Arm, Subject, by_model, published_arms
+from longrope_jax.evaluation.evaluate import Method, Subject, by_model, published_methods
 from longrope_jax.model import Llama
 from longrope_jax.model.decode import complete
 from longrope_jax.rope import FactorTable
@@ -22,7 +22,7 @@ from longrope_jax.runtime import preemption, processes, records
 from longrope_jax.runtime.mesh import Layout
 
 TASKS = ("passkey", "needle", "needle_cloze")
-RECORD = {"method": str, "length": int, "depth": float, "hits": int, "tries": int, "seconds": float}
+RETRIEVAL_RECORD = {"method": str, "length": int, "depth": float, "hits": int, "tries": int, "seconds": float}
 """What readers of the records rely on, beside the name of the stage."""
 
 
@@ -36,8 +36,8 @@ class RetrievalSettings:
             for models that only continue text.
         depths: where it is, shares of the text before the question; () draws one for every try, as for the paper's
             passkey test.
-        arms: name -> model and factors.
-        tries: prompts for every length and depth, the same for all arms.
+        methods: name -> model and factors.
+        tries: prompts for every length and depth, the same for all methods.
         prompts_at_once: how many are answered in one batch.
         tokens_at_once: so many of a prompt are read together; more keep larger devices busy.
         seed: of the prompts.
@@ -47,7 +47,7 @@ class RetrievalSettings:
     lengths: tuple[int, ...]
     task: str = "passkey"
     depths: tuple[float, ...] = ()
-    arms: dict[str, Arm] = field(default_factory=published_arms)
+    methods: dict[str, Method] = field(default_factory=published_methods)
     tries: int = 10
     prompts_at_once: int = 1
     tokens_at_once: int = 512
@@ -61,8 +61,8 @@ class RetrievalSettings:
             raise ValueError(f"task = {self.task!r} must be one of {', '.join(TASKS)}")
         if any(not 0 <= depth <= 1 for depth in self.depths) or len(set(self.depths)) < len(self.depths):
             raise ValueError(f"depths = {self.depths} must be different shares of the text, from 0 to 1")
-        if not self.arms:
-            raise ValueError("arms is empty; there is nothing to judge")
+        if not self.methods:
+            raise ValueError("methods is empty; there is nothing to judge")
         for name in ("tries", "prompts_at_once", "tokens_at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
@@ -114,20 +114,20 @@ def run_retrieval(
     workdir: epath.Path,
     stage: str,
 ) -> list[dict[str, Any]]:
-    """One record for every (arm, length, depth): how many of the tries were hits, and what was generated.
+    """One record for every (method, length, depth): how many of the tries were hits, and what was generated.
 
-    Answers are greedy, with the factors that the arm has for prompt and answer together. Records are appended to
+    Answers are greedy, with the factors that the method has for prompt and answer together. Records are appended to
     `workdir/retrieval.jsonl` as they are made; those that are there already are not made again.
 
     Raises:
         preemption.Preempted: the process was asked to stop; finished records are kept.
     """
     path = workdir / "retrieval.jsonl"
-    done = {(r["method"], r["length"], r["depth"]): r for r in records.resume(path, stage, RECORD)}
-    # Arm by arm, so that only one model's parameters are in memory.
+    done = {(r["method"], r["length"], r["depth"]): r for r in records.resume(path, stage, RETRIEVAL_RECORD)}
+    # Method by method, so that only one model's parameters are in memory.
     wanted = [
         (name, length, depth)
-        for name in by_model(settings.arms)
+        for name in by_model(settings.methods)
         for length in sorted(settings.lengths)
         for depth in settings.places
     ]
@@ -136,10 +136,10 @@ def run_retrieval(
         tqdm(wanted, desc=stage, unit="cell", dynamic_ncols=True, disable=not processes.is_first()) as bar,
     ):
         for name, length, depth in bar:
-            bar.set_postfix(length=length, arm=name, depth=depth)
+            bar.set_postfix(length=length, method=name, depth=depth)
             if (name, length, depth) in done:
                 continue
-            params = None  # or the last arm's would stay while the next one's are loaded
+            params = None  # or the last method's would stay while the next one's are loaded
             params, table = subjects[name].params(), FactorTable.of({length: subjects[name].factors(length)})
             prompts = make_prompts(settings, tokenizer, documents, length, depth)
             began, texts = time.monotonic(), []

@@ -7,9 +7,10 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from longrope_jax import json_files
-from longrope_jax.experiment.identity import begun_file, finished_file, identity, refuse_changed_stages
-from longrope_jax.experiment.parsing import (
+from longrope_jax import files, json_files
+from longrope_jax.errors import beginning
+from longrope_jax.experiment import text
+from longrope_jax.experiment.config import (
     Experiment,
     check_layout,
     naming_section,
@@ -18,13 +19,13 @@ from longrope_jax.experiment.parsing import (
     stage_of,
     tokenizer_of,
 )
-from longrope_jax.messages import beginning
+from longrope_jax.experiment.fingerprint import begun_file, finished_file, identity, refuse_changed_stages
+from longrope_jax.experiment.stages import RunContext
 from longrope_jax.model import Llama
 from longrope_jax.report import summarize, summary_tables, write_report
-from longrope_jax.runtime import lock, preemption, processes, profiling, storage
+from longrope_jax.runtime import lock, preemption, processes, profiling
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.runtime.records import finite, to_json, write_whole
-from longrope_jax.stages import Carried, text
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
@@ -33,7 +34,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
         return execute(*prepare(config, workdir))
 
 
-def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Carried]:
+def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, RunContext]:
     """Everything that can be checked before long work: the config, the devices, the work directory, the text.
 
     Call it, and `execute`, while `lock.hold` keeps others out of the work directory.
@@ -44,74 +45,74 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ca
         OSError: the work directory can't be written to.
     """
     experiment = parse_experiment(config)
-    storage.see_what_others_write()
+    files.see_what_others_write()
     workdir = epath.Path(workdir)
     layout = _layout(experiment, workdir)
     refuse_changed_stages(workdir, experiment)
-    storage.make(workdir)
+    files.make(workdir)
     tokenizer = tokenizer_of(experiment)
     documents = text.read(experiment.data, reads(experiment.stages), tokenizer, workdir)
-    carried = Carried(Llama(experiment.model), layout, documents, tokenizer, workdir)
+    context = RunContext(Llama(experiment.model), layout, documents, tokenizer, workdir)
     for name, settings in experiment.stages.items():
-        naming_section(name, stage_of(name).check_data, settings, carried)
+        naming_section(name, stage_of(name).check_data, settings, context)
     # Only now: a config that could not run must not keep a mended one out of its work directory.
     write_whole(workdir / "config.json", to_json(json.loads(config.to_json()), indent=1) + "\n")
-    return experiment, carried
+    return experiment, context
 
 
-def reopen(config: ConfigDict, workdir: epath.PathLike) -> Carried:
+def reopen(config: ConfigDict, workdir: epath.PathLike) -> RunContext:
     """What the finished stages of a work directory left, without its text and without doing anything.
 
     Raises:
         ValueError: a bad config, a work directory of another one, or one in which no model is finished.
     """
-    storage.see_what_others_write()
+    files.see_what_others_write()
     experiment, workdir = parse_experiment(config), epath.Path(workdir)
     refuse_changed_stages(workdir, experiment)
     layout = Layout.of(experiment.mesh)
-    carried = Carried(Llama(experiment.model), layout, {}, tokenizer_of(experiment), workdir)
+    context = RunContext(Llama(experiment.model), layout, {}, tokenizer_of(experiment), workdir)
     for name, settings in experiment.stages.items():
         finished = finished_file(workdir, name)
         if finished.exists():
             try:
-                stage_of(name).load(settings, carried, name, _summary(finished))
+                stage_of(name).load(settings, context, name, _summary(finished))
             except LookupError as error:
                 raise ValueError(f"{finished}: {name} has lost what it left: {error.args[0]}") from None
-    if not carried.trained:
+    if not context.trained:
         raise ValueError(f"work directory {workdir} has no finished stage of this config that makes a model")
-    return carried
+    return context
 
 
-def execute(experiment: Experiment, carried: Carried) -> epath.Path:
+def execute(experiment: Experiment, context: RunContext) -> epath.Path:
     """Runs the stages that have not finished, writes the report and returns its path.
 
     Raises:
         preemption.Preempted: the process was asked to stop; finished stages are kept, and what the one under way saved.
     """
-    workdir, seconds = carried.workdir, {}
-    with preemption.watch(), carried.layout.active():
+    workdir, seconds = context.workdir, {}
+    with preemption.watch(), context.layout.active():
         for name in experiment.stages:
             if preemption.requested():
                 raise preemption.Preempted(name, "the stages before it are finished")
-            seconds[name] = _run_or_skip(name, experiment, carried)["seconds"]
+            seconds[name] = _run_or_skip(name, experiment, context)["seconds"]
     report = summarize(
-        experiment.model, carried.evaluations, carried.retrievals, carried.searches, carried.exports, seconds
+        experiment.model, context.evaluations, context.retrievals, context.searches, context.exports, seconds
     )
     path = workdir / "report.md"
     if processes.is_first():
-        write_report(workdir, experiment.model, report, carried.evaluations)
+        write_report(workdir, experiment.model, report, context.evaluations)
         print(f"\n{summary_tables(report)}report: {path}")
     return path
 
 
-def _run_or_skip(name: str, experiment: Experiment, carried: Carried) -> dict[str, Any]:
+def _run_or_skip(name: str, experiment: Experiment, context: RunContext) -> dict[str, Any]:
     """The stage's summary; what it leaves is handed on."""
-    settings, finished = experiment.stages[name], finished_file(carried.workdir, name)
+    settings, finished = experiment.stages[name], finished_file(context.workdir, name)
     if processes.any_of(finished.exists()):
         lost = None
         try:
             summary = _summary(finished)
-            stage_of(name).load(settings, carried, name, summary)
+            stage_of(name).load(settings, context, name, summary)
         except (LookupError, ValueError) as error:
             lost = " ".join(map(str, error.args))
         if not processes.any_of(lost is not None):
@@ -120,13 +121,13 @@ def _run_or_skip(name: str, experiment: Experiment, carried: Carried) -> dict[st
         logging.warning("%s: finished before, but %s; running it again", name, lost)
     if processes.is_first():
         finished.parent.mkdir(exist_ok=True)
-    write_whole(begun_file(carried.workdir, name), to_json(identity(name, experiment), indent=1) + "\n")
+    write_whole(begun_file(context.workdir, name), to_json(identity(name, experiment), indent=1) + "\n")
     processes.wait_for_all(f"{name} begins")
-    with profiling.of_stage(experiment.profile, name, carried.workdir):
-        summary = finite(stage_of(name).run(settings, carried, name))
+    with profiling.of_stage(experiment.profile, name, context.workdir):
+        summary = finite(stage_of(name).run(settings, context, name))
     write_whole(finished, to_json(summary, indent=1) + "\n")
     processes.wait_for_all(name)
-    stage_of(name).load(settings, carried, name, summary)
+    stage_of(name).load(settings, context, name, summary)
     return summary
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from longrope_jax.messages import shortened
+from longrope_jax.errors import shortened
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, from_huggingface
 from longrope_jax.rope.huggingface import rope_type

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple, TypeGuard
 from absl import logging
 from etils import epath
 
+from longrope_jax.errors import shortened
+from longrope_jax.files import write_whole
 from longrope_jax.interop.architectures import parse_rotation
 from longrope_jax.interop.pretrained import read_config
-from longrope_jax.messages import shortened
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import (
     FactorTable,
@@ -21,7 +22,6 @@ from longrope_jax.rope import (
     to_huggingface,
 )
 from longrope_jax.rope.huggingface import rope_type
-from longrope_jax.whole_files import write_whole
 
 KINDS = ("longrope_jax", "huggingface", "csv")
 _ORIGINAL = "original_max_position_embeddings"

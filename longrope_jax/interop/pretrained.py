@@ -17,8 +17,8 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from longrope_jax import json_files
-from longrope_jax.data.files import fetched
-from longrope_jax.data.subwords import SubwordTokenizer
+from longrope_jax.data.tokenizer import SubwordTokenizer
+from longrope_jax.files import fetched
 from longrope_jax.interop.architectures import Origin, origins, parse_config
 from longrope_jax.interop.gguf import gguf_tokenizer, open_gguf
 from longrope_jax.interop.tensors import FolderTensors, TensorSource

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
 from longrope_jax import json_files
-from longrope_jax.data.files import fetched
-from longrope_jax.messages import beginning, shortened
+from longrope_jax.errors import beginning, shortened
+from longrope_jax.files import fetched
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -7,7 +7,7 @@ packing and any order of the tokens in memory work alike.
 * `blockwise` is plain JAX for any device (`model/blockwise.py`).
 * `splash` are JAX's Pallas kernels for TPUs (`model/splash.py`); `splash_interpreted` the same kernels interpreted,
   slowly, on any device.
-* `cudnn` is the fused attention of NVIDIA GPUs (`model/cudnn.py`).
+* `cudnn` is the fused attention of NVIDIA GPUs (`model/attention.py`).
 * `auto` is the fastest of them that the platform, and what is asked for, allow.
 
 All but dense recompute scores in a backward pass of their own, so that memory is O(B T (H + K) D). Those in
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longrope_jax.model import blockwise, cudnn, splash
+from longrope_jax.model import blockwise, splash
 from longrope_jax.model.blocks import (
     Tokens,
     by_kv_head,
@@ -79,7 +79,7 @@ def attention(
     """
     backend = resolve(backend, running_on())
     if backend == "auto":  # a GPU, whose fused kernel knows neither float32 nor segments
-        backend = "cudnn" if cudnn.takes(query.dtype, query.shape[-1], segment_ids is not None) else "blockwise"
+        backend = "cudnn" if cudnn_takes(query.dtype, query.shape[-1], segment_ids is not None) else "blockwise"
     if backend == "dense":
         return dense(query, key, value, positions, segment_ids)
     if backend == "cudnn":
@@ -142,7 +142,7 @@ def _cudnn(query: Array, key: Array, value: Array, positions: Array, segment_ids
     # The kernel knows no positions. Tokens in another order are rare, but must not be wrong.
     in_order = jnp.all(positions[:, 1:] > positions[:, :-1])
     otherwise = partial(whole, PARTIAL_BACKENDS["blockwise"], positions=positions)
-    return jax.lax.cond(in_order, cudnn.attend, otherwise, query, key, value)
+    return jax.lax.cond(in_order, cudnn_attention, otherwise, query, key, value)
 
 
 def whole(
@@ -183,3 +183,29 @@ def _whole_bwd(backend, block, saved, d_out):
 
 
 _whole.defvjp(_whole_fwd, _whole_bwd)
+
+
+_CUDNN_TYPES = ("bfloat16", "float16")
+
+
+def cudnn_takes(dtype: jnp.dtype, head_dim: int, has_segments: bool) -> bool:
+    """Whether the kernel can do it: half precision, a head dim of up to 128 that is a multiple of 8, and one text a
+    sequence (it would need a mask of T x T bytes).
+    """
+    return jnp.dtype(dtype).name in _CUDNN_TYPES and head_dim <= 128 and not head_dim % 8 and not has_segments
+
+
+def cudnn_attention(
+    query: Float[Array, "B T H D"], key: Float[Array, "B T K D"], value: Float[Array, "B T K D"]
+) -> Float[Array, "B T H D"]:
+    """Attention of sequences whose tokens lie in their order, see `attention.attention`. Memory O(B T H D).
+
+    Raises:
+        ValueError: it is not in half precision, or heads are too wide.
+    """
+    if not cudnn_takes(query.dtype, query.shape[-1], has_segments=False):
+        raise ValueError(
+            f"attention = 'cudnn' computes in {' or '.join(_CUDNN_TYPES)} with a head dim of 8, 16, ... 128, not in "
+            f"{query.dtype} with {query.shape[-1]}"
+        )
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")

@@ -5,14 +5,13 @@ from typing import Any
 from etils import epath
 from matplotlib.figure import Figure
 
-from longrope_jax import plots
+from longrope_jax.evaluation.evaluate import EvaluationSettings
+from longrope_jax.evaluation.factor_switching import Cost
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.evaluation.run import EvaluationSettings
-from longrope_jax.evaluation.substitution import Cost
-from longrope_jax.interop.model_card import cost_table
-from longrope_jax.markdown import picture, table
 from longrope_jax.model import LlamaConfig
-from longrope_jax.report.files import write_pages
+from longrope_jax.report import plots
+from longrope_jax.report.model_card import cost_table
+from longrope_jax.report.page import write_pages
 from longrope_jax.report.perplexity import (
     evaluation_figures,
     evaluation_section,
@@ -21,6 +20,7 @@ from longrope_jax.report.perplexity import (
 )
 from longrope_jax.report.retrieval import retrieval_figure, retrieval_section, summarize_retrieval
 from longrope_jax.report.search import search_figures, search_section
+from longrope_jax.report.tables import picture, table
 from longrope_jax.runtime import records
 from longrope_jax.runtime.records import to_json, write_whole
 
@@ -83,7 +83,7 @@ def write_report(
 
 
 def summary_tables(report: dict[str, Any]) -> str:
-    """Perplexity by arm and length as Markdown tables, one an evaluation, readable in a terminal as well."""
+    """Perplexity by method and length as Markdown tables, one an evaluation, readable in a terminal as well."""
     return "".join(
         f"Perplexity by window length: {stage}\n{perplexity_table(evaluation, report['original_length'])}\n"
         for stage, evaluation in report["evaluations"].items()

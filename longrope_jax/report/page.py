@@ -2,11 +2,15 @@
 
 import base64
 import html
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from matplotlib.figure import Figure
+
+from longrope_jax.files import write_whole
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --faint: #5f6670; --line: #d9dce1; --shade: #f4f5f7; --page: #fff; }
@@ -74,3 +78,23 @@ def _name_headings(tokens: Sequence[Token]) -> list[tuple[str, str]]:
             token.attrs["id"] = anchor
             named.append((anchor, "".join(child.content for child in inline.children or ())))
     return named
+
+
+def write_pages(folder: epath.Path, name: str, markdown: str, figures: Mapping[str, Figure]) -> epath.Path:
+    """Writes `figures/*.png`, `<name>.md` and `<name>.html`, which holds its pictures; returns the Markdown's path.
+
+    Args:
+        markdown: its pictures are those of `figures`, see `markdown.picture`.
+
+    Raises:
+        OSError: names the file that can't be written.
+    """
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for figure_name, figure in figures.items():
+        drawn = io.BytesIO()
+        figure.savefig(drawn)
+        write_whole(folder / "figures" / f"{figure_name}.png", drawn.getvalue())
+    path = folder / f"{name}.md"
+    write_whole(path, markdown.encode())
+    write_whole(folder / f"{name}.html", to_page(markdown, folder).encode())
+    return path

@@ -1,4 +1,4 @@
-"""What a report says of perplexity: every arm at every length, their differences, and where in a window they lie."""
+"""What a report says of perplexity: every method at every length, their differences, and where in a window they lie."""
 
 from collections.abc import Container
 from typing import Any
@@ -6,61 +6,65 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from longrope_jax import plots, rope
+from longrope_jax import rope
+from longrope_jax.evaluation.evaluate import EvaluationSettings, recorded_nll
 from longrope_jax.evaluation.perplexity import compare, perplexity
-from longrope_jax.evaluation.run import EvaluationSettings, recorded_nll
-from longrope_jax.markdown import picture, table
 from longrope_jax.model import LlamaConfig
-from longrope_jax.report.cells import DIFFERENCES, difference_cell, length_heading
+from longrope_jax.report import plots
+from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, picture, table
 
 Records = list[dict[str, Any]]
 Summary = dict[str, Any]
 """What `summarize_evaluation` makes."""
 
 SUBJECT = "longrope"
-"""The arm that the others are compared with, where there is one of that name."""
+"""The method that the others are compared with, where there is one of that name."""
 
 
 def summarize_evaluation(settings: EvaluationSettings, made: Records, original_length: int) -> Summary:
-    """By length and arm the perplexity with its 95 % interval; the differences that were asked for, and those of the
-    arm `longrope` to all others and, at longer lengths, to the controls at the original length (tokens).
+    """By length and method the perplexity with its 95 % interval; the differences that were asked for, and those of the
+    method `longrope` to all others and, at longer lengths, to the controls at the original length (tokens).
     """
     nll = {(record["length"], record["method"]): recorded_nll(record) for record in made}
     lengths = sorted({length for length, _ in nll})
-    arms = [arm for arm in settings.arms if (lengths[0], arm) in nll]
+    methods = [method for method in settings.methods if (lengths[0], method) in nll]
     summary: Summary = {
-        "perplexity": {str(n): {arm: perplexity(nll[n, arm])._asdict() for arm in arms} for n in lengths},
+        "perplexity": {str(n): {method: perplexity(nll[n, method])._asdict() for method in methods} for n in lengths},
         "documents": sorted(set(made[0]["documents"])),
         "start_tokens": {
-            arm: {str(r["length"]): r["factors"]["n_hat"] for r in made if r["method"] == arm} for arm in arms
+            method: {str(r["length"]): r["factors"]["n_hat"] for r in made if r["method"] == method}
+            for method in methods
         },
         "compared": [
-            {"arms": pair, "by_length": {str(n): compare(nll[n, pair[0]], nll[n, pair[1]])._asdict() for n in lengths}}
+            {
+                "methods": pair,
+                "by_length": {str(n): compare(nll[n, pair[0]], nll[n, pair[1]])._asdict() for n in lengths},
+            }
             for pair in settings.compared
         ],
         "longrope_minus": {},
         "longrope_minus_disjoint_windows_of_original_length": {},
     }
-    if SUBJECT in arms:
-        others = [arm for arm in arms if arm != SUBJECT]
-        controls = [arm for arm in settings.controls if (original_length, arm) in nll]
+    if SUBJECT in methods:
+        others = [method for method in methods if method != SUBJECT]
+        controls = [method for method in settings.controls if (original_length, method) in nll]
         for n in lengths:
             mine = nll[n, SUBJECT]
-            summary["longrope_minus"][str(n)] = {arm: compare(mine, nll[n, arm])._asdict() for arm in others}
+            summary["longrope_minus"][str(n)] = {method: compare(mine, nll[n, method])._asdict() for method in others}
             if n > original_length:
                 summary["longrope_minus_disjoint_windows_of_original_length"][str(n)] = {
-                    arm: compare(mine, nll[original_length, arm])._asdict() for arm in controls
+                    method: compare(mine, nll[original_length, method])._asdict() for method in controls
                 }
     return summary
 
 
 def perplexity_table(summary: Summary, original_length: int) -> str:
-    """Perplexity by arm and length, in Markdown."""
+    """Perplexity by method and length, in Markdown."""
     lengths = list(summary["perplexity"])
     header = ["", *(length_heading(int(n), original_length) for n in lengths)]
     rows = [
-        [plots.label(arm), *(f"{summary['perplexity'][n][arm]['ppl']:.2f}" for n in lengths)]
-        for arm in plots.ordered(summary["perplexity"][lengths[0]])
+        [plots.label(method), *(f"{summary['perplexity'][n][method]['ppl']:.2f}" for n in lengths)]
+        for method in plots.ordered(summary["perplexity"][lengths[0]])
     ]
     return table(header, rows)
 
@@ -78,8 +82,8 @@ def evaluation_figures(
     """
     figures: dict[str, Figure] = {}
     suffix, original = _suffix(stage), config.original_length
-    by_length = {int(n): {arm: e["ppl"] for arm, e in row.items()} for n, row in summary["perplexity"].items()}
-    controls = [arm for arm in settings.controls if original in by_length and arm in by_length[original]]
+    by_length = {int(n): {method: e["ppl"] for method, e in row.items()} for n, row in summary["perplexity"].items()}
+    controls = [method for method in settings.controls if original in by_length and method in by_length[original]]
     figures[f"perplexity_by_length{suffix}"] = plots.perplexity_by_length(by_length, original, controls)
     longest = max(by_length)
     curves = {r["method"]: r["nll_by_position"] for r in made if r["length"] == longest}
@@ -89,11 +93,11 @@ def evaluation_figures(
             curves, longest, original, at_original[controls[0]], plots.control_label(controls[0])
         )
     used = {(r["method"], r["length"]): _factors(r["factors"]) for r in made}
-    at_longest = {arm: factors for (arm, n), factors in used.items() if n == longest and arm in plots.STYLES}
+    at_longest = {method: factors for (method, n), factors in used.items() if n == longest and method in plots.STYLES}
     at_longest.pop("unscaled", None)
     if at_longest:
         figures[f"factors{suffix}"] = plots.factors_by_pair(at_longest, longest / original, config.rope_theta, original)
-    chosen = {n: factors for (arm, n), factors in sorted(used.items()) if arm == SUBJECT}
+    chosen = {n: factors for (method, n), factors in sorted(used.items()) if method == SUBJECT}
     if len({factors.lam.tobytes() for factors in chosen.values()}) > 1:
         figures[f"factors_by_length{suffix}"] = plots.factors_by_length(chosen, original)
     return figures
@@ -126,7 +130,7 @@ def evaluation_section(
         f"windows of every length up to {longest} tokens: {tokens}\n",
         perplexity_table(summary, original_length),
         picture("perplexity by length", f"perplexity_by_length{suffix}"),
-        _arms(summary, settings),
+        _methods(summary, settings),
     ]
     if summary["compared"]:
         parts += _pairs(summary, original_length)
@@ -140,17 +144,20 @@ def evaluation_section(
     return parts
 
 
-def _arms(summary: Summary, settings: EvaluationSettings) -> str:
-    """What each arm is; with its start tokens by length where there are any."""
+def _methods(summary: Summary, settings: EvaluationSettings) -> str:
+    """What each method is; with its start tokens by length where there are any."""
     header = ["", "factors", "model"]
-    rows = [[plots.label(name), arm.factors, arm.model or "the latest before"] for name, arm in settings.arms.items()]
+    rows = [
+        [plots.label(name), method.factors, method.model or "the latest before"]
+        for name, method in settings.methods.items()
+    ]
     tokens = summary["start_tokens"]
     if any(any(by_length.values()) for by_length in tokens.values()):
         lengths = ", ".join(summary["perplexity"])
         header.append(f"start tokens at {lengths}")
         rows = [
             [*row, ", ".join(str(tokens[name][n]) for n in summary["perplexity"])]
-            for row, name in zip(rows, settings.arms, strict=True)
+            for row, name in zip(rows, settings.methods, strict=True)
         ]
     return table(header, rows)
 
@@ -160,7 +167,7 @@ def _pairs(summary: Summary, original_length: int) -> list[str]:
     lengths = list(summary["perplexity"])
     rows = [
         [
-            " minus ".join(map(plots.label, pair["arms"])),
+            " minus ".join(map(plots.label, pair["methods"])),
             *(difference_cell(pair["by_length"][n]) for n in lengths),
         ]
         for pair in summary["compared"]
@@ -186,9 +193,9 @@ def _comparisons(summary: Summary, longest: str, original_length: int) -> list[s
     for length in dict.fromkeys([longest, str(original_length)]):
         if length not in summary["longrope_minus"]:
             continue
-        rows = [row(plots.label(arm), entry) for arm, entry in summary["longrope_minus"][length].items()]
+        rows = [row(plots.label(method), entry) for method, entry in summary["longrope_minus"][length].items()]
         controls = summary["longrope_minus_disjoint_windows_of_original_length"].get(length, {})
-        rows += [row(plots.control_label(arm), entry) for arm, entry in controls.items()]
+        rows += [row(plots.control_label(method), entry) for method, entry in controls.items()]
         header = ["LongRoPE minus", "nats per token", "95 % interval", "perplexity lower by", "documents better"]
         parts += [f"### LongRoPE against the others at {length} tokens\n", table(header, rows)]
     return [

@@ -5,28 +5,27 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from longrope_jax import plots
 from longrope_jax.evaluation.retrieval import RetrievalSettings, accuracy
-from longrope_jax.markdown import picture, table
-from longrope_jax.report.cells import share_cell
+from longrope_jax.report import plots
+from longrope_jax.report.tables import picture, share_cell, table
 
 Records = list[dict[str, Any]]
 
 
 def summarize_retrieval(settings: RetrievalSettings, made: Records) -> dict[str, Any]:
-    """By arm and length: hits, tries, their share with its 95 % interval over all depths; and the share by depth where
-    depths were given.
+    """By method and length: hits, tries, their share with its 95 % interval over all depths; and the share by depth
+    where depths were given.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for arm in settings.arms:
+    for method in settings.methods:
         for length in sorted(settings.lengths):
-            cells = [record for record in made if (record["method"], record["length"]) == (arm, length)]
+            cells = [record for record in made if (record["method"], record["length"]) == (method, length)]
             hits, tries = (sum(cell[key] for cell in cells) for key in ("hits", "tries"))
             share, ci95 = accuracy(hits, tries)
             entry = {"hits": hits, "tries": tries, "accuracy": share, "ci95": ci95}
             if settings.depths:
                 entry["by_depth"] = {f"{cell['depth']:g}": cell["hits"] / cell["tries"] for cell in cells}
-            found.setdefault(arm, {})[str(length)] = entry
+            found.setdefault(method, {})[str(length)] = entry
     return {"task": settings.task, "seed": settings.seed, "accuracy": found}
 
 
@@ -37,13 +36,13 @@ def retrieval_figure(summary: dict[str, Any], original_length: int) -> Figure:
     depths = next(iter(next(iter(found.values())).values())).get("by_depth")
     if depths is None:
         curves = {
-            arm: {int(n): (entry["accuracy"], *entry["ci95"]) for n, entry in by_length.items()}
-            for arm, by_length in found.items()
+            method: {int(n): (entry["accuracy"], *entry["ci95"]) for n, entry in by_length.items()}
+            for method, by_length in found.items()
         }
         return plots.retrieval_by_length(curves, original_length)
     grids = {
-        arm: np.array([[entry["by_depth"][depth] for entry in by_length.values()] for depth in depths])
-        for arm, by_length in found.items()
+        method: np.array([[entry["by_depth"][depth] for entry in by_length.values()] for depth in depths])
+        for method, by_length in found.items()
     }
     return plots.retrieval_heatmap(grids, lengths, [float(depth) for depth in depths])
 
@@ -53,8 +52,8 @@ def retrieval_section(stage: str, summary: dict[str, Any]) -> list[str]:
     found = summary["accuracy"]
     lengths = list(next(iter(found.values())))
     rows = [
-        [plots.label(arm), *(share_cell(by_length[length]) for length in lengths)]
-        for arm, by_length in ((arm, found[arm]) for arm in plots.ordered(found))
+        [plots.label(method), *(share_cell(by_length[length]) for length in lengths)]
+        for method, by_length in ((method, found[method]) for method in plots.ordered(found))
     ]
     return [
         f"## Retrieval: {stage}, {summary['task']}\n",

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from longrope_jax import plots
-from longrope_jax.markdown import picture
+from longrope_jax.report import plots
+from longrope_jax.report.tables import picture
 
 Summary = dict[str, Any]
 """What a search stage leaves, and the factors it found. Those of earlier versions know no costs, races and held-out

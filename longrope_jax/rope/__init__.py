@@ -1,21 +1,25 @@
 """The positional module: rescale factors, the methods that make them, the rotation, and factors in files."""
 
-from longrope_jax.rope.analysis import score_by_distance, trained_until, wavelengths
-from longrope_jax.rope.extension import METHODS, Trained, extend
 from longrope_jax.rope.factors import FactorTable, RopeFactors, stack
 from longrope_jax.rope.formats import load_factors, load_metadata, load_table, save_factors, save_table
 from longrope_jax.rope.huggingface import from_huggingface, not_carried, to_huggingface, two_lengths
 from longrope_jax.rope.methods import (
+    METHODS,
+    Trained,
     compose,
     critical_dimension,
     dynamic_ntk,
+    extend,
     frequencies,
     linear,
     llama3,
     longrope_mscale,
     ntk,
     ntk_critical,
+    score_by_distance,
+    trained_until,
     unscaled,
+    wavelengths,
     yarn,
 )
 from longrope_jax.rope.rotation import apply_rotary, rotary_embedding

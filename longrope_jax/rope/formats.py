@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from longrope_jax.messages import shortened
+from longrope_jax.errors import shortened
+from longrope_jax.files import write_whole
 from longrope_jax.rope.factors import FactorTable, RopeFactors
-from longrope_jax.whole_files import write_whole
 
 _FORMAT = "longrope_jax.factors"
 _TABLE_FORMAT = "longrope_jax.factor_table"

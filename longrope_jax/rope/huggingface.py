@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from longrope_jax.messages import shortened
+from longrope_jax.errors import shortened
 from longrope_jax.rope.factors import FactorTable, RopeFactors
 from longrope_jax.rope.methods import linear, llama3, longrope_mscale, unscaled, yarn
 

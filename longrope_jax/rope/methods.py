@@ -5,10 +5,13 @@ s = L'/L and sometimes the model's base and original length, and returns unbatch
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
+from longrope_jax.rope import methods
 from longrope_jax.rope.factors import RopeFactors
 
 
@@ -232,3 +235,104 @@ def _checked(scale: float) -> float:
     if not (np.isfinite(scale) and scale >= 1):
         raise ValueError(f"scale = {scale}; an extension ratio L'/L must be at least 1")
     return float(scale)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a model was last trained with.
+
+    A pretrained model's are its original length and `unscaled`; fine-tuning changes both.
+
+    Attributes:
+        length: the context window, tokens.
+        factors: unbatched, relative to the pretrained model.
+    """
+
+    length: int
+    factors: RopeFactors
+
+
+Method = Callable[[int, float, float, int, np.ndarray], RopeFactors]
+
+METHODS: dict[str, Method] = {
+    "unscaled": lambda head_dim, scale, base, length, wavelengths: methods.unscaled(head_dim),
+    "linear": lambda head_dim, scale, base, length, wavelengths: methods.linear(head_dim, scale),
+    "ntk": lambda head_dim, scale, base, length, wavelengths: methods.ntk(head_dim, scale),
+    "yarn": lambda head_dim, scale, base, length, wavelengths: methods.yarn(
+        head_dim, scale, base, length, wavelengths=wavelengths
+    ),
+    "yarn_without_temperature": lambda head_dim, scale, base, length, wavelengths: methods.yarn(
+        head_dim, scale, base, length, temperature=False, wavelengths=wavelengths
+    ),
+    # The ramp that YaRN's authors gave Mistral: more pairs are interpolated in part.
+    "yarn_mistral": lambda head_dim, scale, base, length, wavelengths: methods.yarn(
+        head_dim, scale, base, length, beta_fast=128, beta_slow=2, temperature=False, wavelengths=wavelengths
+    ),
+}
+"""Name -> (head_dim, scale, base, trained length, effective wavelengths) -> factors of that extension by itself."""
+
+
+def extend(method: str, trained: Trained, length: int, head_dim: int, base: float = 10000.0) -> RopeFactors:
+    """Factors for windows of `length` tokens, relative to the pretrained model, by a method of `METHODS`.
+
+    The method extends the model from the window it was last trained with, and sees the wavelengths it was trained
+    with (see `methods.compose`): for a model fine-tuned at 8L with lam_1, `extend("linear", ..., 64 L)` is 8 lam_1. Up
+    to the trained window there is nothing to extend: the trained factors (lam [D/2]).
+
+    Args:
+        method: a name in `METHODS`; another is a KeyError.
+        trained: what the model was last trained with.
+        length: of the windows, tokens.
+        head_dim: D.
+        base: rope_theta.
+    """
+    scale = max(length / trained.length, 1.0)
+
+    def second(wavelengths: np.ndarray) -> RopeFactors:
+        return METHODS[method](head_dim, scale, base, trained.length, wavelengths)
+
+    return methods.compose(trained.factors, second, head_dim, base)
+
+
+def wavelengths(factors: RopeFactors, base: float = 10000.0) -> Float[np.ndarray, "half"]:
+    """Tokens in which every pair turns once with its factor, 2 pi lam_i / theta_i, beyond the start tokens.
+
+    Args:
+        factors: unbatched.
+    """
+    lam = np.asarray(factors.lam, np.float64)
+    return 2 * np.pi * lam / frequencies(2 * len(lam), base)
+
+
+def trained_until(factors: RopeFactors, original_length: int, base: float = 10000.0) -> Float[np.ndarray, "half"]:
+    """The position (tokens) at which every pair comes to angles that pretraining has not shown it.
+
+    A pair that turns once within the original length L has seen all angles: infinity. A slower one has seen those below
+    L theta_i, and comes to the end of them at L lam_i. So the factors that keep a window of sL in the trained range
+    are those with lam_i >= s from the critical dimension on (LongRoPE2, arXiv 2502.20082, sec. 3.1).
+
+    Args:
+        factors: unbatched.
+        original_length: L, tokens.
+    """
+    lam = np.asarray(factors.lam, np.float64)
+    turns = frequencies(2 * len(lam), base) * original_length / (2 * np.pi)
+    return np.where(turns >= 1, np.inf, original_length * lam)
+
+
+def score_by_distance(
+    factors: RopeFactors, distances: Int[np.ndarray, "N"], base: float = 10000.0
+) -> Float[np.ndarray, "N"]:
+    """How well a query matches a key of the same content so many tokens before it, as the rotation alone has it.
+
+    The mean over pairs of cos(n theta_i / lam_i), times mscale^2: what is left of the score of a query and a key that
+    are equal and spread evenly over the pairs, 1 at distance 0 without a temperature (RoFormer, arXiv 2104.09864, sec.
+    3.4.3, which bounds it; arXiv 2405.14591, eq. 7, for the mean). Both lie beyond the start tokens.
+
+    Args:
+        factors: unbatched.
+        distances: tokens, 0 or more.
+    """
+    lam = np.asarray(factors.lam, np.float64)
+    angles = np.asarray(distances)[:, None] * frequencies(2 * len(lam), base) / lam
+    return np.cos(angles).mean(1) * float(factors.mscale) ** 2

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from longrope_jax.model.arithmetic import Flops
+from longrope_jax.model.flops import Flops
 from longrope_jax.model.sharding import make_mesh
-from longrope_jax.runtime.chips import CHIPS, TPUS, Chip
 from longrope_jax.runtime.collectives import Traffic, traffic
+from longrope_jax.runtime.estimate import CHIPS, TPUS, Chip
 from longrope_jax.runtime.mesh import Layout, MeshSettings, parse_axes
 
 

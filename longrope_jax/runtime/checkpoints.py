@@ -1,7 +1,9 @@
 """Checkpoints of a stage: named pytrees of arrays and a JSON record a step, checked against a manifest when opened."""
 
+import hashlib
 import itertools
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -10,9 +12,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from longrope_jax import json_files
-from longrope_jax.data.files import is_remote
-from longrope_jax.runtime import manifests, processes, records, storage
+from longrope_jax import files, json_files
+from longrope_jax.errors import beginning, shortened
+from longrope_jax.files import is_remote
+from longrope_jax.runtime import processes, records
 
 RECORD = "record"
 MANIFESTS = "manifests"
@@ -20,6 +23,8 @@ DAMAGED = "damaged"
 
 # Orbax writes these two at the top of a step in the moment it gives the step its name, after our manifest.
 _WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+Manifest = dict[str, list[int | str]]
 
 
 class Checkpoints:
@@ -141,7 +146,7 @@ class Checkpoints:
         assert step is not None  # or there would be nothing to describe
         named = self.directory / str(step)
         unnamed = ocp.path.atomicity_defaults.get_default_temporary_path_class(named).from_final(named).get()
-        entries = manifests.describe(unnamed).items()
+        entries = describe(unnamed).items()
         manifest = {name: entry for name, entry in entries if name not in _WRITTEN_LAST}
         _write_manifest(self.directory, step, manifest)
 
@@ -198,9 +203,9 @@ def _move_damaged_aside(directory: epath.Path) -> None:
         if damage is None:
             return
         free = _free_name(directory / DAMAGED, str(step))
-        storage.move(directory / str(step), free)
+        files.move(directory / str(step), free)
         if _manifest_file(directory, step).exists():
-            storage.move(_manifest_file(directory, step), free.with_name(f"{free.name}.json"))
+            files.move(_manifest_file(directory, step), free.with_name(f"{free.name}.json"))
         logging.warning("%s: step %d is damaged and not used: %s; moved to %s", directory, step, damage, free)
 
 
@@ -218,17 +223,17 @@ def _damage(directory: epath.Path, step: int) -> str | None:
         return f"{file} is missing"
     except ValueError as error:
         return f"{error}: no manifest"
-    entries = manifests.describe(directory / str(step)).items()
+    entries = describe(directory / str(step)).items()
     # After a kill right behind a step's completion the last two files are not in its manifest.
     found = {name: entry for name, entry in entries if name in expected or name not in _WRITTEN_LAST}
-    return manifests.difference(expected, found)
+    return difference(expected, found)
 
 
 def _manifest_file(directory: epath.Path, step: int) -> epath.Path:
     return directory / MANIFESTS / f"{step}.json"
 
 
-def _write_manifest(directory: epath.Path, step: int, manifest: manifests.Manifest) -> None:
+def _write_manifest(directory: epath.Path, step: int, manifest: Manifest) -> None:
     file = _manifest_file(directory, step)
     file.parent.mkdir(exist_ok=True)
     records.write_whole(file, records.to_json(manifest))
@@ -237,7 +242,7 @@ def _write_manifest(directory: epath.Path, step: int, manifest: manifests.Manife
 def _complete_manifest(directory: epath.Path, step: int) -> None:
     """Adds the files that Orbax wrote while it gave the step its name."""
     manifest = json_files.read_object(_manifest_file(directory, step))
-    last = {name: manifests.describe_file(directory / str(step) / name) for name in _WRITTEN_LAST}
+    last = {name: describe_file(directory / str(step) / name) for name in _WRITTEN_LAST}
     _write_manifest(directory, step, manifest | last)
 
 
@@ -268,3 +273,38 @@ def _with_sharding(leaf: Any) -> Any:
 def _on_host(leaf: ocp.metadata.ArrayMetadata) -> np.ndarray:
     """A numpy array of a saved array's shape and dtype, in the memory of one element."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
+_CHUNK = 1 << 20  # bytes
+
+
+def describe(directory: epath.Path) -> Manifest:
+    """`describe_file` of every file below the directory, by its path relative to the directory."""
+    found = sorted(files.files_below(directory))
+    with ThreadPoolExecutor() as pool:  # hashing and reading let go of the interpreter's lock
+        entries = list(pool.map(describe_file, found))
+    return {str(file.relative_to(directory)): entry for file, entry in zip(found, entries, strict=True)}
+
+
+def describe_file(file: epath.Path) -> list[int | str]:
+    """[size in bytes, SHA-256 in hex]."""
+    size, digest = 0, hashlib.sha256()
+    with file.open("rb") as content:
+        while chunk := content.read(_CHUNK):  # hashlib.file_digest needs readinto, which object stores' files lack
+            size += len(chunk)
+            digest.update(chunk)
+    return [size, digest.hexdigest()]
+
+
+def difference(expected: Manifest, found: Manifest) -> str | None:
+    """The first thing wrong with the files found, None if they are those expected."""
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            return f"{beginning(name)} is missing"
+        if name not in expected:
+            return f"{beginning(name)} is not in the manifest"
+        if found[name] != expected[name]:
+            return (
+                f"{beginning(name)} has size and SHA-256 {found[name]}, the manifest says {shortened(expected[name])}"
+            )
+    return None

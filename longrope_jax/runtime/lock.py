@@ -13,8 +13,9 @@ from pathlib import Path
 from absl import logging
 from etils import epath
 
-from longrope_jax.data.files import is_remote
-from longrope_jax.runtime import processes, storage
+from longrope_jax import files
+from longrope_jax.files import is_remote
+from longrope_jax.runtime import processes
 
 NAME = ".lock"
 _UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
@@ -39,7 +40,7 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
         yield
         return
     is_new = not workdir.exists()
-    storage.make(workdir)
+    files.make(workdir)
     lock, problem = None, None
     if processes.is_first():
         try:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import jax
 from etils import epath
 
-from longrope_jax.data.files import copy_tree
+from longrope_jax.files import copy_tree
 from longrope_jax.runtime import processes
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from longrope_jax import json_files, whole_files
-from longrope_jax.data.files import is_remote
+from longrope_jax import files, json_files
+from longrope_jax.files import is_remote
 from longrope_jax.json_files import Kind
 from longrope_jax.runtime import processes
 
@@ -107,4 +107,4 @@ def write_whole(path: epath.Path, text: str) -> None:
         OSError: it can't be written, the disk may be full; it has its old content.
     """
     if processes.is_first():
-        whole_files.write_whole(path, text.encode())
+        files.write_whole(path, text.encode())

@@ -14,15 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from longrope_jax.search.candidates import (
-    Genes,
-    Score,
-    SearchState,
-    joined,
-    scored,
-    unscored,
-    without_known,
-)
+from longrope_jax.search.candidates import Genes, Score, SearchState, joined, scored, unscored, without_known
 from longrope_jax.search.operators import CROSSOVERS, MUTATIONS
 from longrope_jax.search.space import SearchSpace
 from longrope_jax.search.surrogate import promising

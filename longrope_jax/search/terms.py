@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.retrieval import Prompt, needle, needle_cloze
+from longrope_jax.data.needles import Prompt, needle, needle_cloze
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.data.windows import fixed_windows
 

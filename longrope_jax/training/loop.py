@@ -16,8 +16,7 @@ from longrope_jax.rope import FactorTable
 from longrope_jax.runtime import preemption, processes, profiling
 from longrope_jax.runtime.checkpoints import Checkpoints
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.runtime.metrics import Metrics
-from longrope_jax.training.progress import Progress
+from longrope_jax.training.progress import Metrics, Progress
 from longrope_jax.training.step import (
     OptimizerSettings,
     TrainState,

@@ -2,21 +2,54 @@
 
 import math
 import time
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+import tensorboardX
+from etils import epath
+from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from longrope_jax.data.sequences import Batch
 from longrope_jax.model import LlamaConfig
+from longrope_jax.model.flops import TRAINING, Flops, count_flops
+from longrope_jax.runtime import processes, records
 from longrope_jax.runtime.checkpoints import Checkpoints
+from longrope_jax.runtime.estimate import chip_of
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.runtime.metrics import Metrics
-from longrope_jax.runtime.speed import attended_pairs, memory, throughput, training_flops
 from longrope_jax.training.step import BUCKETS, StepResult
+
+
+class Metrics:
+    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard/<stage>`, in process 0. A context manager.
+
+    Args:
+        start: the step to go on from; what a killed run wrote of this stage beyond it is forgotten.
+    """
+
+    def __init__(self, workdir: epath.Path, stage: str, start: int = 0):
+        self._stage, self._path = stage, workdir / "metrics.jsonl"
+        records.keep(self._path, lambda record: record["stage"] != stage or record["step"] <= start, {"step": int})
+        # TensorBoard hides what was written beyond the purge step.
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard" / stage), purge_step=start + 1, write_to_disk=processes.is_first()
+        )
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_):
+        self._board.close()
+
+    def write(self, step: int, **scalars: float) -> None:
+        """One line: the stage, the step and the scalars."""
+        scalars = {name: float(value) for name, value in scalars.items()}
+        records.append(self._path, [{"stage": self._stage, "step": step, **scalars}])
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
 
 
 class Diverged(RuntimeError):
@@ -143,3 +176,51 @@ def _refuse_nonsense(stage: str, step: int, scalars: dict[str, float], checkpoin
             f"{stage}: {told} at step {step}; "
             f"last good checkpoint: {checkpoints.directory / str(good) if good else 'none'}"
         )
+
+
+def attended_pairs(positions: Int[np.ndarray, "B T"]) -> int:
+    """Pairs of a query and a key that it sees: a token sees those of its own text up to itself, and positions begin
+    anew in every text that shares a sequence. Padding counts one a token.
+    """
+    return int(positions.sum(dtype=np.int64)) + positions.size
+
+
+def training_flops(config: LlamaConfig, sequences: int, length: int, pairs: float) -> Flops:
+    """Model FLOPs of training on so many sequences, with attention over `pairs` (`attended_pairs`) only.
+
+    `count_flops` alone would count sequences of one text, an upper bound where texts are packed.
+    """
+    full = count_flops(config, sequences, length, TRAINING)
+    return full._replace(attention=full.attention * pairs / (sequences * length * (length + 1) / 2))
+
+
+def throughput(flops: Flops, tokens: int, seconds: float, devices: int, device_kind: str) -> dict[str, float]:
+    """Metrics of work that took so long on so many devices (as JAX counts them).
+
+    Returns:
+        tokens_per_second, and the same per device. Where the chip is known (`runtime/estimate.py`) also the share of
+        its bfloat16 peak that the model's own arithmetic is, recomputation not counted: `mfu` of products with
+        parameters only, `mfu_with_attention` of those of queries, keys and values too.
+    """
+    per_second = tokens / seconds
+    told = {"tokens_per_second": per_second, "tokens_per_second_per_device": per_second / devices}
+    chip = chip_of(device_kind)
+    if chip is not None:
+        available = chip.peak_flops * devices * seconds
+        told |= {"mfu": flops.matrices / available, "mfu_with_attention": flops.total / available}
+    return told
+
+
+def memory(statistics: Iterable[Mapping[str, int] | None]) -> dict[str, float]:
+    """Bytes of the fullest device, in use now and at most so far.
+
+    Args:
+        statistics: `device.memory_stats()` of every local device; None where the platform does not tell.
+    """
+    known = [told for told in statistics if told]
+    names = {"hbm_bytes_in_use": "bytes_in_use", "hbm_peak_bytes": "peak_bytes_in_use"}
+    return {
+        name: float(max(told[key] for told in known if key in told))
+        for name, key in names.items()
+        if any(key in told for told in known)
+    }

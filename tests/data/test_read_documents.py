@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from longrope_jax.data.settings import DataSettings
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.data.sources import read_documents
 from longrope_jax.data.tokenizer import ByteTokenizer
 

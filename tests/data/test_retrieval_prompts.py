@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from longrope_jax.data import retrieval
+from longrope_jax.data import needles
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.retrieval import answer_room, answered_cloze, cloze_size, needle, needle_cloze, passkey
-from longrope_jax.data.subwords import SubwordTokenizer
-from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.data.needles import answer_room, answered_cloze, cloze_size, needle, needle_cloze, passkey
+from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer
 
 SENTENCES = [
     "Version 3.14 is out. It has many new words",
@@ -52,9 +51,7 @@ def make_sentencepiece():
 
 
 def train(tokenizer, alphabet):
-    more = (
-        f"{retrieval.FILLER} The pass key is 0123456789, {' '.join(retrieval.CITIES)}? Remember it: magic number; quiz."
-    )
+    more = f"{needles.FILLER} The pass key is 0123456789, {' '.join(needles.CITIES)}? Remember it: magic number; quiz."
     tokenizer.train_from_iterator(
         [TEXT, more * 5],
         tokenizers.trainers.BpeTrainer(
@@ -188,8 +185,8 @@ def test_the_answer_continues_the_prompt(make, tokenizer):
 def test_the_passkey_is_surrounded_by_filler(tokenizer):
     prompt = make_passkey(tokenizer, 2000, depth=0.5)
     lines = [line.strip() for line in tokenizer.decode(prompt.tokens).split("\n")]
-    assert (" ".join([retrieval.FILLER] * 200)).startswith(lines[1])
-    assert (" ".join([retrieval.FILLER] * 200)).startswith(lines[1] + " " + lines[3])
+    assert (" ".join([needles.FILLER] * 200)).startswith(lines[1])
+    assert (" ".join([needles.FILLER] * 200)).startswith(lines[1] + " " + lines[3])
     assert min(len(lines[1]), len(lines[3])) > 500
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.pieces import Pieces
+from longrope_jax.data.packing import Pieces
 from longrope_jax.data.sequences import IGNORED, DisjointWindows, NeedleRows, PackedPieces, bookended
 from longrope_jax.data.tokenizer import ByteTokenizer
 

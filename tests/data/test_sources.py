@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from longrope_jax.data import corpus
-from longrope_jax.data.settings import DataSettings
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.data.sources import listing, open_source
 from longrope_jax.data.tokenizer import ByteTokenizer
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from longrope_jax.data import stored, tokens
+from longrope_jax.data import token_files
 from longrope_jax.data.batches import finetuning_batches, pretraining_batches
 from longrope_jax.data.corpus import Document, tokens_per_byte
-from longrope_jax.data.pieces import cut, segments
-from longrope_jax.data.retrieval import needle
+from longrope_jax.data.needles import needle
+from longrope_jax.data.packing import cut, segments
 from longrope_jax.data.sources import Texts
-from longrope_jax.data.stored import StoredDocuments
+from longrope_jax.data.token_files import StoredDocuments
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.data.windows import fixed_windows
 
@@ -39,21 +39,21 @@ def as_texts(texts, size=None):
 
 
 def store(folder, texts, tokenizer=TOKENIZER, split="train", size=None):
-    tokens.write_shards(folder, split, as_texts(texts, size), tokenizer)
-    tokens.finish(folder, split, as_texts(texts, size), tokenizer, {})
+    token_files.write_shards(folder, split, as_texts(texts, size), tokenizer)
+    token_files.finish(folder, split, as_texts(texts, size), tokenizer, {})
     return StoredDocuments(folder, split)
 
 
 @pytest.fixture(autouse=True)
 def small_records(monkeypatch):
-    monkeypatch.setattr(tokens, "RECORD", RECORD)
+    monkeypatch.setattr(token_files, "RECORD", RECORD)
 
 
 @pytest.fixture(params=[1, 3], ids=["one shard", "three shards"])
 def both(request, tmp_path, monkeypatch):
     """(in files, in memory)"""
     texts = make_texts()
-    monkeypatch.setattr(tokens, "_SHARD_BYTES", -(-sum(map(len, texts.values())) // request.param))
+    monkeypatch.setattr(token_files, "_SHARD_BYTES", -(-sum(map(len, texts.values())) // request.param))
     held = [Document(name, TOKENIZER.encode(text), len(text)) for name, text in texts.items()]
     found = store(epath.Path(tmp_path), texts)
     assert len(list(tmp_path.glob("*.array_record"))) == request.param
@@ -61,7 +61,7 @@ def both(request, tmp_path, monkeypatch):
 
 
 def forbid_reading(monkeypatch):
-    monkeypatch.setattr(stored.Shard, "records", lambda *_: pytest.fail("tokens were read"))
+    monkeypatch.setattr(token_files.Shard, "records", lambda *_: pytest.fail("tokens were read"))
 
 
 def test_documents_are_those_in_memory(both):
@@ -96,13 +96,13 @@ def test_slices_are_those_of_an_array(both):
 
 def test_a_slice_reads_only_the_records_that_it_touches(both, monkeypatch):
     found, held = both
-    read, records = [], stored.Shard.records
+    read, records = [], token_files.Shard.records
 
     def noting(shard, first, stop):
         read.append(stop - first)
         return records(shard, first, stop)
 
-    monkeypatch.setattr(stored.Shard, "records", noting)
+    monkeypatch.setattr(token_files.Shard, "records", noting)
     longest = found[8].tokens
     for part, count in [((0, 1), 1), ((63, 65), 2), ((128, 192), 1), ((130, 400), 5), ((990, 1002), 1)]:
         np.testing.assert_array_equal(longest[slice(*part)], held[8].tokens[slice(*part)])
@@ -158,9 +158,9 @@ def test_plans_are_made_without_reading_a_token(both, monkeypatch):
 
 def test_only_the_chosen_windows_and_documents_are_read(both, monkeypatch):
     found, held = both
-    read, records = [], stored.Shard.records
+    read, records = [], token_files.Shard.records
     monkeypatch.setattr(
-        stored.Shard, "records", lambda shard, *span: read.append(span[1] - span[0]) or records(shard, *span)
+        token_files.Shard, "records", lambda shard, *span: read.append(span[1] - span[0]) or records(shard, *span)
     )
     fixed_windows(found, 30, 2, seed=0)
     assert len(read) == 2 and max(read) <= 2
@@ -184,8 +184,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
 def test_documents_of_one_name_are_told_apart(tmp_path):
     texts = Texts(range(3), 30, lambda numbers: (("Poems", b"text %d" % number) for number in numbers))
     folder = epath.Path(tmp_path)
-    tokens.write_shards(folder, "train", texts, TOKENIZER)
-    tokens.finish(folder, "train", texts, TOKENIZER, {})
+    token_files.write_shards(folder, "train", texts, TOKENIZER)
+    token_files.finish(folder, "train", texts, TOKENIZER, {})
     assert [document.name for document in StoredDocuments(folder, "train")] == ["Poems", "Poems (2)", "Poems (3)"]
 
 

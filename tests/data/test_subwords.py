@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from longrope_jax.data.subwords import SubwordTokenizer
+from longrope_jax.data.tokenizer import SubwordTokenizer
 
 PROSE = "It was the best of times, it was the worst of times; in 1859 they said so. " * 4
 TEXTS = {
@@ -248,7 +248,7 @@ def test_a_long_text_is_one_text_and_fast():
 
 IDENTITY = """
 import sys
-from longrope_jax.data.subwords import SubwordTokenizer
+from longrope_jax.data.tokenizer import SubwordTokenizer
 print(SubwordTokenizer.from_folder(sys.argv[1]).identity)
 """
 

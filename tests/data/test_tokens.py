@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from longrope_jax.data import tokens
+from longrope_jax.data import token_files
 from longrope_jax.data.sources import Texts
-from longrope_jax.data.stored import StoredDocuments
+from longrope_jax.data.token_files import StoredDocuments
 from longrope_jax.data.tokenizer import ByteTokenizer
 
 SIZES = np.random.default_rng(0).integers(1, 400, 23)
@@ -30,8 +30,8 @@ def make_texts(sizes=SIZES):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(tokens, "_SHARD_BYTES", 600)
-    monkeypatch.setattr(tokens, "RECORD", 100)
+    monkeypatch.setattr(token_files, "_SHARD_BYTES", 600)
+    monkeypatch.setattr(token_files, "RECORD", 100)
 
 
 def contents(folder):
@@ -42,8 +42,8 @@ def write_all(folder, texts=None, tokenizer=None, count=1):
     texts = make_texts() if texts is None else texts
     tokenizer = tokenizer or ByteTokenizer()
     for index in range(count):
-        tokens.write_shards(epath.Path(folder), "train", texts, tokenizer, (index, count))
-    tokens.finish(epath.Path(folder), "train", texts, tokenizer, {"source": {"folder": "here"}})
+        token_files.write_shards(epath.Path(folder), "train", texts, tokenizer, (index, count))
+    token_files.finish(epath.Path(folder), "train", texts, tokenizer, {"source": {"folder": "here"}})
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_any_number_of_processes_writes_the_same_files(whole, tmp_path, count):
 def test_processes_share_the_shards(tmp_path):
     folders = [epath.Path(tmp_path / str(index)) for index in range(2)]
     for index, folder in enumerate(folders):
-        tokens.write_shards(folder, "train", make_texts(), ByteTokenizer(), (index, 2))
+        token_files.write_shards(folder, "train", make_texts(), ByteTokenizer(), (index, 2))
     numbers = [[int(path.name[6:11]) for path in folder.glob("*.array_record")] for folder in folders]
     assert [{number % 2 for number in some} for some in numbers] == [{0}, {1}]
 
@@ -96,8 +96,8 @@ class Counting(ByteTokenizer):
 def test_stopped_at_any_document_it_goes_on_with_the_shard_at_hand(whole, tmp_path, stop):
     folder = epath.Path(tmp_path / "stopped")
     with pytest.raises(Stopped):
-        tokens.write_shards(folder, "train", make_texts(), Counting(stop))
-    assert not tokens.is_finished(folder, "train")
+        token_files.write_shards(folder, "train", make_texts(), Counting(stop))
+    assert not token_files.is_finished(folder, "train")
     written = [path for path in folder.iterdir() if path.name in whole]
     before = {path.name: path.stat().mtime for path in written}
     tokenizer = Counting()
@@ -106,14 +106,14 @@ def test_stopped_at_any_document_it_goes_on_with_the_shard_at_hand(whole, tmp_pa
     assert {name: (folder / name).stat().mtime for name in before} == before
     count = len(whole) - 1
     assert tokenizer.texts == len(SIZES) - len(before) * len(SIZES) // count
-    assert tokens.is_finished(folder, "train")
+    assert token_files.is_finished(folder, "train")
 
 
 STUCK = """
 import sys, time
 sys.path[:0] = sys.argv[2:]
 import test_tokens
-from longrope_jax.data import tokens
+from longrope_jax.data import token_files
 
 class Stuck(test_tokens.Counting):
     def encode(self, text, **kwargs):
@@ -121,7 +121,7 @@ class Stuck(test_tokens.Counting):
             time.sleep(1000)
         return super().encode(text, **kwargs)
 
-tokens._SHARD_BYTES, tokens.RECORD = 600, 100
+token_files._SHARD_BYTES, token_files.RECORD = 600, 100
 test_tokens.write_all(sys.argv[1], tokenizer=Stuck())
 """
 
@@ -135,7 +135,7 @@ def test_killed_it_goes_on_and_leaves_the_same_bytes(whole, tmp_path):
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert not tokens.is_finished(epath.Path(folder), "train")
+    assert not token_files.is_finished(epath.Path(folder), "train")
     write_all(folder)
     assert contents(folder) == whole
 
@@ -144,9 +144,9 @@ def test_killed_it_goes_on_and_leaves_the_same_bytes(whole, tmp_path):
 def test_what_is_lost_is_written_again(whole, tmp_path, lost):
     folder = epath.Path(tmp_path / "lost")
     write_all(folder)
-    assert tokens.is_finished(folder, "train") and lost in whole
+    assert token_files.is_finished(folder, "train") and lost in whole
     (folder / lost).unlink()
-    assert not tokens.is_finished(folder, "train")
+    assert not token_files.is_finished(folder, "train")
     write_all(folder)
     assert contents(folder) == whole
 
@@ -161,7 +161,7 @@ def test_object_stores_are_written_to_and_read_through_a_local_copy(whole, tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = bucket / "tokens"
     with pytest.raises(Stopped):
-        tokens.write_shards(folder, "train", make_texts(), Counting(9))
+        token_files.write_shards(folder, "train", make_texts(), Counting(9))
     write_all(folder)
     assert contents(folder) == whole
     held = [ByteTokenizer().encode(text) for _, text in make_texts().read(0, len(SIZES))]

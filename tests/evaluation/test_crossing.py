@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from longrope_jax import rope
-from longrope_jax.evaluation.crossing import nll_after_crossing
+from longrope_jax.evaluation.factor_switching import nll_after_crossing
 from longrope_jax.evaluation.perplexity import token_nll
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.runtime.mesh import Layout

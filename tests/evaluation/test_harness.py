@@ -12,7 +12,8 @@ pytest.importorskip("lm_eval", reason="the harness is an optional extra (require
 
 from lm_eval.api.instance import Instance
 
-from longrope_jax import harness, rope
+from longrope_jax import rope
+from longrope_jax.commands import harness
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.evaluation import harness as evaluation_harness
 from longrope_jax.evaluation.harness import HarnessModel, benchmark

@@ -6,8 +6,8 @@ import pytest
 import reference
 
 from longrope_jax import rope
-from longrope_jax.evaluation import likelihood
-from longrope_jax.evaluation.likelihood import likelihoods
+from longrope_jax.evaluation import scoring
+from longrope_jax.evaluation.scoring import likelihoods
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.rope import FactorTable
 from longrope_jax.runtime.mesh import Layout, MeshSettings
@@ -94,10 +94,10 @@ def test_the_size_of_a_batch_changes_nothing():
 
 def test_logits_are_made_some_places_at_a_time(monkeypatch):
     expected = collect(REQUESTS[:3])
-    likelihood._score.clear_cache()
-    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", 19 * 2)
+    scoring._score.clear_cache()
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 19 * 2)
     found = collect(REQUESTS[:3], tokens_at_once=32)
-    likelihood._score.clear_cache()
+    scoring._score.clear_cache()
     np.testing.assert_allclose([r.log_probability for r in found], [r.log_probability for r in expected], rtol=1e-5)
 
 
@@ -117,8 +117,8 @@ def test_the_factors_are_those_of_the_tokens_that_are_read():
 
 def test_requests_that_read_the_same_are_read_once(monkeypatch):
     rows = []
-    score = likelihood._score
-    monkeypatch.setattr(likelihood, "_score", lambda *args: rows.append(args[3]) or score(*args))
+    score = scoring._score
+    monkeypatch.setattr(scoring, "_score", lambda *args: rows.append(args[3]) or score(*args))
     collect(REQUESTS[5:24], tokens_at_once=16)
     assert len(rows) == 1
 
@@ -131,13 +131,13 @@ def test_a_long_context_loses_its_beginning():
 
 
 def test_few_programs(monkeypatch):
-    likelihood._score.clear_cache()
+    scoring._score.clear_cache()
     rng = np.random.default_rng(1)
     requests = [
         (rng.integers(0, 19, length).tolist(), rng.integers(0, 19, 2).tolist()) for length in rng.integers(1, 16, 40)
     ]
     collect(requests, tokens_at_once=64)
-    assert likelihood._score._cache_size() == 1
+    assert scoring._score._cache_size() == 1
 
 
 def test_on_a_mesh():

@@ -5,15 +5,16 @@ import jax
 import numpy as np
 import pytest
 
-from longrope_jax import plots, rope
+from longrope_jax import rope
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.retrieval import answer_room
+from longrope_jax.data.needles import answer_room
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.evaluation import retrieval
+from longrope_jax.evaluation.evaluate import Method, Subject
 from longrope_jax.evaluation.retrieval import RetrievalSettings, accuracy, is_found, make_prompts, run_retrieval
-from longrope_jax.evaluation.run import Arm, Subject
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.decode import complete
+from longrope_jax.report import plots
 from longrope_jax.rope import FactorTable
 from longrope_jax.runtime import preemption, records
 from longrope_jax.runtime.mesh import Layout, MeshSettings
@@ -21,10 +22,12 @@ from longrope_jax.runtime.mesh import Layout, MeshSettings
 TOKENIZER = ByteTokenizer()
 TEXT = "".join(f"This is sentence number {i}, and it is followed by others. " for i in range(100))
 DOCUMENTS = [Document("text", TOKENIZER.encode(TEXT), len(TEXT))]
-ARMS = {"good": Arm("linear"), "short-sighted": Arm("unscaled")}
-SETTINGS = RetrievalSettings(lengths=(500, 700), arms=ARMS, tries=5, prompts_at_once=2)
+METHODS = {"good": Method("linear"), "short-sighted": Method("unscaled")}
+SETTINGS = RetrievalSettings(lengths=(500, 700), methods=METHODS, tries=5, prompts_at_once=2)
 FACTORS = {"good": rope.linear(8, 4.0), "short-sighted": rope.unscaled(8)}
-SUBJECTS = {name: Subject(lambda name=name: {"name": name}, lambda length, name=name: FACTORS[name]) for name in ARMS}
+SUBJECTS = {
+    name: Subject(lambda name=name: {"name": name}, lambda length, name=name: FACTORS[name]) for name in METHODS
+}
 SIGHT = 300  # tokens that the short-sighted one looks back
 
 
@@ -69,7 +72,7 @@ def test_the_first_number_counts(text, found):
 def test_records_say_who_found_what(calls, tmp_path):
     made = run(tmp_path)
     assert [(r["method"], r["length"], r["depth"]) for r in made] == [
-        (name, length, None) for name in ARMS for length in (500, 700)
+        (name, length, None) for name in METHODS for length in (500, 700)
     ]
     room = answer_room("passkey", TOKENIZER)
     for record in made:
@@ -94,22 +97,22 @@ def test_prompts_and_answers_together_have_the_length(calls, tmp_path):
         assert len(prompts) == 2  # the last batch is filled up
         assert {len(prompt) + new for prompt in prompts} == {length}
     assert [int(table.boundaries[0]) for _, table, *_ in calls] == 2 * ([500] * 3 + [700] * 3)
-    by_arm = {params["name"]: table.factors.lam[0] for params, table, *_ in calls}
-    np.testing.assert_array_equal(by_arm["good"], FACTORS["good"].lam)
-    np.testing.assert_array_equal(by_arm["short-sighted"], FACTORS["short-sighted"].lam)
+    by_method = {params["name"]: table.factors.lam[0] for params, table, *_ in calls}
+    np.testing.assert_array_equal(by_method["good"], FACTORS["good"].lam)
+    np.testing.assert_array_equal(by_method["short-sighted"], FACTORS["short-sighted"].lam)
 
 
-def test_arms_get_the_same_prompts_and_other_seeds_others(calls, tmp_path):
+def test_methods_get_the_same_prompts_and_other_seeds_others(calls, tmp_path):
     good, other = run(tmp_path)[1::2]
     assert (good["answers"], good["starts"]) == (other["answers"], other["starts"])
     (tmp_path / "b").mkdir()
-    again = run(tmp_path / "b", RetrievalSettings(lengths=(700,), arms=ARMS, tries=5, seed=1))[0]
+    again = run(tmp_path / "b", RetrievalSettings(lengths=(700,), methods=METHODS, tries=5, seed=1))[0]
     assert not set(again["answers"]) & set(good["answers"])
 
 
 def test_a_grid_of_needles(calls, tmp_path):
     settings = RetrievalSettings(
-        lengths=(600, 900), task="needle", depths=(0.0, 0.5, 1.0), arms=ARMS, tries=2, prompts_at_once=4
+        lengths=(600, 900), task="needle", depths=(0.0, 0.5, 1.0), methods=METHODS, tries=2, prompts_at_once=4
     )
     made = run(tmp_path, settings)
     assert len(made) == 2 * 2 * 3
@@ -121,7 +124,9 @@ def test_a_grid_of_needles(calls, tmp_path):
 
 
 def test_a_needle_at_drawn_depths(calls, tmp_path):
-    [record] = run(tmp_path, RetrievalSettings(lengths=(900,), task="needle", arms={"good": ARMS["good"]}, tries=6))
+    [record] = run(
+        tmp_path, RetrievalSettings(lengths=(900,), task="needle", methods={"good": METHODS["good"]}, tries=6)
+    )
     assert record["depth"] is None
     assert len(set(record["depths"])) > 3
 
@@ -156,7 +161,7 @@ def test_with_a_model_on_a_mesh(tmp_path):
     )  # fmt: skip
     factors = FACTORS["good"]
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((2, 4), np.int32), factors)["params"]
-    settings = RetrievalSettings(lengths=(300,), arms={"good": Arm("linear")}, tries=3, prompts_at_once=2)
+    settings = RetrievalSettings(lengths=(300,), methods={"good": Method("linear")}, tries=3, prompts_at_once=2)
     subject = Subject(lambda: params, lambda length: factors)
     [record] = run(tmp_path, settings, {"good": subject}, model, Layout.of(MeshSettings("data:2")))
     prompts = [prompt.tokens for prompt in make_prompts(settings, TOKENIZER, DOCUMENTS, 300, None)]
@@ -185,7 +190,7 @@ def test_accuracy_has_wilsons_interval():
         ({"task": "haystack"}, "task = 'haystack' must be one of passkey, needle, needle_cloze"),
         ({"depths": (0.5, 1.5)}, "depths = "),
         ({"depths": (0.5, 0.5)}, "depths = "),
-        ({"arms": {}}, "arms is empty"),
+        ({"methods": {}}, "methods is empty"),
         ({"tries": 0}, "tries = 0"),
         ({"prompts_at_once": 0}, "prompts_at_once = 0"),
     ],

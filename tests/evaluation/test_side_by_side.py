@@ -6,9 +6,9 @@ from longrope_jax import rope
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.data.windows import fixed_windows
+from longrope_jax.evaluation.paired import find_numbers, nll_by_length
 from longrope_jax.evaluation.perplexity import token_nll
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.evaluation.side_by_side import find_numbers, nll_by_length
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.report.retrieval import summarize_retrieval
 from longrope_jax.rope import FactorTable
@@ -28,7 +28,7 @@ def reader():
     return model, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), SHORT)["params"]
 
 
-def test_every_length_scores_the_same_tokens_with_the_factors_that_an_arm_has_for_it(reader):
+def test_every_length_scores_the_same_tokens_with_the_factors_that_an_method_has_for_it(reader):
     windows = fixed_windows(DOCUMENTS, 4 * L, 4, seed=0)
     nll = nll_by_length(*reader, {"table": TABLE, "long": LONG}, windows, (L, 4 * L))
     assert {length: list(row) for length, row in nll.items()} == {L: ["table", "long"], 4 * L: ["table", "long"]}
@@ -47,12 +47,12 @@ def test_a_length_beyond_a_table_is_refused(reader):
         nll_by_length(*reader, {"table": TABLE}, windows, (5 * L,))
 
 
-def test_numbers_are_looked_for_by_every_arm_in_the_same_prompts(reader):
+def test_numbers_are_looked_for_by_every_method_in_the_same_prompts(reader):
     asked = RetrievalSettings(lengths=(96, 112), task="needle_cloze", depths=(0.0, 1.0), tries=2, prompts_at_once=2)
-    arms = {"table": FactorTable.of({96: SHORT, 112: LONG}), "long": LONG}
-    settings, made = find_numbers(*reader, arms, DOCUMENTS, asked)
+    methods = {"table": FactorTable.of({96: SHORT, 112: LONG}), "long": LONG}
+    settings, made = find_numbers(*reader, methods, DOCUMENTS, asked)
     assert {(r["method"], r["length"], r["depth"]) for r in made} == {
-        (name, length, depth) for name in arms for length in (96, 112) for depth in (0.0, 1.0)
+        (name, length, depth) for name in methods for length in (96, 112) for depth in (0.0, 1.0)
     }
     at = {(r["method"], r["length"], r["depth"]): r for r in made}
     assert at["table", 96, 0.0]["answers"] == at["long", 96, 0.0]["answers"]

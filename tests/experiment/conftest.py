@@ -9,9 +9,9 @@ import pytest
 from tiny_experiment import EVOLUTION, LENGTH, TARGET, make_config
 
 from longrope_jax import experiment
-from longrope_jax.evaluation.run import Arm, EvaluationSettings, published_arms
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method, published_methods
+from longrope_jax.experiment.stages import TableSettings
 from longrope_jax.search.settings import SearchSettings
-from longrope_jax.stages import TableSettings
 from longrope_jax.training.finetune import FinetuneSettings
 
 
@@ -31,7 +31,7 @@ def config(folder):
         folder,
         search=SearchSettings(target_length=TARGET, documents=2, evolution=EVOLUTION),
         evaluate=EvaluationSettings(
-            lengths=(8, 16, 32, 64), documents=3, arms={**published_arms(), "longrope": Arm("search")}
+            lengths=(8, 16, 32, 64), documents=3, methods={**published_methods(), "longrope": Method("search")}
         ),
     )
 
@@ -61,12 +61,12 @@ def progressive_config(folder):
         evaluate=EvaluationSettings(
             lengths=(16, 64, 128),
             documents=3,
-            arms={
-                "longrope": Arm("table"),
-                "yarn": Arm("yarn", "finetune_a"),
-                "dynamic_ntk": Arm("dynamic_ntk"),
-                "original": Arm("original", "pretrain"),
-                "second": Arm("search_8x"),
+            methods={
+                "longrope": Method("table"),
+                "yarn": Method("yarn", "finetune_a"),
+                "dynamic_ntk": Method("dynamic_ntk"),
+                "original": Method("original", "pretrain"),
+                "second": Method("search_8x"),
             },
             controls=("original", "yarn"),
             compared=(("second", "yarn"), ("longrope", "original")),

@@ -17,7 +17,7 @@ import pytest
 from tiny_experiment import LENGTH, ROOT, TARGET, Stopped, change, contents, forbid_work, read
 
 from longrope_jax import experiment, rope
-from longrope_jax.evaluation import run as evaluation_run
+from longrope_jax.evaluation import evaluate as evaluation_run
 from longrope_jax.runtime import preemption
 from longrope_jax.search.objective import Objective
 from longrope_jax.training import loop

@@ -9,11 +9,11 @@ import pytest
 from tiny_experiment import LENGTH, PROGRESSIVE_STAGES, SIZES, change, forbid_work, read
 
 from longrope_jax import experiment, rope
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
+from longrope_jax.experiment.stages import search, training
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import finetune, pretrain, search
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.loop import load_params
 
@@ -68,7 +68,7 @@ def test_a_progressive_run_reports_everything(progressive):
     assert {n: set(row) for n, row in evaluation["longrope_minus"].items()} == {n: others for n in ("16", "64", "128")}
     controls = evaluation["longrope_minus_disjoint_windows_of_original_length"]
     assert {n: set(row) for n, row in controls.items()} == {n: {"original", "yarn"} for n in ("64", "128")}
-    assert [pair["arms"] for pair in evaluation["compared"]] == [["second", "yarn"], ["longrope", "original"]]
+    assert [pair["methods"] for pair in evaluation["compared"]] == [["second", "yarn"], ["longrope", "original"]]
     for n, found in evaluation["compared"][1]["by_length"].items():
         assert found == evaluation["longrope_minus"][n]["original"]
     assert evaluation["start_tokens"]["original"] == {"16": 0, "64": 0, "128": 0}
@@ -123,12 +123,12 @@ def test_a_finished_progressive_run_is_skipped(progressive_config, copied, monke
 
 
 def test_a_stage_can_be_added_later_and_another_mesh_taken(progressive_config, copied, monkeypatch):
-    for module, name in [(pretrain, "pretrain"), (search, "run_search"), (finetune, "finetune")]:
+    for module, name in [(training, "pretrain"), (search, "run_search"), (training, "finetune")]:
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("a finished stage ran again"))
     added = change(progressive_config, "stages", (*PROGRESSIVE_STAGES, "evaluate_again"))
     with added.unlocked():
-        arms = {"longrope": Arm("table"), "pi": Arm("linear")}
-        added.evaluate_again = section(EvaluationSettings(lengths=(64,), documents=2, arms=arms, controls=()))
+        methods = {"longrope": Method("table"), "pi": Method("linear")}
+        added.evaluate_again = section(EvaluationSettings(lengths=(64,), documents=2, methods=methods, controls=()))
         added.mesh = section(MeshSettings("seq:2"))
     experiment.run(added, copied)
     content = json.loads((copied / "report.json").read_text())

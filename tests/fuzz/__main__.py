@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from fuzz.campaign import Failure, timed_run
 from fuzz.formats import FORMATS
 
-from longrope_jax.markdown import table
+from longrope_jax.report.tables import table
 
 _STEP = 2500  # inputs that a process reads in one go
 

@@ -17,13 +17,13 @@ from interop.test_pretrained import CONFIG, MODEL, to_huggingface, write
 
 import longrope_jax as lr
 from longrope_jax import rope
-from longrope_jax.data.subwords import SubwordTokenizer
+from longrope_jax.data.tokenizer import SubwordTokenizer
 from longrope_jax.interop import load_tokenizer
+from longrope_jax.interop.export import tokenizer_files
 from longrope_jax.interop.factor_files import read_factors
 from longrope_jax.interop.gguf import gguf_tokenizer
 from longrope_jax.interop.pretrained import describe_pretrained, read_params, stored_dtype
 from longrope_jax.interop.tensors import FolderTensors
-from longrope_jax.interop.tokenizer_files import tokenizer_files
 from longrope_jax.rope.huggingface import to_huggingface as to_rope_parameters
 from longrope_jax.training.step import init_params
 

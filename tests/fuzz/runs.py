@@ -21,18 +21,18 @@ from ml_collections import ConfigDict
 from tokenizers import pre_tokenizers
 
 from experiments import progressive_tiny
-from longrope_jax import ahead_of_time, evaluation, experiment
+from longrope_jax import experiment
+from longrope_jax.commands import compile
 from longrope_jax.data import corpus
-from longrope_jax.data.settings import DataSettings
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.data.sources import open_source
-from longrope_jax.data.stored import StoredDocuments
 from longrope_jax.data.tfds_text import open_directory
-from longrope_jax.data.tokens import is_finished
-from longrope_jax.evaluation import retrieval
-from longrope_jax.evaluation.run import recorded_nll
+from longrope_jax.data.token_files import StoredDocuments, is_finished
+from longrope_jax.evaluation import evaluate, retrieval
+from longrope_jax.evaluation.evaluate import recorded_nll
+from longrope_jax.experiment.stages import LoadSettings, TableSettings
 from longrope_jax.runtime import checkpoints, records
 from longrope_jax.settings import section
-from longrope_jax.stages import LoadSettings, TableSettings
 
 # --- what a run keeps in its work directory ---------------------------------------------------------------------------
 
@@ -49,8 +49,8 @@ def read_manifest(folder: Path, name: str) -> None:
 
 
 RECORDS = {
-    "evaluation.jsonl": evaluation.run.RECORD,
-    "retrieval.jsonl": retrieval.RECORD,
+    "evaluation.jsonl": evaluate.EVALUATION_RECORD,
+    "retrieval.jsonl": retrieval.RETRIEVAL_RECORD,
     "metrics.jsonl": {"step": int},
     "scores.jsonl": {"candidate": str, "block": int, "nll": [float]},
 }
@@ -125,7 +125,7 @@ def make_compile_report(folder: Path) -> list[str]:
 
 
 def read_compile_report(folder: Path, name: str) -> None:
-    assert isinstance(ahead_of_time._known(epath.Path(folder / name)), dict)
+    assert isinstance(compile._known(epath.Path(folder / name)), dict)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

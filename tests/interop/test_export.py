@@ -11,8 +11,7 @@ from interop.test_pretrained import CONFIG, MODEL, assert_same, to_huggingface, 
 from safetensors import safe_open
 
 import longrope_jax as lr
-from longrope_jax.data.subwords import SubwordTokenizer
-from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer
 from longrope_jax.interop import export, load_tokenizer
 from longrope_jax.interop.architectures import ARCHITECTURES
 from longrope_jax.interop.export import CannotCarry, export_checkpoint, fit_to_format, huggingface_config

@@ -8,7 +8,7 @@ from interop.test_export import LONG, SHORT, TABLE, assert_same_table
 from interop.test_pretrained import CONFIG, MODEL
 
 import longrope_jax as lr
-from longrope_jax.interop import huggingface
+from longrope_jax.commands import export
 from longrope_jax.interop.factor_files import Found, factors_for, read_factors, write_factors
 from longrope_jax.rope import save_factors, save_table
 
@@ -21,7 +21,7 @@ ONE = lr.FactorTable.of({512: LONG})
 
 
 def run(*arguments):
-    huggingface.main(["factors", *map(str, arguments)])
+    export.main(["factors", *map(str, arguments)])
 
 
 def fails(capsys, *arguments):

@@ -6,7 +6,7 @@ import tiny_gguf as tiny
 from gguf import TokenType
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from longrope_jax.data.subwords import SubwordTokenizer
+from longrope_jax.data.tokenizer import SubwordTokenizer
 from longrope_jax.interop.gguf import gguf_tokenizer
 
 PROSE = "It was the best of times, it was the worst of times; in 1859 DON'T say they've said 12 12345 so.\n\n  x" * 3

@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from longrope_jax.model import Llama, LlamaConfig
-from longrope_jax.model.arithmetic import TRAINING, count_flops, matrix_parameters
+from longrope_jax.model.flops import TRAINING, count_flops, matrix_parameters
 from longrope_jax.rope import unscaled
 
 TINY = LlamaConfig.preset("tiny", num_layers=2, num_kv_heads=1, attention="dense")

@@ -9,8 +9,7 @@ import pytest
 from longrope_jax.model import Llama, LlamaConfig, decode
 from longrope_jax.model import cache as kv_cache
 from longrope_jax.model.cache import empty_cache, slots_for
-from longrope_jax.model.decode import advance, complete, generate
-from longrope_jax.model.sampling import Sampling
+from longrope_jax.model.decode import Sampling, advance, complete, generate
 from longrope_jax.model.sharding import make_mesh, tree_shardings
 from longrope_jax.rope import FactorTable, RopeFactors
 

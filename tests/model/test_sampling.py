@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longrope_jax.model.sampling import Sampling, restrict, sample
+from longrope_jax.model.decode import Sampling, restrict, sample
 
 VOCABULARY = 12
 LOGITS = (3 * np.random.default_rng(0).standard_normal((5, VOCABULARY))).astype(np.float32)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longrope_jax.model import Llama, LlamaConfig, cudnn, splash
-from longrope_jax.model.attention import attention, dense, partial_backend, resolve
+from longrope_jax.model import Llama, LlamaConfig, splash
+from longrope_jax.model.attention import attention, cudnn_takes, dense, partial_backend, resolve
 from longrope_jax.model.blocks import Tokens
 from longrope_jax.model.ring import ring_attention, zigzag
 from longrope_jax.model.sharding import make_mesh, tree_shardings
@@ -171,8 +171,8 @@ def test_the_fused_attention_of_gpus_gets_what_dense_gets(monkeypatch):
             got = in_order(np.argsort(order), run(*in_order(order, (qkv, TOKENS["one document"], d_out))))
             for one, other in zip(got, wanted, strict=True):
                 assert np.abs(np.float32(one) - other).max() < 2e-2 * np.abs(other).max()
-    assert cudnn.takes(jnp.bfloat16, 128, False)
-    assert not cudnn.takes(jnp.float32, 128, False) and not cudnn.takes(jnp.bfloat16, 160, False)
+    assert cudnn_takes(jnp.bfloat16, 128, False)
+    assert not cudnn_takes(jnp.float32, 128, False) and not cudnn_takes(jnp.bfloat16, 160, False)
     with pytest.raises(ValueError, match="can't keep the segments"):
         attention(*qkv, *TOKENS["packed"], backend="cudnn")
     with pytest.raises(ValueError, match="'cudnn' computes in bfloat16 or float16 .* not in float32"):

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
-from longrope_jax import plots, rope
+from longrope_jax import rope
+from longrope_jax.report import plots
 
 D, L, BASE = 32, 128, 10000.0
-ARMS = {name: rope.extend(name, rope.Trained(L, rope.unscaled(D)), 8 * L, D) for name in ("unscaled", "linear", "ntk")}
+METHODS = {
+    name: rope.extend(name, rope.Trained(L, rope.unscaled(D)), 8 * L, D) for name in ("unscaled", "linear", "ntk")
+}
 
 
 def panels(figure):
@@ -14,13 +17,13 @@ def panels(figure):
 
 
 def test_a_rotation_is_drawn_with_its_start_tokens_in_place(tmp_path):
-    arms = {"ntk": ARMS["ntk"].replace(n_hat=np.int32(5)), "unscaled": ARMS["unscaled"]}
-    figure = plots.rotation_by_position(arms, (0, 4, 8), 8 * L, L, BASE)
+    methods = {"ntk": METHODS["ntk"].replace(n_hat=np.int32(5)), "unscaled": METHODS["unscaled"]}
+    figure = plots.rotation_by_position(methods, (0, 4, 8), 8 * L, L, BASE)
     figure.savefig(tmp_path / "figure.png")
     assert len(panels(figure)) == 3
     lines = {line.get_label(): line for line in panels(figure)[2].get_lines()}
     positions, cosines = lines["NTK"].get_data()
-    theta, lam = rope.frequencies(D, BASE)[8], float(ARMS["ntk"].lam[8])
+    theta, lam = rope.frequencies(D, BASE)[8], float(METHODS["ntk"].lam[8])
     expected = np.cos(positions * theta / np.where(positions < 5, 1, lam))
     np.testing.assert_allclose(cosines, expected, atol=1e-6)
     assert positions[0] == 0 and positions[-1] == 8 * L  # its three wavelengths would be longer
@@ -28,7 +31,7 @@ def test_a_rotation_is_drawn_with_its_start_tokens_in_place(tmp_path):
 
 
 def test_the_bars_of_a_trained_range_fill_the_window(tmp_path):
-    figure = plots.trained_range(ARMS, 8 * L, L, BASE)
+    figure = plots.trained_range(METHODS, 8 * L, L, BASE)
     figure.savefig(tmp_path / "figure.png")
     critical = rope.critical_dimension(D, BASE, L)
     for axes in panels(figure):
@@ -43,11 +46,11 @@ def test_the_bars_of_a_trained_range_fill_the_window(tmp_path):
 
 
 def test_scores_are_means_over_every_distance_once(tmp_path):
-    figure = plots.score_by_distance({"unscaled": ARMS["unscaled"]}, 64, L, BASE)
+    figure = plots.score_by_distance({"unscaled": METHODS["unscaled"]}, 64, L, BASE)
     figure.savefig(tmp_path / "figure.png")
     distances, scores = panels(figure)[0].get_lines()[0].get_data()
     assert distances[0] == 1 and distances[-1] < 64
-    np.testing.assert_allclose(scores[0], rope.score_by_distance(ARMS["unscaled"], np.array([1]), BASE))
+    np.testing.assert_allclose(scores[0], rope.score_by_distance(METHODS["unscaled"], np.array([1]), BASE))
 
 
 def test_a_changed_factor_has_a_line_a_pair_in_order_of_the_pairs(tmp_path):

@@ -6,8 +6,8 @@ import re
 import pytest
 from etils import epath
 
-from longrope_jax.markdown import picture, table
 from longrope_jax.report.page import to_page
+from longrope_jax.report.tables import picture, table
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

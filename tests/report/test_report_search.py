@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from longrope_jax import plots
+from longrope_jax.report import plots
 from longrope_jax.report.search import search_figures, search_section
 
 SUMMARY = dict(

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from saved_steps import names, save
 
-from longrope_jax.runtime import manifests
+from longrope_jax.runtime import checkpoints
 from longrope_jax.runtime.checkpoints import Checkpoints
 
 
@@ -73,7 +73,7 @@ def test_only_the_items_asked_for_are_read(tmp_path):
         if file.is_file():
             file.unlink()
     with pytest.MonkeyPatch.context() as patch:  # the manifest would not let the missing files pass
-        patch.setattr(manifests, "difference", lambda expected, found: None)
+        patch.setattr("longrope_jax.runtime.checkpoints.difference", lambda expected, found: None)
         with Checkpoints(tmp_path / "stage") as checkpoints:
             for like in (None, state.params):
                 restored, record = checkpoints.restore(1, {"params": like})
@@ -186,4 +186,4 @@ def test_a_manifest_has_every_file_of_its_step(tmp_path):
     files = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
     manifest = json.loads((tmp_path / "stage/manifests/1.json").read_text())
     assert manifest.keys() == files
-    assert manifest == manifests.describe(epath.Path(step))
+    assert manifest == checkpoints.describe(epath.Path(step))

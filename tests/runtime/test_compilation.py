@@ -6,12 +6,12 @@ import hurry
 import jax
 import pytest
 
-from longrope_jax.runtime.compilation import keep_programs
+from longrope_jax.main import keep_programs
 
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
-from longrope_jax.runtime.compilation import keep_programs
+from longrope_jax.main import keep_programs
 
 counted = {}
 def count(event, **_):

@@ -4,10 +4,9 @@ import itertools
 
 import pytest
 
-from longrope_jax.model.arithmetic import Flops
-from longrope_jax.runtime.chips import CHIPS, TPUS, Chip, chip_of
+from longrope_jax.model.flops import Flops
 from longrope_jax.runtime.collectives import RING, Traffic
-from longrope_jax.runtime.estimate import ATTENTION_REACHES, MATRICES_REACH, estimate
+from longrope_jax.runtime.estimate import ATTENTION_REACHES, CHIPS, MATRICES_REACH, TPUS, Chip, chip_of, estimate
 
 CHIP = Chip("made_up", "Made Up", peak_flops=100.0, hbm_bytes=1000, hbm_bandwidth=1000.0, link_bandwidth=10.0, torus=2)
 NEEDED, EXECUTED = Flops(600.0, 200.0), Flops(900.0, 300.0)

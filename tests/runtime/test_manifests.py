@@ -1,6 +1,6 @@
 """What is wrong with a directory, by its manifest, in words."""
 
-from longrope_jax.runtime.manifests import describe, difference
+from longrope_jax.runtime.checkpoints import describe, difference
 
 
 def test_the_first_thing_that_is_wrong_is_told(tmp_path):

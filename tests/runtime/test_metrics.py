@@ -2,7 +2,7 @@ import numpy as np
 from etils import epath
 
 from longrope_jax.runtime import records
-from longrope_jax.runtime.metrics import Metrics
+from longrope_jax.training.progress import Metrics
 
 
 def steps(workdir):

@@ -121,8 +121,8 @@ def test_two_processes_do_a_whole_experiment_and_skip_what_is_done(tmp_path):
     _, alone = run_command(tmp_path / "one", [])
     _, together = two()
     for length, row in alone.items():
-        for arm, entry in row.items():
-            assert together[length][arm]["nll"] == pytest.approx(entry["nll"], rel=1e-3), (length, arm)
+        for method, entry in row.items():
+            assert together[length][method]["nll"] == pytest.approx(entry["nll"], rel=1e-3), (length, method)
     told, again = two()
     assert told.count("finished before, skipped") == 5
     one, both = (load_pretrained(tmp_path / name / "export") for name in ("one", "two"))

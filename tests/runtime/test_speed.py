@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from longrope_jax.model import LlamaConfig
-from longrope_jax.model.arithmetic import TRAINING, count_flops
-from longrope_jax.runtime.chips import CHIPS
-from longrope_jax.runtime.speed import attended_pairs, memory, throughput, training_flops
+from longrope_jax.model.flops import TRAINING, count_flops
+from longrope_jax.runtime.estimate import CHIPS
+from longrope_jax.training.progress import attended_pairs, memory, throughput, training_flops
 
 CONFIG = LlamaConfig.preset("tiny")
 

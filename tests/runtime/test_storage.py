@@ -2,9 +2,10 @@ import jax
 import pytest
 from etils import epath
 
-from longrope_jax.runtime import records, storage
-from longrope_jax.runtime.metrics import Metrics
+from longrope_jax import files
+from longrope_jax.runtime import records
 from longrope_jax.runtime.profiling import ProfileSettings, of_stage, step
+from longrope_jax.training.progress import Metrics
 
 
 def test_the_store_of_these_tests_is_as_unhelpful_as_a_real_one(bucket):
@@ -52,16 +53,16 @@ def test_moving(bucket, tmp_path, name):
         (place / "folder" / "deep").mkdir(parents=True)
         for path in (place / "a", place / "folder" / "b", place / "folder" / "deep" / "c"):
             path.write_text(path.name)
-        storage.move(place / name, place / "aside" / name)
+        files.move(place / name, place / "aside" / name)
         assert not (place / name).exists()
         moved = place / "aside" / name
-        found = {file.name: file.read_text() for file in storage.files_below(moved)} if moved.is_dir() else {}
+        found = {file.name: file.read_text() for file in files.files_below(moved)} if moved.is_dir() else {}
         assert found == {"b": "b", "c": "c"} if name == "folder" else moved.read_text() == "a"
 
 
 def test_file_systems_are_told_not_to_remember_what_they_saw(monkeypatch):
     conf = {"s3": {"use_listings_cache": True}}
     monkeypatch.setattr("fsspec.config.conf", conf)
-    storage.see_what_others_write()
+    files.see_what_others_write()
     assert conf["gcs"] == {"use_listings_cache": False}
     assert conf["s3"] == {"use_listings_cache": True}  # somebody's own wish

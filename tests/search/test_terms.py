@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from longrope_jax.data import retrieval
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.subwords import SubwordTokenizer
-from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.data.needles import CITIES, NEEDLE_DIGITS
+from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer
 from longrope_jax.search.terms import (
     TermSettings,
     document_weights,
@@ -35,7 +34,7 @@ def make_subwords():
         initial_alphabet=[*tokenizers.pre_tokenizers.ByteLevel.alphabet(), *string.printable],
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TEXT, numbers, f"The magic number of {' '.join(retrieval.CITIES)} is"], trainer)
+    tokenizer.train_from_iterator([TEXT, numbers, f"The magic number of {' '.join(CITIES)} is"], trainer)
     return SubwordTokenizer(tokenizer, {}, bos=0, eos=1)
 
 
@@ -67,7 +66,7 @@ def test_needles_are_rows_of_one_length_whose_digits_alone_count(tokenizer, need
         counting = tokens[1:][weights > 0]
         assert len(set(weights[weights > 0].tolist())) == 1  # all digits count the same
         answer = tokenizer.decode(counting).strip()
-        assert answer.isdigit() and len(answer) == retrieval.NEEDLE_DIGITS
+        assert answer.isdigit() and len(answer) == NEEDLE_DIGITS
         text = tokenizer.decode(tokens)
         assert text.count(answer) == 2 and text.endswith(answer)  # in the needle, and at the very end
         assert weights[-1] > 0 and not weights[: length - 20].any()

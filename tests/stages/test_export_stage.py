@@ -10,17 +10,17 @@ from ml_collections import ConfigDict
 
 import longrope_jax as lr
 from longrope_jax import experiment
+from longrope_jax.commands import export
 from longrope_jax.data.tokenizer import ByteTokenizer
-from longrope_jax.evaluation.run import Arm, EvaluationSettings
+from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.experiment import DataSettings
-from longrope_jax.interop import huggingface
+from longrope_jax.experiment.stages import ExportSettings, LoadSettings, TableSettings
+from longrope_jax.experiment.stages.export import EXPORT
 from longrope_jax.interop.export import CannotCarry, export_checkpoint
 from longrope_jax.rope import load_table, save_table
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import section
-from longrope_jax.stages import ExportSettings, LoadSettings, TableSettings
-from longrope_jax.stages.export import EXPORT
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import init_params
 
@@ -45,11 +45,11 @@ def text(tmp_path_factory):
 
 
 def config_of(checkpoint, text, table, **export):
-    arms = {"unscaled": Arm("unscaled"), "longrope": Arm("table")}
+    methods = {"unscaled": Method("unscaled"), "longrope": Method("table")}
     sections = dict(
         load=LoadSettings(path=str(checkpoint)),
         table=table,
-        evaluate=EvaluationSettings(lengths=(L, TARGET), documents=2, arms=arms),
+        evaluate=EvaluationSettings(lengths=(L, TARGET), documents=2, methods=methods),
         export=ExportSettings(**{"factors": "table", "cost_documents": 2, **export}),
         data=DataSettings(folder=str(text)),
     )
@@ -179,7 +179,7 @@ def test_a_search_that_may_find_start_tokens_is_warned_of(caplog):
 
 
 def run(checkpoint, output, *arguments):
-    huggingface.main(["export", f"--model={checkpoint}", f"--output={output}", *map(str, arguments)])
+    export.main(["export", f"--model={checkpoint}", f"--output={output}", *map(str, arguments)])
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import pytest
 
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.evaluation.evaluate import Method
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.evaluation.run import Arm
+from longrope_jax.experiment.stages.evaluation import RETRIEVAL
+from longrope_jax.experiment.stages.settings import TableSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.search.settings import SearchSettings
-from longrope_jax.stages.retrieval import RETRIEVAL
-from longrope_jax.stages.settings import TableSettings
 from longrope_jax.training.pretrain import PretrainSettings
 
 CONFIG = LlamaConfig.preset("tiny")
@@ -22,8 +22,8 @@ BEFORE = {
 
 
 def make_settings(**changes):
-    arms = {"longrope": Arm("search"), "table": Arm("table", "pretrain"), "dynamic": Arm("dynamic_ntk")}
-    return RetrievalSettings(**{"lengths": (512, 1024), "arms": arms, **changes})
+    methods = {"longrope": Method("search"), "table": Method("table", "pretrain"), "dynamic": Method("dynamic_ntk")}
+    return RetrievalSettings(**{"lengths": (512, 1024), "methods": methods, **changes})
 
 
 def make_carried(**fields):
@@ -37,7 +37,7 @@ def make_carried(**fields):
     )
 
 
-def test_arms_may_be_searches_tables_and_methods():
+def test_methods_may_be_searches_tables_and_methods():
     settings = make_settings()
     RETRIEVAL.check(settings, CONFIG, BEFORE)
     assert RETRIEVAL.inputs(settings, BEFORE) == ["pretrain", "search", "table"]
@@ -48,10 +48,10 @@ def test_arms_may_be_searches_tables_and_methods():
     [
         (
             {"lengths": (512, 1025)},
-            "lengths = .* goes beyond 1024, up to which arms.longrope.factors = 'search' is good",
+            "lengths = .* goes beyond 1024, up to which methods.longrope.factors = 'search' is good",
         ),
-        ({"arms": {"a": Arm("yarn", "finetune")}}, "arms.a.model = 'finetune' is no stage before"),
-        ({"arms": {"a": Arm("yarns")}}, "arms.a.factors = 'yarns'"),
+        ({"methods": {"a": Method("yarn", "finetune")}}, "methods.a.model = 'finetune' is no stage before"),
+        ({"methods": {"a": Method("yarns")}}, "methods.a.factors = 'yarns'"),
     ],
 )
 def test_what_does_not_go_together(changes, message):

@@ -10,11 +10,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from ml_collections import ConfigDict
 
-from longrope_jax.data import tokens
-from longrope_jax.data.settings import DataSettings
+from longrope_jax.data import token_files
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.experiment import text
 from longrope_jax.settings import section
-from longrope_jax.stages import text
 
 TRAIN, SEARCH, EVALUATION = ("train",), ("search",), ("evaluation",)
 
@@ -51,7 +51,7 @@ def begin(workdir, stage):
 
 
 def forbid_work(monkeypatch):
-    monkeypatch.setattr(tokens, "write_shards", lambda *_: pytest.fail("tokens were made again"))
+    monkeypatch.setattr(token_files, "write_shards", lambda *_: pytest.fail("tokens were made again"))
 
 
 # --- which sections ---------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ import hlo
 import jax
 
 from longrope_jax.experiment import kind_of, parse_experiment
+from longrope_jax.experiment.stages import STAGES
 from longrope_jax.runtime.ahead_of_time import compile_lowered, described
-from longrope_jax.stages import STAGES
 
 
 class Kept:

@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding
 from longrope_jax.model.ring import ring_attention
 from longrope_jax.model.sharding import partition_spec
 from longrope_jax.runtime.ahead_of_time import described
-from longrope_jax.runtime.chips import GIB, TPUS
 from longrope_jax.runtime.collectives import RING, traffic
+from longrope_jax.runtime.estimate import GIB, TPUS
 from longrope_jax.runtime.mesh import MeshSettings
 
 pytestmark = pytest.mark.tpu

@@ -6,8 +6,7 @@ from longrope_jax.data.corpus import Document
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.runtime.mesh import Layout, MeshSettings
-from longrope_jax.training.from_scratch import train_from_scratch
-from longrope_jax.training.pretrain import PretrainSettings
+from longrope_jax.training.pretrain import PretrainSettings, train_from_scratch
 from longrope_jax.training.step import OptimizerSettings, init_params
 
 SIZES = dict(

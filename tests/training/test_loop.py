@@ -14,7 +14,7 @@ from speeds import SPEEDS
 import longrope_jax as lr
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.tokenizer import ByteTokenizer
-from longrope_jax.model.arithmetic import TRAINING, count_flops
+from longrope_jax.model.flops import TRAINING, count_flops
 from longrope_jax.runtime import preemption
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.training import loop, progress

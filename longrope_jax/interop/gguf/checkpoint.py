@@ -11,9 +11,9 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, dequantize
 from jaxtyping import Float32, Int64, UInt8
 
+from longrope_jax.errors import beginning
 from longrope_jax.interop.gguf.config import ROPE_TENSORS, read_config
 from longrope_jax.interop.gguf.file import StoredTensor, read_gguf
-from longrope_jax.messages import beginning
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from longrope_jax.messages import shortened
+from longrope_jax.errors import shortened
 
 # How llama.cpp calls the tensors that a frequency is divided by: on their own (Llama 3), or by length (LongRoPE).
 ROPE_FREQS = "rope_freqs.weight"

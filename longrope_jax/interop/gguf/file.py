@@ -16,7 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 from jaxtyping import UInt8
 
-from longrope_jax.messages import beginning, shortened
+from longrope_jax.errors import beginning, shortened
 
 _VERSIONS = (2, 3)
 _NUMBERS: dict[int, str] = {

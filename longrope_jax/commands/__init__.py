@@ -1,0 +1,1 @@
+"""The commands beside running an experiment: generate text, compile ahead of time, benchmark, export."""

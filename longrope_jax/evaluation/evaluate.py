@@ -1,0 +1,192 @@
+"""Perplexity of models and factors side by side, at every length on the same documents, as records in a file."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from longrope_jax.data.corpus import Document
+from longrope_jax.data.windows import fixed_windows
+from longrope_jax.evaluation.perplexity import DocumentNll, by_document, by_file, by_position, token_nll
+from longrope_jax.model import Llama
+from longrope_jax.rope import METHODS, RopeFactors
+from longrope_jax.runtime import preemption, processes, profiling, records
+from longrope_jax.runtime.mesh import Layout
+
+POSITION_BUCKETS = 32
+EVALUATION_RECORD = {
+    "length": int,
+    "method": str,
+    "documents": [str],
+    "nll_sums": [float],
+    "counts": [int],
+    "seconds": float,
+    "nll_by_position": [float],
+    "factors": {"lam": [float], "n_hat": int, "mscale": float},
+}
+"""What readers of an evaluation's records rely on, beside the name of the stage."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is judged under one name.
+
+    Attributes:
+        factors: a table stage, whose factors are chosen by the length of the window; a search stage; or a method,
+            "dynamic_ntk" among them, which extends the model to the longest of the lengths.
+        model: the stage whose parameters are used; "" is the latest.
+    """
+
+    factors: str
+    model: str = ""
+
+
+def published_methods() -> dict[str, Method]:
+    """The published methods, on the latest model."""
+    return {name: Method(name) for name in (*METHODS, "dynamic_ntk")}
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is judged, how long the windows are, and on what.
+
+    Attributes:
+        lengths: window lengths, tokens; the longest is the length of the documents and the methods' target.
+        methods: name -> model and factors.
+        controls: methods whose disjoint windows of the original length the others are held against.
+        compared: pairs of methods whose difference at every length is told, paired by document.
+        documents: how many windows of the longest length, from different documents as far as there are enough.
+        stride: of the sliding window beyond the original length, tokens; 0 for disjoint windows. Up to the original
+            length windows are always disjoint, as the control is.
+        seed: of the documents.
+        tokens_at_once: how many tokens one forward pass takes.
+        data: the section of the text.
+    """
+
+    lengths: tuple[int, ...]
+    methods: dict[str, Method] = field(default_factory=published_methods)
+    controls: tuple[str, ...] = ("unscaled",)
+    compared: tuple[tuple[str, ...], ...] = ()
+    documents: int = 64
+    stride: int = 0
+    seed: int = 0
+    tokens_at_once: int = 8192
+    data: str = "data"
+
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"lengths = {self.lengths} must be different positive numbers of tokens")
+        if not self.methods:
+            raise ValueError("methods is empty; there is nothing to judge")
+        unknown = set(self.controls) - set(self.methods)
+        if unknown:
+            raise ValueError(f"controls = {self.controls} must be methods; those are {', '.join(self.methods)}")
+        for pair in self.compared:
+            if len(pair) != 2 or not set(pair) <= set(self.methods):
+                raise ValueError(f"compared: {pair} must be a pair of methods; those are {', '.join(self.methods)}")
+        if self.documents < 2:
+            raise ValueError(f"documents = {self.documents} must be at least 2: intervals are over documents")
+        if self.tokens_at_once < 1:
+            raise ValueError(f"tokens_at_once = {self.tokens_at_once} must be positive")
+        if self.stride < 0:
+            raise ValueError(f"stride = {self.stride} must not be negative")
+
+
+class Subject(NamedTuple):
+    """A method, resolved.
+
+    Attributes:
+        params: reads the parameters.
+        factors: length (tokens) -> factors.
+    """
+
+    params: Callable[[], dict]
+    factors: Callable[[int], RopeFactors]
+
+
+def run_evaluation(
+    model: Llama,
+    layout: Layout,
+    subjects: dict[str, Subject],
+    settings: EvaluationSettings,
+    documents: Sequence[Document],
+    workdir: epath.Path,
+    stage: str,
+) -> list[dict[str, Any]]:
+    """One record for every (length, method): NLL sums and counts by document, and the curve over positions.
+
+    All lengths score the same tokens: documents of the longest length are cut into windows of each. Records are
+    appended to `workdir/evaluation.jsonl` as they are made; those that are there already are not made again. Their
+    tokens_per_second counts the tokens that are scored; the first of a length has compiling in it.
+
+    Raises:
+        preemption.Preempted: the process was asked to stop; finished records are kept.
+    """
+    config, path = model.config, workdir / "evaluation.jsonl"
+    target = max(settings.lengths)
+    windows = fixed_windows(documents, target, settings.documents, settings.seed)
+
+    done = {(r["length"], r["method"]): r for r in records.resume(path, stage, EVALUATION_RECORD)}
+    # Method by method, so that only one model's parameters are in memory.
+    wanted = [(length, name) for name in by_model(settings.methods) for length in sorted(settings.lengths)]
+    with (
+        preemption.watch(),
+        tqdm(wanted, desc=stage, unit="evaluation", dynamic_ncols=True, disable=not processes.is_first()) as bar,
+    ):
+        for number, (length, name) in enumerate(bar, 1):
+            bar.set_postfix(length=length, method=name)
+            if (length, name) in done:
+                continue
+            if preemption.requested():
+                raise preemption.Preempted(stage, f"{len(done)} of {len(wanted)} records are kept")
+            params = None  # or the last method's would stay while the next one's are loaded
+            params, chosen = subjects[name].params(), subjects[name].factors(length)
+            stride = window_stride(settings, config.original_length, length)
+            began = time.monotonic()
+            read = partial(token_nll, model, layout, params, chosen, windows.tokens, length, stride)
+            nll = profiling.step("evaluation", number, partial(read, settings.tokens_at_once))
+            seconds = time.monotonic() - began
+            sums, counts = by_document(nll)
+            record = {
+                "stage": stage,
+                "length": length,
+                "method": name,
+                "documents": windows.names,
+                "nll_sums": sums.tolist(),
+                "counts": counts.tolist(),
+                "seconds": seconds,
+                "tokens_per_second": nll.size / seconds,
+                "nll_by_position": by_position(nll, min(POSITION_BUCKETS, target)).tolist(),
+                "factors": {
+                    "lam": np.asarray(chosen.lam).tolist(),
+                    "n_hat": int(chosen.n_hat),
+                    "mscale": float(chosen.mscale),
+                },
+            }
+            records.append(path, [record])
+            done[length, name] = record
+    return [done[key] for key in wanted]
+
+
+def window_stride(settings: EvaluationSettings, original_length: int, length: int) -> int:
+    """Of windows of `length` tokens."""
+    return length if length <= original_length else min(settings.stride or length, length)
+
+
+def by_model(methods: dict[str, Method]) -> Iterable[str]:
+    """Names of the methods, those of one model side by side."""
+    return sorted(
+        methods,
+        key=lambda name: list(dict.fromkeys(method.model for method in methods.values())).index(methods[name].model),
+    )
+
+
+def recorded_nll(record: dict[str, Any]) -> DocumentNll:
+    """The NLL by file of a record that `run_evaluation` made; no number (of a file of JSON) is an infinite one."""
+    sums = np.array([np.inf if value is None else value for value in record["nll_sums"]])
+    return by_file(DocumentNll(sums, np.asarray(record["counts"])), record["documents"])

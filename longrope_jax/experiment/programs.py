@@ -1,0 +1,236 @@
+"""The programs that stages run, for shapes alone: what is compiled ahead of time, and what it has to compute.
+
+They are lowered from the same functions, with the same shapes, that the stages call.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from longrope_jax.data.sequences import Batch
+from longrope_jax.evaluation.evaluate import EvaluationSettings, window_stride
+from longrope_jax.evaluation.perplexity import window_nll, window_starts, windows_at_once
+from longrope_jax.evaluation.retrieval import RetrievalSettings
+from longrope_jax.model import Llama, LlamaConfig
+from longrope_jax.model.cache import CACHE_AXES, Cache, empty_cache, slots_for
+from longrope_jax.model.decode import GREEDY, advance, chunk_for
+from longrope_jax.model.flops import FORWARD, TRAINING, Flops, count_flops
+from longrope_jax.model.sharding import partition_spec
+from longrope_jax.rope import FactorTable, RopeFactors, unscaled
+from longrope_jax.runtime.ahead_of_time import Program, bytes_on_device
+from longrope_jax.runtime.mesh import Layout
+from longrope_jax.search.candidates import Genes
+from longrope_jax.search.gradient import make_optimizer as make_descent_optimizer
+from longrope_jax.search.gradient import step as descent_step
+from longrope_jax.search.gradient import variables_of
+from longrope_jax.search.objective import fitting_candidates, rows_nll
+from longrope_jax.search.settings import SearchSettings
+from longrope_jax.training.finetune import FinetuneSettings
+from longrope_jax.training.loop import LoopSettings
+from longrope_jax.training.pretrain import PretrainSettings
+from longrope_jax.training.step import init_params, init_state, make_optimizer, train_step
+
+Programs = list[Program]
+
+_ATTENTION_BACKWARD = 3.5
+"""Forward passes worth of products in the backward kernels: seven instead of two, as those for the gradients of queries
+and of keys both compute scores and gradients of weights."""
+_ANSWER_TOKENS = 8  # about as many as an answer may take
+
+
+def pretrain_programs(settings: PretrainSettings, config: LlamaConfig, layout: Layout) -> Programs:
+    """A step."""
+    return [_step(settings, config, layout, config.original_length, (config.original_length,), False, config.remat)]
+
+
+def finetune_programs(settings: FinetuneSettings, config: LlamaConfig, layout: Layout) -> Programs:
+    """A step, and the evaluation on held-out documents while the optimizer's state stays in memory."""
+    is_mixed = settings.long_share < 1
+    lengths = (config.original_length, settings.length) if is_mixed else (settings.length,)
+    step = _step(settings, config, layout, settings.length, lengths, settings.packed or is_mixed, settings.remat)
+    if not settings.evaluate_every:
+        return [step]
+    times = -(-settings.steps // settings.evaluate_every)
+    held_out = _windows(config, layout, settings.length, settings.held_out_documents, "held-out evaluation", times)
+    return [step, dataclasses.replace(held_out, beside=bytes_on_device(_state(settings, config, layout).opt_state))]
+
+
+def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layout) -> Programs:
+    """For every length of the objective the score of the candidates that are taken at once, on the documents that are,
+    and a step of their descent; and what judges the best.
+    """
+    together = fitting_candidates(layout, settings.candidates_at_once, settings.documents_at_once)
+    rows = together * settings.documents_at_once
+    counts: dict[int, int] = {}
+    for term in settings.terms.values():
+        length = term.length or settings.target_length
+        blocks = -(-(term.documents or settings.documents) // settings.documents_at_once)
+        counts[length] = counts.get(length, 0) + blocks
+    every = sum(counts.values())
+    space = settings.search_space(config)
+    descents = settings.method in ("gradient", "hybrid")
+    steps = settings.gradient.rounds * -(-settings.gradient.starts // together) * settings.gradient.steps
+    candidates = settings.candidates(len(space.n_hat))
+    programs = []
+    for length, blocks in counts.items():
+        text = _text(layout, rows, length)
+        factors = layout.abstract_replicated(_factors(config, rows if together > 1 else 1))
+
+        def lower(text=text, factors=factors):
+            return rows_nll.lower(Llama(config), _params(config, layout), factors, *text)
+
+        flops = count_flops(config, rows, length)
+        calls = -(-candidates // together) * blocks
+        programs.append(Program(f"score of candidates at {length}", lower, calls, rows * length, flops, flops))
+        if descents:
+            programs.append(_descent(settings, config, layout, together, length, steps * blocks // every))
+    if settings.held_out_documents:
+        times = settings.moves
+        count = settings.held_out_documents
+        programs.append(_windows(config, layout, settings.target_length, count, "judging the best", times))
+    return programs
+
+
+def evaluate_programs(settings: EvaluationSettings, config: LlamaConfig, layout: Layout) -> Programs:
+    """A batch of windows of every length."""
+    longest = max(settings.lengths)
+    programs = []
+    for length in sorted(settings.lengths):
+        starts = window_starts(longest, length, window_stride(settings, config.original_length, length))
+        windows = settings.documents * len(starts)
+        name, methods = f"windows of {length}", len(settings.methods)
+        programs.append(_windows(config, layout, length, windows, name, methods, settings.tokens_at_once))
+    return programs
+
+
+def retrieval_programs(settings: RetrievalSettings, config: LlamaConfig, layout: Layout) -> Programs:
+    """At the longest length, whose cache is the largest: reading the end of the prompt, and writing a token."""
+    length = max(settings.lengths)
+    prompts = len(settings.methods) * len(settings.places) * -(-settings.tries // settings.prompts_at_once)
+    rows = -(-settings.prompts_at_once // layout.row_shards) * layout.row_shards
+    factors = layout.abstract_replicated(_factors(config, rows))
+    integers, seed = partial(jax.ShapeDtypeStruct, dtype=np.int32), jax.ShapeDtypeStruct((), np.uint32)
+
+    def program(name: str, tokens: int, calls: int) -> Program:
+        def lower():
+            arguments = (
+                factors,
+                _cache(config, layout, rows, length),
+                *map(integers, [(rows, tokens), (rows,), (rows,)]),
+            )
+            return advance.lower(Llama(config), GREEDY, _params(config, layout), seed, *arguments)
+
+        whole = count_flops(config, rows, length)  # the last tokens attend to twice as many as one does on average
+        flops = Flops(whole.matrices * tokens / length, 2 * whole.attention * tokens / length)
+        return Program(name, lower, calls, rows * tokens, flops, flops)
+
+    chunk = chunk_for(length, settings.tokens_at_once)
+    return [
+        program(f"reading the last {min(chunk, length)} of {length} tokens", chunk, prompts * -(-length // chunk)),
+        program(f"writing a token after {length}", 1, prompts * _ANSWER_TOKENS),
+    ]
+
+
+def _step(
+    settings: LoopSettings,
+    config: LlamaConfig,
+    layout: Layout,
+    length: int,
+    lengths: tuple[int, ...],
+    is_packed: bool,
+    remat: str,
+) -> Program:
+    model = Llama(dataclasses.replace(config, remat=remat))
+    rows = layout.abstract_rows(settings.batch, length)
+    batch = Batch(rows, rows, rows, rows if is_packed else None, layout.abstract_rows(settings.batch))  # type: ignore[arg-type]  # shapes
+    table = layout.abstract_replicated(FactorTable.of({window: unscaled(config.head_dim) for window in lengths}))
+
+    def lower():
+        optimizer = make_optimizer(settings.optimizer, settings.steps)
+        return train_step.lower(model, optimizer, settings.accumulate, _state(settings, config, layout), batch, table)
+
+    once, needed = (count_flops(config, settings.batch, length, passes) for passes in (FORWARD, TRAINING))
+    everything_again, attention_again = _computed_again(remat)
+    executed = Flops(
+        needed.matrices + everything_again * once.matrices,
+        once.attention * (1 + attention_again + _ATTENTION_BACKWARD),
+    )
+    return Program(f"step at {length}", lower, settings.steps, settings.batch * length, needed, executed)
+
+
+def _descent(
+    settings: SearchSettings, config: LlamaConfig, layout: Layout, together: int, length: int, calls: int
+) -> Program:
+    """A step of a gradient search: the parameters take part, but have no gradient."""
+    remat, rows = settings.gradient.remat, together * settings.documents_at_once
+    model, space = Llama(dataclasses.replace(config, remat=remat)), settings.search_space(config)
+    genes = Genes(
+        np.full((together, config.head_dim // 2), space.low, np.float32),
+        np.zeros(together, np.int32),
+        np.ones(together, np.float32),
+        np.zeros(together, np.int32),
+    )
+    variables, optimizer = variables_of(genes, space), make_descent_optimizer(settings.gradient)
+    small = layout.abstract_replicated((variables, optimizer.init(variables), genes, np.float32(1)))
+
+    def lower():
+        shares, text = layout.abstract_rows(rows, dtype=np.float32), _text(layout, rows, length)
+        options = model, space, optimizer, settings.documents_at_once
+        return descent_step.lower(*options, _params(config, layout), *small, shares, *text)
+
+    once = count_flops(config, rows, length)
+    again, attention_again = _computed_again(remat)
+    needed = Flops(2 * once.matrices, once.attention * (1 + _ATTENTION_BACKWARD))  # no gradient of the parameters
+    executed = Flops(needed.matrices + again * once.matrices, needed.attention + attention_again * once.attention)
+    return Program(f"step of a descent at {length}", lower, calls, rows * length, needed, executed)
+
+
+def _computed_again(remat: str) -> tuple[int, int]:
+    """How many forward passes of (everything, the attention) the backward pass repeats."""
+    everything = 0 if remat in ("none", "everything_saveable") else 1
+    return everything, 0 if remat == "attention_saveable" else everything
+
+
+def _text(layout: Layout, rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Weights of targets, tokens, targets and positions."""
+    tokens = layout.abstract_rows(rows, length)
+    return layout.abstract_rows(rows, length, dtype=np.float32), tokens, tokens, tokens
+
+
+def _windows(
+    config: LlamaConfig, layout: Layout, length: int, count: int, name: str, times: int, tokens_at_once: int = 8192
+) -> Program:
+    rows = windows_at_once(layout, length, count, tokens_at_once)
+    tokens, factors = layout.abstract_rows(rows, length), layout.abstract_replicated(unscaled(config.head_dim))
+
+    def lower():
+        return window_nll.lower(Llama(config), _params(config, layout), factors, tokens, tokens, tokens)
+
+    flops = count_flops(config, rows, length)
+    return Program(name, lower, times * -(-count // rows), rows * length, flops, flops)
+
+
+def _params(config: LlamaConfig, layout: Layout) -> dict:
+    with layout.active():
+        return layout.abstract(jax.eval_shape(partial(init_params, Llama(config), 0)))
+
+
+def _state(settings: LoopSettings, config: LlamaConfig, layout: Layout):
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+    with layout.active():
+        return layout.abstract(jax.eval_shape(lambda: init_state(init_params(Llama(config), 0), optimizer)))
+
+
+def _cache(config: LlamaConfig, layout: Layout, rows: int, length: int) -> Cache:
+    with layout.active():
+        shapes = jax.eval_shape(partial(empty_cache, config, rows, slots_for(length)))
+    where = None if layout.mesh is None else NamedSharding(layout.mesh, partition_spec(*CACHE_AXES))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes)
+
+
+def _factors(config: LlamaConfig, rows: int) -> RopeFactors:
+    """Those of so many rows, each its own."""
+    return jax.tree.map(lambda x: np.broadcast_to(x, (rows, *np.shape(x))), unscaled(config.head_dim))

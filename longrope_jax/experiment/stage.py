@@ -1,0 +1,102 @@
+"""What a kind of stage is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from longrope_jax.experiment.context import BEST_SEED, ORIGINAL
+from longrope_jax.experiment.stages.settings import LoadSettings, TableSettings
+from longrope_jax.rope import METHODS
+from longrope_jax.search.settings import SearchSettings
+from longrope_jax.training.loop import LoopSettings
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kind of stage.
+
+    Attributes:
+        settings: the class of its settings.
+        check: (settings, model config, settings of the stages before) -> None, raises if they don't go together.
+        check_data: (settings, context) -> None, raises if the text does not suffice.
+        check_layout: (settings, model config, layout) -> None, raises if the work can't be spread over the devices.
+        run: (settings, context, name) -> summary, JSON-able, with its seconds; leaves the stage's results on disk.
+        load: (settings, context, name, summary) -> None, hands the results on, whether the stage has just run or did
+            so before. Raises LookupError if they are not there any more.
+        inputs: (settings, settings of the stages before) -> names of the stages whose results it takes.
+        splits: settings -> which splits it reads of the text that `settings.data` names.
+        programs: (settings, model config, layout) -> what it runs again and again, see `experiment/programs.py`.
+        resumes: whether it goes on from what it has left behind when it was stopped, rather than begin again.
+    """
+
+    settings: type
+    check: Callable
+    check_data: Callable
+    check_layout: Callable
+    run: Callable
+    load: Callable
+    inputs: Callable
+    splits: Callable = lambda settings: ()
+    programs: Callable = lambda settings, config, layout: ()
+    resumes: bool = True
+
+
+def nothing(*_) -> None:
+    """The check of a stage that has nothing to check."""
+
+
+Before = dict[str, Any]
+"""The settings of the stages before one, by name."""
+
+
+def model_stage(name: str, before: Before, field_name: str = "model") -> str:
+    """The stage before that `name` means, as `RunContext.model_stage` finds it later.
+
+    Raises:
+        ValueError: it names none that makes parameters.
+    """
+    makers = [stage for stage, settings in before.items() if isinstance(settings, LoopSettings | LoadSettings)]
+    if name and name not in makers:
+        raise ValueError(
+            f"{field_name} = {name!r} is no stage before this one that makes parameters; those are {', '.join(makers)}"
+        )
+    return name or makers[-1]
+
+
+def factors_target(source: str, before: Before, field_name: str, *, more: tuple[str, ...] = ()) -> int | None:
+    """The length up to which a source of factors is good; None for a method, which is good for any.
+
+    Args:
+        more: sources that are allowed besides stages, methods and the original rotation.
+
+    Raises:
+        ValueError: there is no such source.
+    """
+    settings = before.get(_made_by(source, before))
+    if isinstance(settings, SearchSettings):
+        return settings.target_length
+    if isinstance(settings, TableSettings):
+        return settings.lengths[-1]
+    if isinstance(settings, LoadSettings):
+        return int(settings.factors.boundaries[-1])
+    if source in METHODS or source in (ORIGINAL, *more):
+        return None
+    stages = [name for name, s in before.items() if isinstance(s, SearchSettings | TableSettings | LoadSettings)]
+    known = ", ".join([*stages, *METHODS, ORIGINAL, *more])
+    raise ValueError(
+        f"{field_name} = {source!r} is neither a search, table or load stage before this one nor one of {known}"
+    )
+
+
+def sources(names: tuple[str, ...], before: Before) -> list[str]:
+    """The stages that make these sources of factors."""
+    return [_made_by(name, before) for name in names if is_stage(name, before)]
+
+
+def is_stage(source: str, before: Before) -> bool:
+    """Whether a source of factors is what a stage before makes."""
+    return _made_by(source, before) in before
+
+
+def _made_by(source: str, before: Before) -> str:
+    return source if source in before else source.removesuffix(BEST_SEED)

@@ -1,0 +1,165 @@
+"""What the stages `evaluate` and `retrieval` have in common: both judge methods, each a model with factors."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from etils import epath
+
+from longrope_jax.data.corpus import Document
+from longrope_jax.data.windows import fixed_windows
+from longrope_jax.evaluation.evaluate import EVALUATION_RECORD, EvaluationSettings, Subject, run_evaluation
+from longrope_jax.evaluation.retrieval import RETRIEVAL_RECORD, RetrievalSettings, make_prompts, run_retrieval
+from longrope_jax.experiment.context import DYNAMIC, RunContext
+from longrope_jax.experiment.programs import evaluate_programs, retrieval_programs
+from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, nothing, sources
+from longrope_jax.experiment.stages.settings import LoadSettings, TableSettings
+from longrope_jax.json_files import Kind
+from longrope_jax.model import LlamaConfig
+from longrope_jax.runtime import records
+from longrope_jax.runtime.mesh import Layout
+
+Settings = EvaluationSettings | RetrievalSettings
+
+
+def method_targets(settings: Settings, before: Before) -> dict[str, int | None]:
+    """The lengths (tokens) up to which the methods' factors are good, None for a method.
+
+    Raises:
+        ValueError: a method names a model or factors that no stage before makes.
+    """
+    targets = {}
+    for name, method in settings.methods.items():
+        model_stage(method.model, before, f"methods.{name}.model")
+        targets[name] = factors_target(method.factors, before, f"methods.{name}.factors", more=(DYNAMIC,))
+    return targets
+
+
+def method_inputs(settings: Settings, before: Before) -> list[str]:
+    """The stages whose models and factors the methods are."""
+    models = {model_stage(method.model, before) for method in settings.methods.values()}
+    return sorted(models | set(sources(tuple(method.factors for method in settings.methods.values()), before)))
+
+
+def subjects(settings: Settings, context: RunContext) -> dict[str, Subject]:
+    """The methods with their parameters and factors; methods extend to the longest of the lengths."""
+    longest = max(settings.lengths)
+    return {
+        name: Subject(partial(context.params, method.model), context.source(method.factors, method.model, longest))
+        for name, method in settings.methods.items()
+    }
+
+
+def finished_records(path: epath.Path, stage: str, fields: Mapping[str, Kind], count: int) -> list[dict[str, Any]]:
+    """The records that a finished stage left; raises LookupError if they are fewer than `count`."""
+    made = records.of_stage(path, stage, fields)
+    if len(made) < count:
+        raise LookupError(f"{path} has lost records of it")
+    return made
+
+
+def _check_evaluate(settings: EvaluationSettings, config: LlamaConfig, before: Before) -> None:
+    longest = max(settings.lengths)
+    for name, target in method_targets(settings, before).items():
+        source = settings.methods[name].factors
+        is_table = isinstance(before.get(source), TableSettings | LoadSettings)
+        if target is not None and (longest > target if is_table else longest != target):
+            raise ValueError(
+                f"lengths = {settings.lengths} must end at {target}, which methods.{name}.factors = {source!r} is "
+                "for: all are compared at one scale"
+            )
+
+
+def _check_evaluate_data(settings: EvaluationSettings, context: RunContext) -> None:
+    documents = context.documents[settings.data]["evaluation"]
+    windows = fixed_windows(documents, max(settings.lengths), settings.documents, settings.seed)
+    if len(set(windows.names)) < 2:
+        raise ValueError(
+            f"only {windows.names[0]!r} has the {max(settings.lengths) + 1} tokens of a window; intervals need two "
+            "evaluation documents at least"
+        )
+
+
+def _check_evaluate_layout(settings: EvaluationSettings, config: LlamaConfig, layout: Layout) -> None:
+    for length in settings.lengths:
+        layout.check_length(length, "lengths: window of")
+
+
+def _run_evaluate(settings: EvaluationSettings, context: RunContext, name: str) -> dict[str, Any]:
+    documents, judged = context.documents[settings.data]["evaluation"], subjects(settings, context)
+    made = run_evaluation(context.model, context.layout, judged, settings, documents, context.workdir, name)
+    return {"lengths": list(settings.lengths), "seconds": sum(record["seconds"] for record in made)}
+
+
+def _load_evaluate(settings: EvaluationSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
+    count = len(settings.methods) * len(settings.lengths)
+    context.evaluations[name] = (
+        settings,
+        finished_records(context.workdir / "evaluation.jsonl", name, EVALUATION_RECORD, count),
+    )
+
+
+EVALUATE = Stage(
+    EvaluationSettings,
+    _check_evaluate,
+    _check_evaluate_data,
+    _check_evaluate_layout,
+    _run_evaluate,
+    _load_evaluate,
+    inputs=method_inputs,
+    programs=evaluate_programs,
+    splits=lambda settings: ("evaluation",),
+)
+
+
+def _check_retrieval(settings: RetrievalSettings, config: LlamaConfig, before: Before) -> None:
+    longest = max(settings.lengths)
+    for name, target in method_targets(settings, before).items():
+        if target is not None and longest > target:
+            raise ValueError(
+                f"lengths = {settings.lengths} goes beyond {target}, up to which methods.{name}.factors = "
+                f"{settings.methods[name].factors!r} is good"
+            )
+
+
+def _check_retrieval_data(settings: RetrievalSettings, context: RunContext) -> None:
+    documents = _documents(settings, context)
+    for length in {min(settings.lengths), max(settings.lengths)}:
+        make_prompts(settings, context.tokenizer, documents, length, settings.places[0])
+
+
+def _documents(settings: RetrievalSettings, context: RunContext) -> Sequence[Document]:
+    return context.documents[settings.data]["evaluation"] if _splits(settings) else ()
+
+
+def _splits(settings: RetrievalSettings) -> tuple[str, ...]:
+    return () if settings.task == "passkey" else ("evaluation",)
+
+
+def _run_retrieval(settings: RetrievalSettings, context: RunContext, name: str) -> dict[str, Any]:
+    documents, judged = _documents(settings, context), subjects(settings, context)
+    made = run_retrieval(
+        context.model, context.layout, judged, settings, context.tokenizer, documents, context.workdir, name
+    )
+    return {"lengths": list(settings.lengths), "seconds": sum(record["seconds"] for record in made)}
+
+
+def _load_retrieval(settings: RetrievalSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
+    count = len(settings.methods) * len(settings.lengths) * len(settings.places)
+    context.retrievals[name] = (
+        settings,
+        finished_records(context.workdir / "retrieval.jsonl", name, RETRIEVAL_RECORD, count),
+    )
+
+
+RETRIEVAL = Stage(
+    RetrievalSettings,
+    _check_retrieval,
+    _check_retrieval_data,
+    nothing,  # generation fills up batches that don't fit the mesh
+    _run_retrieval,
+    _load_retrieval,
+    inputs=method_inputs,
+    programs=retrieval_programs,
+    splits=_splits,
+)

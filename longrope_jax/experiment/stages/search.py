@@ -1,0 +1,167 @@
+"""The stage `search`: factors for a length, asked of a stage's model."""
+
+import dataclasses
+from typing import Any
+
+from longrope_jax import json_files
+from longrope_jax.data.windows import fixed_windows
+from longrope_jax.experiment.context import BEST_SEED, RunContext, load_stage_factors, save_stage_factors
+from longrope_jax.experiment.programs import search_programs
+from longrope_jax.experiment.stage import Before, Stage, factors_target, is_stage, model_stage, sources
+from longrope_jax.interop.factor_files import factors_for
+from longrope_jax.model import LlamaConfig
+from longrope_jax.rope import FactorTable, RopeFactors
+from longrope_jax.runtime.mesh import Layout
+from longrope_jax.search.run import run_search
+from longrope_jax.search.seeds import rescaled
+from longrope_jax.search.settings import SearchSettings, SeedSettings
+from longrope_jax.search.terms import make_terms
+
+
+def _check_search(settings: SearchSettings, config: LlamaConfig, before: Before) -> None:
+    model_stage(settings.model, before)
+    if settings.target_length < config.original_length:
+        raise ValueError(
+            f"target_length = {settings.target_length} must not be below the model's original_length = "
+            f"{config.original_length}"
+        )
+    settings.search_space(config)
+    for name, seed in settings.seeds.items():
+        if is_stage(seed.factors, before):
+            factors_target(seed.factors, before, f"seeds.{name}.factors")
+        else:
+            _read_seed(seed, name, config, settings.target_length)
+
+
+def _check_search_data(settings: SearchSettings, context: RunContext) -> None:
+    documents = context.documents[settings.data]
+    make_terms(
+        settings.terms,
+        documents["search"],
+        context.tokenizer,
+        settings.target_length,
+        settings.documents,
+        settings.seed,
+    )
+    if settings.held_out_documents:
+        fixed_windows(documents["evaluation"], settings.target_length, settings.held_out_documents, settings.seed)
+
+
+def _check_search_layout(settings: SearchSettings, config: LlamaConfig, layout: Layout) -> None:
+    settings.check_layout(layout)
+
+
+def _run_search(settings: SearchSettings, context: RunContext, name: str) -> dict[str, Any]:
+    start = context.model_stage(settings.model)
+    result = run_search(
+        context.model,
+        context.layout,
+        context.params(start),
+        context.trained[start],
+        settings,
+        context.documents[settings.data],
+        context.tokenizer,
+        {name: _seed(seed, name, context, settings) for name, seed in settings.seeds.items()},
+        context.workdir,
+        name,
+    )
+    scores = {"search_nll": result.best_nll, "seeds_nll": result.seeds}
+    provenance = {
+        "evaluations": len(result.curve),
+        "forward_equivalents": result.costs[-1],
+        "documents": result.documents,
+        "settings": dataclasses.asdict(settings),
+    }
+    save_stage_factors(
+        context,
+        name,
+        result.factors,
+        settings.target_length,
+        method="longrope",
+        model_stage=start,
+        scores=scores,
+        provenance=provenance,
+    )
+    save_stage_factors(context, name + BEST_SEED, result.best_seed, settings.target_length, model_stage=start)
+    return {
+        "target_length": settings.target_length,
+        "model": start,
+        "method": settings.method,
+        "documents": [document for names in result.documents.values() for document in names],
+        "evaluations": len(result.curve),
+        "population": settings.evolution.population,
+        "seconds": result.seconds,
+        "objective_seconds": result.objective_seconds,
+        "best_nll": result.best_nll,
+        "seeds": result.seeds,
+        "curve": result.curve,
+        "costs": result.costs,
+        "dropped": result.dropped,
+        "held_out": result.held_out,
+    }
+
+
+def _seed(seed: SeedSettings, name: str, context: RunContext, settings: SearchSettings) -> RopeFactors:
+    """A seed of one's own, at the target length of the search."""
+    config, target = context.model.config, settings.target_length
+    if seed.factors in context.factors:
+        factors, made_for = _entry(context.table(seed.factors, settings.model), target)
+        made_for = seed.target_length or made_for
+    else:
+        factors, made_for = _read_seed(seed, name, config, target)
+    scale, new_scale = made_for / config.original_length, target / config.original_length
+    return rescaled(factors, scale, new_scale)
+
+
+def _read_seed(seed: SeedSettings, name: str, config: LlamaConfig, target: int) -> tuple[RopeFactors, int]:
+    """Factors in a file, and how long a text they were made for."""
+    try:
+        return _entry(factors_for(seed.factors, config, seed.target_length or None), target)
+    except ValueError as error:
+        raise ValueError(f"seeds.{name}: {error}") from None
+
+
+def _entry(table: FactorTable, target: int) -> tuple[RopeFactors, int]:
+    """Of a table, what it has for the target length, or else for the longest; and for which length that is."""
+    length = min(target, int(table.boundaries[-1]))
+    return table.select(length), int(min(boundary for boundary in table.boundaries if boundary >= length))
+
+
+# What a report says of every search, those of earlier versions among them.
+_SUMMARY = {
+    "target_length": int,
+    "model": str,
+    "documents": [str],
+    "evaluations": int,
+    "best_nll": float,
+    "seeds": {str: float},
+    "curve": [float],
+    "objective_seconds": float,
+}
+
+
+def _load_search(settings: SearchSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
+    json_files.check(summary, _SUMMARY)
+    factors = context.factors[name] = load_stage_factors(context, name)
+    context.factors[name + BEST_SEED] = load_stage_factors(context, name + BEST_SEED)
+    context.targets |= {name: settings.target_length, name + BEST_SEED: settings.target_length}
+    told = {"lam": factors.lam.tolist(), "n_hat": int(factors.n_hat), "mscale": float(factors.mscale)}
+    context.searches.append({"stage": name, **summary, "factors": told})
+
+
+def _inputs(settings: SearchSettings, before: Before) -> list[str]:
+    own = tuple(seed.factors for seed in settings.seeds.values())
+    return [model_stage(settings.model, before), *sources(own, before)]
+
+
+SEARCH = Stage(
+    SearchSettings,
+    _check_search,
+    _check_search_data,
+    _check_search_layout,
+    _run_search,
+    _load_search,
+    inputs=_inputs,
+    programs=search_programs,
+    splits=lambda settings: ("search", "evaluation") if settings.held_out_documents else ("search",),
+)

@@ -1,0 +1,140 @@
+"""The stage `pretrain`: a model from scratch."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.data.windows import fixed_windows
+from longrope_jax.experiment.context import RunContext, load_stage_factors, save_stage_factors
+from longrope_jax.experiment.programs import finetune_programs, pretrain_programs
+from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, sources
+from longrope_jax.model import LlamaConfig
+from longrope_jax.rope import FactorTable, RopeFactors, Trained, unscaled
+from longrope_jax.runtime.mesh import Layout
+from longrope_jax.training.finetune import FinetuneSettings, finetune
+from longrope_jax.training.loop import load_params
+from longrope_jax.training.pretrain import PretrainSettings, pretrain
+
+
+def _check_pretrain(settings: PretrainSettings, config: LlamaConfig, before: Before) -> None:
+    if config.vocab_size < ByteTokenizer.vocab_size:
+        raise ValueError(f"model.vocab_size = {config.vocab_size} is below the tokenizer's {ByteTokenizer.vocab_size}")
+
+
+def _check_pretrain_data(settings: PretrainSettings, context: RunContext) -> None:
+    train, length = context.documents[settings.data]["train"], context.model.config.original_length
+    settings.batches(train, context.tokenizer, length)
+
+
+def _check_pretrain_layout(settings: PretrainSettings, config: LlamaConfig, layout: Layout) -> None:
+    settings.check_layout(layout, config.original_length)
+
+
+def _run_pretrain(settings: PretrainSettings, context: RunContext, name: str) -> dict[str, Any]:
+    train = context.documents[settings.data]["train"]
+    seconds = pretrain(context.model, context.layout, settings, train, context.tokenizer, context.workdir, name)
+    return {"steps": settings.steps, "seconds": seconds}
+
+
+def _load_pretrain(settings: PretrainSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
+    config = context.model.config
+    context.read_params[name] = partial(
+        load_params, context.workdir, name, context.model, context.layout, settings.steps
+    )
+    context.params(name)
+    context.trained[name] = Trained(config.original_length, unscaled(config.head_dim))
+
+
+PRETRAIN = Stage(
+    PretrainSettings,
+    _check_pretrain,
+    _check_pretrain_data,
+    _check_pretrain_layout,
+    _run_pretrain,
+    _load_pretrain,
+    inputs=lambda settings, before: [],
+    programs=pretrain_programs,
+    splits=lambda settings: ("train",),
+)
+
+
+def _check_finetune(settings: FinetuneSettings, config: LlamaConfig, before: Before) -> None:
+    model_stage(settings.model, before)
+    if settings.length < config.original_length:
+        raise ValueError(f"length = {settings.length} is below the original length, {config.original_length}")
+    target = factors_target(settings.factors, before, "factors")
+    if target is not None and target < settings.length:
+        raise ValueError(f"length = {settings.length} is beyond {target}, up to which {settings.factors} is good")
+    if settings.long_share < 1 and settings.length == config.original_length:
+        raise ValueError(f"long_share = {settings.long_share} needs a length above the original, {settings.length}")
+
+
+def _check_finetune_data(settings: FinetuneSettings, context: RunContext) -> None:
+    documents = context.documents[settings.data]
+    settings.batches(documents["train"], context.tokenizer, context.model.config.original_length)
+    if settings.evaluate_every:
+        fixed_windows(documents["search"], settings.length, settings.held_out_documents, settings.seed)
+
+
+def _check_finetune_layout(settings: FinetuneSettings, config: LlamaConfig, layout: Layout) -> None:
+    settings.check_layout(layout, settings.length)
+
+
+def _finetune_factors(settings: FinetuneSettings, context: RunContext) -> RopeFactors:
+    return context.source(settings.factors, settings.model, settings.length)(settings.length)
+
+
+def _run_finetune(settings: FinetuneSettings, context: RunContext, name: str) -> dict[str, Any]:
+    factors = _finetune_factors(settings, context)
+    start = context.model_stage(settings.model)
+    if (context.workdir / "checkpoints" / name).exists():
+        context.forget_params()  # it goes on from there, and would have no use for those it began with
+    seconds = finetune(
+        context.model,
+        context.layout,
+        settings,
+        factors,
+        lambda: context.give_away_params(start),
+        context.documents[settings.data],
+        context.tokenizer,
+        context.workdir,
+        name,
+    )
+    save_stage_factors(context, name, factors, settings.length, method=settings.factors, model_stage=start)
+    return {"steps": settings.steps, "seconds": seconds}
+
+
+def _load_finetune(settings: FinetuneSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
+    factors = load_stage_factors(context, name)
+    context.read_params[name] = partial(
+        load_params, context.workdir, name, context.model, context.layout, settings.steps
+    )
+    context.params(name)
+    context.trained[name] = Trained(
+        _reach(settings, context), factors
+    )  # last: a stage that has to run again is no model yet
+
+
+def _reach(settings: FinetuneSettings, context: RunContext) -> int:
+    """Up to how many tokens the factors are good that a model was tuned with, which may be shorter: Mistral 7B reads
+    16k with the factors of 256k (LongRoPE sec. 4.1), and is then extended from there.
+    """
+    found = context.factors.get(settings.factors)
+    if isinstance(found, FactorTable):
+        return int(found.boundaries[np.searchsorted(found.boundaries, settings.length)])
+    return context.targets.get(settings.factors, settings.length)
+
+
+FINETUNE = Stage(
+    FinetuneSettings,
+    _check_finetune,
+    _check_finetune_data,
+    _check_finetune_layout,
+    _run_finetune,
+    _load_finetune,
+    inputs=lambda s, before: [model_stage(s.model, before), *sources((s.factors,), before)],
+    programs=finetune_programs,
+    splits=lambda s: ("train", "search") if s.evaluate_every else ("train",),
+)

@@ -1,0 +1,148 @@
+"""The text of an experiment: which sections the stages name, and their tokens, made once and read from files."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from longrope_jax import json_files
+from longrope_jax.data import sources, token_files
+from longrope_jax.data.corpus import DataSettings, Document
+from longrope_jax.data.token_files import StoredDocuments
+from longrope_jax.data.tokenizer import Tokenizer
+from longrope_jax.errors import shortened
+from longrope_jax.runtime import processes
+from longrope_jax.runtime.records import to_json, write_whole
+from longrope_jax.settings import parse
+
+Reads = dict[str, tuple[str, tuple[str, ...]]]
+"""Of every stage that names text the section, and which of its splits the stage reads, maybe none."""
+
+
+def is_text_section(name: str) -> bool:
+    """Whether a section of a config is one of text, going by its name."""
+    return name == "data" or (name.startswith("data_") and len(name) > len("data_"))
+
+
+def parse_sections(config: ConfigDict, reads: Reads) -> dict[str, DataSettings]:
+    """The sections of text, by name.
+
+    Raises:
+        ValueError: a stage names one that is not there, no stage names one that is, one is wrong, or two are the same.
+    """
+    there = [name for name in config if is_text_section(name)]
+    for stage, (section, splits) in reads.items():
+        if not is_text_section(section):
+            raise ValueError(f"config.{stage}.data = {shortened(section)} must be 'data' or begin with 'data_'")
+        if splits and section not in there:
+            told = f"; there are {', '.join(there)}" if there else ""
+            raise ValueError(f"config.{section} is missing, the text that config.{stage}.data names{told}")
+    named = {section for section, _ in reads.values()}
+    for section in there:
+        if section not in named:
+            told = ", ".join(f"{stage}.data = {shortened(section)}" for stage, (section, _) in reads.items())
+            raise ValueError(f"config.{section} is read by no stage{': ' if told else ''}{told}")
+    sections = {section: parse(DataSettings, config[section], section) for section in there}
+    for section, settings in sections.items():
+        first = next(name for name in sections if sections[name] == settings)
+        if first != section:
+            raise ValueError(f"config.{section} is the same text as config.{first}; let stages name one of them")
+    return sections
+
+
+def read(
+    sections: dict[str, DataSettings], reads: Reads, tokenizer: Tokenizer, workdir: epath.Path
+) -> dict[str, dict[str, Sequence[Document]]]:
+    """The documents by section and split, those that some stage reads; what is not there in tokens yet is made now.
+
+    All processes call it, and have to see the same work directory.
+
+    Raises:
+        ValueError: there is no such text, or a stage reads a split that is empty; one line.
+    """
+    needed: dict[str, dict[str, list[str]]] = {}
+    for stage, (section, splits) in reads.items():
+        for split in splits:
+            needed.setdefault(section, {}).setdefault(split, []).append(stage)
+    documents: dict[str, dict[str, Sequence[Document]]] = {}
+    for section, stages in needed.items():
+        settings = sections[section]
+        folder = _folder(settings, section, tokenizer, workdir)
+        all_stages = {stage for names in stages.values() for stage in names}
+        has_begun = any((workdir / "stages" / f"{stage}.begun.json").exists() for stage in all_stages)
+        if not processes.any_of(has_begun):
+            _forget_if_changed(settings, folder, workdir)
+        try:
+            _tokenize(settings, folder, stages, tokenizer, workdir)
+        except ValueError as error:
+            raise ValueError(f"config.{section}: {error}") from None
+        documents[section] = {split: StoredDocuments(folder, split) for split in stages}
+    return documents
+
+
+def _folder(settings: DataSettings, section: str, tokenizer: Tokenizer, workdir: epath.Path) -> epath.Path:
+    """Where the tokens of a source are, as this tokenizer makes them."""
+    told = json.dumps([settings.to_record(), tokenizer.identity], sort_keys=True)
+    return workdir / "tokens" / f"{section}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+
+def _forget_if_changed(settings: DataSettings, folder: epath.Path, workdir: epath.Path) -> None:
+    """Before any stage has begun a folder may be mended; from then on its text is what it was."""
+    note = folder / "source.json"
+    if processes.is_first():
+        found = {"source": settings.to_record(), "listing": sources.listing(settings.folder)}
+        is_there = not settings.folder or epath.Path(settings.folder).is_dir()
+        if is_there and note.exists() and _noted(folder) != found:
+            built = sources.built_folder(settings, workdir / "data")
+            for stale in (built, folder):
+                if stale.exists():
+                    stale.rmtree()
+        if not note.exists():
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(note, to_json(found, indent=1) + "\n")
+    processes.wait_for_all(f"source of {folder.name}")
+
+
+def _noted(folder: epath.Path) -> dict[str, Any]:
+    """Which source, and which files of it, the tokens in a folder are made of."""
+    return json_files.read_object(folder / "source.json", {"source": dict, "listing": str})
+
+
+def _refuse_changed_files(settings: DataSettings, folder: epath.Path, workdir: epath.Path) -> None:
+    """A split that is asked for later is cut from the same documents as the others were; text files were kept."""
+    if sources.is_built(settings, workdir / "data") or not (folder / "source.json").exists():
+        return
+    if _noted(folder)["listing"] != sources.listing(settings.folder):
+        raise ValueError(
+            f"the files of {settings.folder} are not those that a stage has begun with; text that has changed needs a "
+            "section of its own"
+        )
+
+
+def _tokenize(
+    settings: DataSettings, folder: epath.Path, stages: dict[str, list[str]], tokenizer: Tokenizer, workdir: epath.Path
+) -> None:
+    unfinished = [split for split in stages if processes.any_of(not token_files.is_finished(folder, split))]
+    if not unfinished:
+        return
+    splits: dict[str, Any] = {}
+    if processes.is_first():  # which makes what has to be made
+        splits = sources.open_source(settings, workdir / "data")
+    processes.wait_for_all(f"data of {folder.name}")
+    splits = splits or sources.open_source(settings, workdir / "data")
+    _refuse_changed_files(settings, folder, workdir)
+    for split, names in stages.items():
+        if not len(splits[split]):
+            raise ValueError(
+                f"no document is for {split}, which {' and '.join(names)} would read; shares = {settings.shares} "
+                "counts where a source has no splits of its own"
+            )
+    for split in unfinished:
+        token_files.write_shards(folder, split, splits[split], tokenizer, processes.share())
+        processes.wait_for_all(f"{split} of {folder.name}")
+        if processes.is_first():
+            token_files.finish(folder, split, splits[split], tokenizer, {"source": settings.to_record()})
+        processes.wait_for_all(f"{split} of {folder.name} is finished")

@@ -1,0 +1,189 @@
+"""The model card of an exported model: what it is, how it was made, what of it the format could not hold."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from longrope_jax.evaluation.factor_switching import Cost
+from longrope_jax.evaluation.perplexity import Perplexity
+from longrope_jax.model import LlamaConfig
+from longrope_jax.report.tables import table as markdown_table
+from longrope_jax.rope import FactorTable
+
+PAPER = "https://arxiv.org/abs/2402.13753"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card tells.
+
+    Attributes:
+        title: the model's name.
+        config: its architecture.
+        form: the class of Transformers that reads it, and the dtype of its tensors, in words.
+        found: its factors by length.
+        carried: those that are exported.
+        dropped: what of the former has no place in the latter, in words, by kind.
+        costs: what that costs, measured.
+        text: which text it was measured on, in words.
+        steps: how it was made: stages or sources by name, in order, with their settings or numbers.
+        perplexity: of methods by length, as far as it was evaluated.
+        exported_methods: those of them that are this model with the factors that were found.
+    """
+
+    title: str
+    config: LlamaConfig
+    form: str
+    found: FactorTable
+    carried: FactorTable
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    costs: Sequence[Cost] = ()
+    text: str = ""
+    steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    perplexity: Mapping[str, Mapping[int, Perplexity]] = field(default_factory=dict)
+    exported_methods: Sequence[str] = ()
+
+
+def model_card(card: Card) -> str:
+    """README.md, with the metadata that the Hugging Face hub reads."""
+    config, original, longest = card.config, card.config.original_length, int(card.carried.boundaries[-1])
+    layers = "1 layer" if config.num_layers == 1 else f"{config.num_layers} layers"
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- longrope\n- long-context\n---\n",
+        f"# {card.title}\n",
+        f"A language model of {layers}, width {config.hidden_size} and {config.vocab_size:,} tokens in its vocabulary, "
+        f"pretrained for contexts of {original:,} tokens. Its rotary position embedding is rescaled for up to "
+        f"{longest:,}, in the format of [LongRoPE]({PAPER}), by longrope_jax {version('longrope_jax')}. Tensors: "
+        f"{card.form}. What the model that it was made from says of licence and training data holds for this one.\n",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained(".")  # or the name of this repository\n'
+        'model = AutoModelForCausalLM.from_pretrained(".")\n```\n',
+        "## Context\n",
+        _entries(card.carried),
+        *_switching(card),
+        *_dropped(card),
+        *_perplexity(card),
+        *_steps(card),
+        "## Rescale factors\n",
+        "One for every rotary pair, high frequencies first; a pair's wavelength is multiplied by it. In config.json "
+        "they are `rope_parameters.short_factor` and `long_factor`, and once more in `rope_scaling` for readers older "
+        "than Transformers 5.\n",
+        *(f"* {line}" for line in _lambdas(card.carried)),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _entries(table: FactorTable) -> str:
+    rows = []
+    after = 0
+    leaves = map(np.asarray, (table.boundaries, table.factors.lam, table.factors.mscale))
+    for boundary, lam, mscale in zip(*leaves, strict=True):
+        span = f"up to {int(boundary):,} tokens" if not after else f"{after + 1:,} to {int(boundary):,} tokens"
+        rows.append([span, f"{np.min(lam):.3g} to {np.max(lam):.3g}", f"{float(mscale):.4g}"])
+        after = int(boundary)
+    return markdown_table(["sequences of", "factors", "attention temperature"], rows)
+
+
+def _switching(card: Card) -> list[str]:
+    """What a user of two sets of factors should know; other programs than ours don't tell it."""
+    boundaries = [int(boundary) for boundary in card.carried.boundaries]
+    if len(boundaries) < 2:
+        return []
+    notes = [
+        f"Sequences of up to {boundaries[0]:,} tokens have the short factors, longer ones the long; a batch has one "
+        f"set. Keys in a cache stay as they were rotated, so where a generated text grows beyond {boundaries[0]:,} "
+        "tokens, the classes of Transformers for Llama and Mistral need `use_cache=False`, or a fresh prompt, to stay "
+        "exact; its class for Phi-3 reads everything again. Serving engines may choose one set for all requests.\n"
+    ]
+    if boundaries[0] != card.config.original_length:
+        notes.append(
+            f"`original_max_position_embeddings` in config.json is where the factors change, {boundaries[0]:,} tokens, "
+            f"as the format has one number for both; the model was pretrained for {card.config.original_length:,}.\n"
+        )
+    return notes
+
+
+def _lambdas(table: FactorTable) -> list[str]:
+    return [
+        f"up to {int(boundary):,} tokens: {', '.join(f'{value:.4g}' for value in lam)}"
+        for boundary, lam in zip(table.boundaries, table.factors.lam, strict=True)
+    ]
+
+
+def _dropped(card: Card) -> list[str]:
+    heading = "## What the format could not carry\n"
+    if not card.dropped:
+        return [heading, "Nothing: the factors above are those that were found or given.\n"]
+    what = "; ".join(card.dropped.values())
+    parts = [heading, f"Dropped, as was allowed: {what}. The factors before that:\n", _found(card.found)]
+    if card.costs:
+        parts += [
+            f"What this costs, on {card.text}; nats per token, 95 % intervals over documents, paired:\n",
+            cost_table(card.costs),
+        ]
+    else:
+        parts.append("No length of a sequence gets other factors for it.\n")
+    return parts
+
+
+def _found(table: FactorTable) -> str:
+    factors = table.factors
+    leaves = map(np.asarray, (table.boundaries, factors.lam, factors.n_hat, factors.mscale))
+    rows = [
+        [f"{int(boundary):,}", str(int(n_hat)), f"{float(mscale):.4g}", f"{np.min(lam):.3g} to {np.max(lam):.3g}"]
+        for boundary, lam, n_hat, mscale in zip(*leaves, strict=True)
+    ]
+    return markdown_table(["up to tokens", "start tokens", "temperature", "factors"], rows)
+
+
+def cost_table(costs: Sequence[Cost]) -> str:
+    """Perplexity with the factors that were found and with those that are exported, by length."""
+    rows = []
+    for cost in costs:
+        low, high = cost.difference.ci95
+        rows.append([
+            f"{cost.length:,}",
+            f"{cost.found.ppl:.4f}",
+            f"{cost.others.ppl:.4f}",
+            f"{cost.difference.difference:+.2g} [{low:+.2g}, {high:+.2g}]",
+            f"{cost.windows} from {cost.documents}",
+        ])  # fmt: skip
+    return markdown_table(["tokens", "perplexity as found", "as exported", "difference", "windows, documents"], rows)
+
+
+def _perplexity(card: Card) -> list[str]:
+    if not card.perplexity:
+        return []
+    lengths = sorted({length for row in card.perplexity.values() for length in row})
+    rows = [
+        [
+            method + " (this model)" * (method in card.exported_methods),
+            *(f"{row[length].ppl:.2f}" if length in row else "" for length in lengths),
+        ]
+        for method, row in card.perplexity.items()
+    ]
+    return [
+        "## Perplexity\n",
+        "A token, by length of the window, on documents that neither training nor search has seen"
+        f"{', before anything was dropped' if card.dropped else ''}.\n",
+        markdown_table(["", *(f"{length:,}" for length in lengths)], rows),
+    ]
+
+
+def _steps(card: Card) -> list[str]:
+    lines = [
+        f"* **{name}**: " + ", ".join(f"{key} = {_told(key, value)}" for key, value in settings.items())
+        for name, settings in card.steps.items()
+    ]
+    return ["## How it was made\n", *lines, ""] if lines else []
+
+
+def _told(key: str, value: Any) -> str:
+    """A setting for strangers: numbers without noise, files without the folders of the machine they were on."""
+    if key == "path":
+        return PurePath(str(value)).name
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

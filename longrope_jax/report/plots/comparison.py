@@ -1,0 +1,104 @@
+"""The pictures of a comparison of runs: a panel a method or a search, in each a line a run."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from longrope_jax.report.plots import label, ordered
+from longrope_jax.report.plots.style import length_axis, mark_original_length, new_figure, plain_numbers
+
+_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#1a1a1a")
+_MARKERS = "osD^v<>P"
+_ABOVE_END = 1.3  # how much of a search is shown above where it ended: from the first candidates it falls too far
+
+Interval = tuple[float, float, float]
+"""A perplexity and the ends of its interval."""
+
+
+def _run_styles(runs: Sequence[str]) -> dict[str, dict]:
+    return {
+        run: dict(color=_COLORS[i % len(_COLORS)], marker=_MARKERS[i % len(_MARKERS)], markersize=4)
+        for i, run in enumerate(runs)
+    }
+
+
+def perplexity_by_run(
+    perplexities: Mapping[str, Mapping[str, Mapping[int, Interval]]], runs: Sequence[str], original_lengths: set[int]
+) -> Figure:
+    """Perplexity against length, both axes logarithmic, a panel a method.
+
+    Args:
+        perplexities: method -> run -> length (tokens) -> perplexity and its interval, which is not drawn.
+        runs: all of them, in the order of their colours.
+        original_lengths: marked (tokens).
+    """
+    figure, panels = new_figure(len(perplexities), 2.4)
+    for axes, method in zip(panels, ordered(perplexities), strict=True):
+        for run, style in _run_styles(runs).items():
+            by_length = perplexities[method].get(run, {})
+            axes.plot(sorted(by_length), [by_length[n][0] for n in sorted(by_length)], label=run, **style)
+        for original in original_lengths:
+            mark_original_length(axes, original)
+        length_axis(axes, sorted(set().union(*perplexities[method].values())))
+        axes.set_xlabel("")
+        axes.set_yscale("log")
+        plain_numbers(axes.yaxis)
+        axes.tick_params(labelsize=7)
+        axes.tick_params(axis="x", rotation=45)
+        axes.set_title(label(method), fontsize=9)
+    figure.supxlabel("length (tokens)", fontsize=9)
+    figure.supylabel("perplexity", fontsize=9)
+    _legend_above(figure, panels[0])
+    return figure
+
+
+def intervals_by_run(perplexities: Mapping[str, Mapping[str, Interval]], runs: Sequence[str], length: int) -> Figure:
+    """Perplexity with its 95 % interval at one length (tokens), a row a method: method -> run -> interval."""
+    figure, (axes,) = new_figure(1, 0.4 + 0.16 * len(perplexities) * (len(runs) + 1))
+    methods = ordered(perplexities)
+    for turn, (run, style) in enumerate(_run_styles(runs).items()):
+        rows = [row for row, method in enumerate(methods) if run in perplexities[method]]
+        heights = np.array(rows) + (turn - (len(runs) - 1) / 2) * 0.7 / len(runs)
+        middle, low, high = np.transpose([perplexities[methods[row]][run] for row in rows] or np.empty((0, 3)))
+        axes.plot(middle, heights, linestyle="", label=run, **style)
+        axes.hlines(heights, low, high, color=style["color"], linewidth=1.2)
+    axes.set_yticks(range(len(methods)), [label(method) for method in methods])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
+    axes.grid(axis="y", linewidth=0.3)
+    axes.set_xlabel("perplexity, 95 % interval")
+    axes.set_title(f"Perplexity at {length:,} tokens")
+    _legend_above(figure, axes)
+    return figure
+
+
+def searches_by_run(
+    searches: Mapping[str, Mapping[str, tuple[Sequence[float], Float[np.ndarray, "evaluations"]]]], runs: Sequence[str]
+) -> Figure:
+    """Best search perplexity so far against forward equivalents, a panel a stage.
+
+    Args:
+        searches: stage -> run -> what was spent after every candidate, and the best NLL by then (nats per token).
+        runs: all of them, in the order of their colours.
+    """
+    figure, panels = new_figure(len(searches), 2.4)
+    for axes, (stage, by_run) in zip(panels, searches.items(), strict=True):
+        for run, style in _run_styles(runs).items():
+            spent, nll = by_run.get(run, ((), np.empty(0)))
+            axes.plot(spent, np.exp(nll), label=run, drawstyle="steps-post", **{**style, "marker": None})
+        ends = [np.exp(nll[-1]) for _, nll in by_run.values()]
+        axes.set_ylim(min(ends) / _ABOVE_END**0.1, max(ends) * _ABOVE_END)
+        axes.tick_params(labelsize=7)
+        axes.set_title(stage.replace("_", " "), fontsize=9)
+    figure.supxlabel("forward equivalents spent (1: a candidate on all search documents)", fontsize=9)
+    figure.supylabel("best perplexity", fontsize=9)
+    _legend_above(figure, panels[0])
+    return figure
+
+
+def _legend_above(figure: Figure, axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", frameon=False, fontsize=8, ncols=min(len(names), 4))
