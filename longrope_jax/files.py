@@ -46,12 +46,12 @@ def size_of(file: epath.Path) -> int:
     return file.stat().length if is_remote(file) else os.stat(file).st_size
 
 
-def spelled(path: str) -> str:
-    """A path that the operating system gave, as UTF-8 whatever the locale; bytes that are none are spelled out."""
+def as_utf8(path: str) -> str:
+    """A path that the operating system gave, as UTF-8 whatever the locale; invalid bytes become backslash escapes."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def changed_at(file: epath.Path) -> float:
+def modified_at(file: epath.Path) -> float:
     """When a file was last written to, in whole seconds since 1970 (where an object store tells)."""
     return file.stat().mtime if is_remote(file) else int(os.stat(file).st_mtime)
 
@@ -102,7 +102,7 @@ def local_copy(file: epath.Path, size: int, sha256: str) -> str:
     return os.fspath(local)
 
 
-def fetched(file: epath.Path) -> epath.Path:
+def cached_copy(file: epath.Path) -> epath.Path:
     """A local file of the same content; a remote one is copied once to the cache, and again where it has changed.
 
     Raises:

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from longrope_jax import experiment, files
 from longrope_jax.commands import compile, generate
-from longrope_jax.interop.export import CannotCarry
+from longrope_jax.interop.export import UnsupportedByFormat
 from longrope_jax.model.decode import SWITCHES, Sampling
 from longrope_jax.report.compare import write_comparison
 from longrope_jax.runtime import lock, processes
@@ -92,7 +92,7 @@ def _run(argv: list[str], until_done: contextlib.ExitStack) -> None:
         _fail(error)
     try:
         experiment.execute(*prepared)
-    except (CannotCarry, Diverged, FloatingPointError, OSError) as error:
+    except (UnsupportedByFormat, Diverged, FloatingPointError, OSError) as error:
         _fail(error)
     except Preempted as saved:
         print(f"\n{saved}", file=sys.stderr)

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from timing import Ratio
 
 from longrope_jax.interop import describe_pretrained
-from longrope_jax.interop.architectures import origins
+from longrope_jax.interop.architectures import checkpoint_tensors
 from longrope_jax.interop.pretrained import read_params
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import Layout, MeshSettings
@@ -63,8 +63,8 @@ def write_checkpoint(folder: Path, is_fused: bool, dtype: np.dtype) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {
-        origin.tensor.format(layer): np.ones(origin.shape, dtype)
-        for origin in origins(CONFIG, is_fused).values()
+        stored.tensor.format(layer): np.ones(stored.shape, dtype)
+        for stored in checkpoint_tensors(CONFIG, is_fused).values()
         for layer in range(CONFIG.num_layers)
     }
     save_file(tensors, folder / "model.safetensors")

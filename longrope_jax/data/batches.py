@@ -14,8 +14,7 @@ import grain
 from absl import logging
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.packing import Pieces, cut, pack, segments
-from longrope_jax.data.sequences import Batch, DisjointWindows, NeedleRows, PackedPieces
+from longrope_jax.data.sequences import Batch, DisjointWindows, NeedleRows, PackedPieces, Pieces, cut, pack, segments
 from longrope_jax.data.tokenizer import Tokenizer
 
 # A batch is read from local files faster than it is used, so two that wait are enough; long ones are large.

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.errors import beginning
-from longrope_jax.files import copy_tree, is_remote, size_of, spelled
+from longrope_jax.files import as_utf8, copy_tree, is_remote, size_of
 
 SPLITS = {"train": 0.7, "search": 0.1, "evaluation": 0.2}
 """Share of the documents in every split, where nothing else is said. Factors are searched on documents that training
@@ -82,9 +82,9 @@ class Document(NamedTuple):
 
     Attributes:
         name: of a file, its path within the folder.
-        tokens: BOS first, EOS last, where the tokenizer has them. They may be a `data.stored.StoredTokens`, which reads
-            from a file what a slice of it asks for.
-        size: bytes.
+        tokens: BOS first, EOS last, where the tokenizer has them; an array, or a `data.token_files.StoredTokens`, which
+            reads slices from a file.
+        size: bytes of text.
     """
 
     name: str
@@ -189,7 +189,7 @@ def find_texts(config: TextFolderConfig) -> dict[str, epath.Path]:
                 if b"\0" in opened.read(8192):
                     binary += 1
                 else:
-                    texts[spelled(str(file.relative_to(folder)))] = file
+                    texts[as_utf8(str(file.relative_to(folder)))] = file
     wanted = [split for split, share in zip(SPLITS, config.shares, strict=True) if share]
     if len(texts) < len(wanted):
         which = f" ending in {config.suffix!r}" if config.suffix else ""

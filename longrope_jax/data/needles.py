@@ -111,7 +111,7 @@ def needle_cloze(
     return _hide(parts, _stretch(parts, length, "needle_cloze", tokenizer, rng, documents), depth, tokenizer)
 
 
-def answered_cloze(
+def cloze_example(
     length: int, tokenizer: Tokenizer, rng: np.random.Generator, documents: Sequence[Document]
 ) -> Int[np.ndarray, "length"]:
     """A prompt as `needle_cloze` makes them, at a random depth, and its answer: `length` tokens to train on.

@@ -14,7 +14,7 @@ from longrope_jax.data import corpus
 from longrope_jax.data.corpus import SHARES, SPLITS, DataSettings
 from longrope_jax.data.tfds_text import OpenDataset, open_by_name, open_directory
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
-from longrope_jax.files import changed_at, size_of, spelled
+from longrope_jax.files import as_utf8, modified_at, size_of
 
 _AT_ONCE = 64  # records; files with groups of records are unpacked a group at a time
 _OWN_SPLITS = {"train": "train", "search": "validation", "evaluation": "test"}
@@ -108,7 +108,7 @@ def _folder_config(settings: DataSettings) -> corpus.TextFolderConfig:
     return corpus.folder_config(settings.folder, settings.suffix, settings.shares)
 
 
-def listing(folder: str) -> str:
+def folder_fingerprint(folder: str) -> str:
     """A digest of the names, sizes and dates of the files in a folder; what is in them is not looked at."""
     root = epath.Path(folder)
     if not folder or not root.is_dir():
@@ -119,7 +119,7 @@ def listing(folder: str) -> str:
         for name in names:
             file = directory / name
             if file.is_file():  # a link to nowhere is none
-                files.append([spelled(str(file.relative_to(root))), size_of(file), changed_at(file)])
+                files.append([as_utf8(str(file.relative_to(root))), size_of(file), modified_at(file)])
     return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()
 
 

@@ -234,7 +234,7 @@ def finish(folder: epath.Path, split: str, texts: Texts, tokenizer: Tokenizer, a
         "tokens": sum(sum(shard["tokens"]) for shard in shards),
         "text_bytes": sum(sum(shard["sizes"]) for shard in shards),
     }
-    form = {"tokenizer": tokenizer.identity, "dtype": token_type(tokenizer.vocab_size).str, "record": RECORD}
+    form = {"tokenizer": tokenizer.fingerprint, "dtype": token_type(tokenizer.vocab_size).str, "record": RECORD}
     _write_json(folder / f"{split}.json", {**about, **form, **totals, "shards": shards})
     for note in notes:
         note.unlink()

@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
         """The ids that end a generated text."""
 
     @property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """The same for two that make the same tokens of every text, in every process."""
 
     def encode(self, text: str | bytes, *, bos: bool = True, eos: bool = True) -> Integer[np.ndarray, "tokens"]:
@@ -56,7 +56,7 @@ class ByteTokenizer:
     bos = 256
     eos = 257
     stops = (eos,)
-    identity = "bytes"
+    fingerprint = "bytes"
 
     def encode(self, text: str | bytes, *, bos: bool = True, eos: bool = True) -> UInt16[np.ndarray, "tokens"]:
         """uint16[tokens]; a str is taken as UTF-8."""
@@ -136,7 +136,7 @@ class SubwordTokenizer:
         self._dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     @cached_property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """SHA-256 of all that a text's tokens depend on."""
         told = f"{self._tokenizer.to_str()}\n{self.bos}\n{self.eos}"
         return f"sha256:{hashlib.sha256(told.encode()).hexdigest()}"

@@ -85,7 +85,7 @@ def read(
 
 def _folder(settings: DataSettings, section: str, tokenizer: Tokenizer, workdir: epath.Path) -> epath.Path:
     """Where the tokens of a source are, as this tokenizer makes them."""
-    told = json.dumps([settings.to_record(), tokenizer.identity], sort_keys=True)
+    told = json.dumps([settings.to_record(), tokenizer.fingerprint], sort_keys=True)
     return workdir / "tokens" / f"{section}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
@@ -93,7 +93,7 @@ def _forget_if_changed(settings: DataSettings, folder: epath.Path, workdir: epat
     """Before any stage has begun a folder may be mended; from then on its text is what it was."""
     note = folder / "source.json"
     if processes.is_first():
-        found = {"source": settings.to_record(), "listing": sources.listing(settings.folder)}
+        found = {"source": settings.to_record(), "listing": sources.folder_fingerprint(settings.folder)}
         is_there = not settings.folder or epath.Path(settings.folder).is_dir()
         if is_there and note.exists() and _noted(folder) != found:
             built = sources.built_folder(settings, workdir / "data")
@@ -115,7 +115,7 @@ def _refuse_changed_files(settings: DataSettings, folder: epath.Path, workdir: e
     """A split that is asked for later is cut from the same documents as the others were; text files were kept."""
     if sources.is_built(settings, workdir / "data") or not (folder / "source.json").exists():
         return
-    if _noted(folder)["listing"] != sources.listing(settings.folder):
+    if _noted(folder)["listing"] != sources.folder_fingerprint(settings.folder):
         raise ValueError(
             f"the files of {settings.folder} are not those that a stage has begun with; text that has changed needs a "
             "section of its own"

@@ -18,7 +18,7 @@ _SIZES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
-_MOST_DIMENSIONS = 2**16  # of a head: what is beyond is a damaged file
+_MAX_HEAD_DIM = 2**16  # of a head: what is beyond is a damaged file
 _ORIGINAL = "original_max_position_embeddings"
 _WITH_ORIGINAL = ("llama3", "yarn", "longrope")
 
@@ -39,7 +39,7 @@ class Rotation(NamedTuple):
     original_length: int
 
 
-class Origin(NamedTuple):
+class CheckpointTensor(NamedTuple):
     """Where a leaf of the parameters, or one layer of it, comes from.
 
     Attributes:
@@ -109,7 +109,7 @@ def parse_rotation(config: Mapping[str, Any]) -> Rotation:
     return rotation
 
 
-def origins(config: LlamaConfig, fused: bool) -> dict[str, Origin]:
+def checkpoint_tensors(config: LlamaConfig, fused: bool) -> dict[str, CheckpointTensor]:
     """Leaf of the parameters, as a path -> the tensor it comes from. Leaves below "layers" have one a layer.
 
     Args:
@@ -124,26 +124,26 @@ def origins(config: LlamaConfig, fused: bool) -> dict[str, Origin]:
         "mlp/gate": ("mlp.gate_proj", inner, "mlp.gate_up_proj"),
         "mlp/up": ("mlp.up_proj", inner, "mlp.gate_up_proj"),
     }
-    found = {"embed/embedding": Origin("model.embed_tokens.weight", None, (vocab, hidden))}
+    found = {"embed/embedding": CheckpointTensor("model.embed_tokens.weight", None, (vocab, hidden))}
     starts: dict[str, int] = {}
     totals = {"self_attn.qkv_proj": queries + 2 * keys, "mlp.gate_up_proj": 2 * inner}
     for leaf, (alone, rows, together) in parts.items():
         if fused:
             start = starts.get(together, 0)
             starts[together] = start + rows
-            origin = Origin(_in_layer(together), (start, start + rows), (totals[together], hidden))
+            stored = CheckpointTensor(_in_layer(together), (start, start + rows), (totals[together], hidden))
         else:
-            origin = Origin(_in_layer(alone), None, (rows, hidden))
-        found[f"layers/{leaf}/kernel"] = origin
+            stored = CheckpointTensor(_in_layer(alone), None, (rows, hidden))
+        found[f"layers/{leaf}/kernel"] = stored
     found |= {
-        "layers/attention/output/kernel": Origin(_in_layer("self_attn.o_proj"), None, (hidden, queries)),
-        "layers/mlp/down/kernel": Origin(_in_layer("mlp.down_proj"), None, (hidden, inner)),
-        "layers/attention_norm/scale": Origin(_in_layer("input_layernorm"), None, (hidden,)),
-        "layers/mlp_norm/scale": Origin(_in_layer("post_attention_layernorm"), None, (hidden,)),
-        "final_norm/scale": Origin("model.norm.weight", None, (hidden,)),
+        "layers/attention/output/kernel": CheckpointTensor(_in_layer("self_attn.o_proj"), None, (hidden, queries)),
+        "layers/mlp/down/kernel": CheckpointTensor(_in_layer("mlp.down_proj"), None, (hidden, inner)),
+        "layers/attention_norm/scale": CheckpointTensor(_in_layer("input_layernorm"), None, (hidden,)),
+        "layers/mlp_norm/scale": CheckpointTensor(_in_layer("post_attention_layernorm"), None, (hidden,)),
+        "final_norm/scale": CheckpointTensor("model.norm.weight", None, (hidden,)),
     }
     if not config.tie_embeddings:
-        found["lm_head"] = Origin("lm_head.weight", None, (vocab, hidden))
+        found["lm_head"] = CheckpointTensor("lm_head.weight", None, (vocab, hidden))
     return found
 
 
@@ -162,9 +162,9 @@ def _rotation(config: Mapping[str, Any], problems: list[str]) -> Rotation | None
     max_length = _size(config, "max_position_embeddings", problems)
     hidden, heads = (_size(config, name, problems) for name in ("hidden_size", "num_attention_heads"))
     head_dim = _size(config, "head_dim", problems, hidden // heads if hidden and heads else 2)
-    if head_dim is not None and (head_dim % 2 or head_dim > _MOST_DIMENSIONS):
+    if head_dim is not None and (head_dim % 2 or head_dim > _MAX_HEAD_DIM):
         problems.append(
-            f"head_dim = {head_dim} must be even, as rotary embedding turns pairs, and at most {_MOST_DIMENSIONS}"
+            f"head_dim = {head_dim} must be even, as rotary embedding turns pairs, and at most {_MAX_HEAD_DIM}"
         )
     rope = _rope(config)
     if not isinstance(rope, Mapping):

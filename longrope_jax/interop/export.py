@@ -15,10 +15,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
 
 from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
-from longrope_jax.interop.architectures import ARCHITECTURES, origins
+from longrope_jax.interop.architectures import ARCHITECTURES, checkpoint_tensors
 from longrope_jax.model import LlamaConfig
 from longrope_jax.model.sharding import constrain
-from longrope_jax.rope import FactorTable, not_carried, to_huggingface, two_lengths
+from longrope_jax.rope import FactorTable, to_huggingface, two_lengths, unsupported_by_huggingface
 from longrope_jax.runtime import processes
 
 SHARD_BYTES = 2**30
@@ -27,7 +27,7 @@ PARTIAL = ".partial"
 """Ending of a folder that is being written: it gets its name when it is whole."""
 
 
-class CannotCarry(ValueError):
+class UnsupportedByFormat(ValueError):
     """The format has no place for something of the factors, and nobody has allowed it to be dropped."""
 
 
@@ -42,15 +42,16 @@ class _Tensor(NamedTuple):
 def fit_to_format(
     table: FactorTable, original_length: int, allowed: Collection[str]
 ) -> tuple[FactorTable, dict[str, str]]:
-    """The table as `rope_parameters` can carry it, and what it lost: in words, by the keys of `not_carried`.
+    """The table in the form that `rope_parameters` supports, and what was dropped for it.
 
-    Neighbouring boundaries with the same factors are one.
+    Neighbouring boundaries with the same factors are merged. What was dropped is described in words, by the keys of
+    `unsupported_by_huggingface`.
 
     Args:
         allowed: names in `DROPPABLE`, of what may be dropped.
 
     Raises:
-        CannotCarry: lists what else would be dropped.
+        UnsupportedByFormat: lists what else would be dropped.
         ValueError: the factors end below the original length.
     """
     if table.boundaries[-1] < original_length:
@@ -59,10 +60,10 @@ def fit_to_format(
             "make the context shorter; they must reach it"
         )
     table = _merged(table)
-    lost = not_carried(table)
+    lost = unsupported_by_huggingface(table)
     refused = [key for key in lost if key not in allowed]
     if refused:
-        raise CannotCarry(
+        raise UnsupportedByFormat(
             f"Hugging Face's rope_parameters can't carry {'; '.join(lost[key] for key in refused)}. Allow it to be "
             f"dropped, at a cost that is then measured, with {', '.join(f'allow_dropping_{key}' for key in refused)}"
         )
@@ -222,11 +223,11 @@ def _tensors(config: LlamaConfig, architecture: str) -> list[_Tensor]:
     """All tensors of the folder: the embedding, layer by layer, what comes after the layers."""
     found: dict[str, _Tensor] = {}
     places: dict[str, int] = {}
-    for leaf, origin in origins(config, fused=architecture == "Phi3ForCausalLM").items():
-        is_stacked = "{}" in origin.tensor
+    for leaf, stored in checkpoint_tensors(config, fused=architecture == "Phi3ForCausalLM").items():
+        is_stacked = "{}" in stored.tensor
         for number in range(config.num_layers) if is_stacked else [None]:
-            name = origin.tensor.format(number)
-            tensor = found.setdefault(name, _Tensor(name, origin.shape, []))
+            name = stored.tensor.format(number)
+            tensor = found.setdefault(name, _Tensor(name, stored.shape, []))
             tensor.parts.append((leaf, number))
             places[name] = number if number is not None else (-1 if leaf.startswith("embed/") else config.num_layers)
     return sorted(found.values(), key=lambda tensor: places[tensor.name])

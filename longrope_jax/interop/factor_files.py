@@ -27,7 +27,7 @@ KINDS = ("longrope_jax", "huggingface", "csv")
 _ORIGINAL = "original_max_position_embeddings"
 
 
-class Found(NamedTuple):
+class LoadedFactors(NamedTuple):
     """What a file of factors tells.
 
     Attributes:
@@ -40,7 +40,7 @@ class Found(NamedTuple):
     base: float | None
     original_length: int | None
 
-    def check(self) -> "Found":
+    def check(self) -> "LoadedFactors":
         """Returns self; raises ValueError if a number makes no sense."""
         if self.base is not None and not (_is_number(self.base) and 1 < self.base < 1e30):
             raise ValueError(f"rope_theta = {shortened(self.base)} must be a number above 1")
@@ -49,7 +49,7 @@ class Found(NamedTuple):
         return self
 
 
-def read_factors(path: epath.PathLike, target_length: int | None = None, head_dim: int | None = None) -> Found:
+def read_factors(path: epath.PathLike, target_length: int | None = None, head_dim: int | None = None) -> LoadedFactors:
     """Reads factors from:
 
     * a table of ours, or one set of ours (.json), or the released search's .csv;
@@ -74,7 +74,7 @@ def read_factors(path: epath.PathLike, target_length: int | None = None, head_di
             raise ValueError(f"target_length = {target_length} is for a single set of factors; this file has its own")
         elif "hidden_size" in content or "head_dim" in content:
             rotation = parse_rotation(content)
-            found = Found(rotation.table, rotation.base, rotation.original_length)
+            found = LoadedFactors(rotation.table, rotation.base, rotation.original_length)
         else:
             found = _snippet(content)
         found.table.factors.check(head_dim, monotone="warn")
@@ -101,7 +101,7 @@ def factors_for(path: epath.PathLike, config: LlamaConfig, target_length: int | 
     return found.table
 
 
-def write_factors(path: epath.PathLike, found: Found, kind: str, length: int | None = None) -> None:
+def write_factors(path: epath.PathLike, found: LoadedFactors, kind: str, length: int | None = None) -> None:
     """Writes factors as one of `KINDS`, to a file that is not there yet.
 
     Args:
@@ -146,7 +146,7 @@ def _content(path: epath.Path) -> dict[str, Any] | None:
     return content
 
 
-def _ours(path: epath.Path, content: dict[str, Any], target_length: int | None, head_dim: int | None) -> Found:
+def _ours(path: epath.Path, content: dict[str, Any], target_length: int | None, head_dim: int | None) -> LoadedFactors:
     metadata = _mapping(content.get("metadata"))
     model = _mapping(metadata.get("model"))
     base = metadata.get("rope_theta", model.get("rope_theta"))
@@ -154,16 +154,16 @@ def _ours(path: epath.Path, content: dict[str, Any], target_length: int | None, 
     if "entries" in content:
         if target_length is not None:
             raise ValueError(f"target_length = {target_length} is for a single set of factors; this is a table")
-        return Found(load_table(path, head_dim), base, original)
+        return LoadedFactors(load_table(path, head_dim), base, original)
     boundary = metadata.get("target_length") if target_length is None else target_length
     if boundary is None:
         raise ValueError("up to how many tokens are these factors good? Give a target_length")
     if not _is_length(boundary):
         raise ValueError(f"target_length = {shortened(boundary)} must be a positive number of tokens")
-    return Found(FactorTable.of({boundary: load_factors(path, head_dim)}), base, original)
+    return LoadedFactors(FactorTable.of({boundary: load_factors(path, head_dim)}), base, original)
 
 
-def _snippet(content: Mapping[str, Any]) -> Found:
+def _snippet(content: Mapping[str, Any]) -> LoadedFactors:
     """`rope_parameters` without a model, by themselves or beside the lengths that a config.json has; only factors in
     full say how many pairs a head has.
     """
@@ -194,10 +194,10 @@ def _snippet(content: Mapping[str, Any]) -> Found:
         raise ValueError(f"long_factor = {shortened(lam)} must be a list of numbers, half of the head dimension")
     base = rope.get("rope_theta", content.get("rope_theta"))
     table = from_huggingface({**rope, _ORIGINAL: original}, 2 * len(lam), 10000.0, longest)
-    return Found(table, base, original)
+    return LoadedFactors(table, base, original)
 
 
-def _for_config(found: Found) -> dict[str, Any]:
+def _for_config(found: LoadedFactors) -> dict[str, Any]:
     if found.original_length is None and len(found.table.boundaries) < 2:
         raise ValueError("what context was the model pretrained for? Give an original_length")
     rope = to_huggingface(found.table, found.original_length or int(found.table.boundaries[0]))

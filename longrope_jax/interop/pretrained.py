@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from longrope_jax import json_files
 from longrope_jax.data.tokenizer import SubwordTokenizer
-from longrope_jax.files import fetched
-from longrope_jax.interop.architectures import Origin, origins, parse_config
+from longrope_jax.files import cached_copy
+from longrope_jax.interop.architectures import CheckpointTensor, checkpoint_tensors, parse_config
 from longrope_jax.interop.gguf import gguf_tokenizer, open_gguf
 from longrope_jax.interop.tensors import FolderTensors, TensorSource
 from longrope_jax.model import LlamaConfig
@@ -90,7 +90,7 @@ def load_tokenizer(path: epath.PathLike) -> SubwordTokenizer:
     """The tokenizer of a folder or a GGUF file; raises ValueError where there is none that can be read."""
     if not _is_gguf(path):
         return SubwordTokenizer.from_folder(path)
-    tokenizer = gguf_tokenizer(fetched(epath.Path(path)))
+    tokenizer = gguf_tokenizer(cached_copy(epath.Path(path)))
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer")
     return tokenizer
@@ -120,7 +120,7 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
     if mesh is not None:
         check_mesh(config, dict(mesh.shape), mesh.devices.flat[0].platform)
     source = make_source()
-    wanted = origins(config, fused=(content.get("architectures") or [""])[0] == "Phi3ForCausalLM")
+    wanted = checkpoint_tensors(config, fused=(content.get("architectures") or [""])[0] == "Phi3ForCausalLM")
     problems = _problems(config, wanted, source) or _other_head(config, source)
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
@@ -130,7 +130,7 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
     else:
         shardings = tree_shardings(mesh, like)
     with tqdm(
-        total=sum(config.num_layers if "{}" in origin.tensor else 1 for origin in wanted.values()),
+        total=sum(config.num_layers if "{}" in stored.tensor else 1 for stored in wanted.values()),
         desc=f"reading {path.name}",
         unit="tensor",
         dynamic_ncols=True,
@@ -138,14 +138,14 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
     ) as bar:
 
         def read(where, leaf, sharding):
-            origin = wanted[jax.tree_util.keystr(where, simple=True, separator="/")]
-            if "{}" not in origin.tensor:
+            stored = wanted[jax.tree_util.keystr(where, simple=True, separator="/")]
+            if "{}" not in stored.tensor:
                 bar.update()
-                return _place(source, origin.tensor, origin, leaf, sharding)
+                return _place(source, stored.tensor, stored, leaf, sharding)
             stack = _zeros(leaf.shape, leaf.dtype, sharding)
             layer = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
             for number in range(config.num_layers):
-                part = _place(source, origin.tensor.format(number), origin, layer, _of_one_layer(sharding))
+                part = _place(source, stored.tensor.format(number), stored, layer, _of_one_layer(sharding))
                 stack = _put(stack, part, number, sharding)
                 stack.block_until_ready()  # or the parts would wait in memory
                 bar.update()
@@ -159,7 +159,7 @@ def _open(path: epath.Path) -> tuple[dict[str, Any], Any]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a Hugging Face folder or a .gguf file")
     if _is_gguf(path):
-        config, tensors = open_gguf(fetched(path))
+        config, tensors = open_gguf(cached_copy(path))
         return config, lambda: tensors
     if not path.is_dir():
         raise ValueError(f"{path} is neither a folder nor a .gguf file; pickled weights are not read")
@@ -174,15 +174,15 @@ def _is_gguf(path: epath.PathLike) -> bool:
     return PurePath(path).suffix == ".gguf"
 
 
-def _problems(config: LlamaConfig, wanted: dict[str, Origin], source: TensorSource) -> list[str]:
+def _problems(config: LlamaConfig, wanted: dict[str, CheckpointTensor], source: TensorSource) -> list[str]:
     """All that is wrong with the tensors of a checkpoint."""
     there = {name: kind for name, kind in source.shapes().items() if not name.endswith(_BUFFER)}
     if config.num_layers > len(there):
         return [f"{config.num_layers} layers are more than the {len(there)} tensors"]
     expected = {
-        origin.tensor.format(number): origin.shape
-        for origin in wanted.values()
-        for number in range(config.num_layers if "{}" in origin.tensor else 1)
+        stored.tensor.format(number): stored.shape
+        for stored in wanted.values()
+        for number in range(config.num_layers if "{}" in stored.tensor else 1)
     }
     unexpected = sorted(there.keys() - expected.keys())
     if config.tie_embeddings and _HEAD in unexpected:
@@ -216,16 +216,16 @@ def _other_head(config: LlamaConfig, source: TensorSource) -> list[str]:
     return [f"{_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings = True; with false, both are used"]
 
 
-def _params_like(config: LlamaConfig, wanted: dict[str, Origin]) -> dict:
+def _params_like(config: LlamaConfig, wanted: dict[str, CheckpointTensor]) -> dict:
     """Shape and dtype of every parameter, from where it comes from: tracing the model for them takes a good while."""
     like: dict = {}
-    for leaf, origin in wanted.items():
+    for leaf, stored in wanted.items():
         *above, last = leaf.split("/")
-        rows, *columns = origin.shape
-        if origin.rows is not None:
-            rows = origin.rows[1] - origin.rows[0]
-        shape = (*columns[::-1], rows) if _is_transposed(origin) else (rows, *columns)
-        layers = (config.num_layers,) * ("{}" in origin.tensor)
+        rows, *columns = stored.shape
+        if stored.rows is not None:
+            rows = stored.rows[1] - stored.rows[0]
+        shape = (*columns[::-1], rows) if _is_transposed(stored) else (rows, *columns)
+        layers = (config.num_layers,) * ("{}" in stored.tensor)
         node = like
         for name in above:
             node = node.setdefault(name, {})
@@ -233,15 +233,17 @@ def _params_like(config: LlamaConfig, wanted: dict[str, Origin]) -> dict:
     return like
 
 
-def _is_transposed(origin: Origin) -> bool:
+def _is_transposed(stored: CheckpointTensor) -> bool:
     """Our matrices are [in, out], but for the embedding."""
-    return len(origin.shape) == 2 and origin.tensor != _EMBEDDING
+    return len(stored.shape) == 2 and stored.tensor != _EMBEDDING
 
 
-def _place(source: TensorSource, name: str, origin: Origin, like: jax.ShapeDtypeStruct, sharding: Sharding) -> Array:
-    """A tensor on its devices, each of which asks for its part."""
-    is_transposed = _is_transposed(origin)
-    first_row = 0 if origin.rows is None else origin.rows[0]
+def _place(
+    source: TensorSource, name: str, stored: CheckpointTensor, like: jax.ShapeDtypeStruct, sharding: Sharding
+) -> Array:
+    """A tensor on its devices; each device reads only its part."""
+    is_transposed = _is_transposed(stored)
+    first_row = 0 if stored.rows is None else stored.rows[0]
 
     def part(index):
         where = [slice(*axis.indices(size)) for axis, size in zip(index, like.shape, strict=True)]

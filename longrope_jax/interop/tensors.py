@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from longrope_jax import json_files
 from longrope_jax.errors import beginning, shortened
-from longrope_jax.files import fetched
+from longrope_jax.files import cached_copy
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -102,6 +102,6 @@ def _names(file: epath.Path) -> list[str]:
 
 def _open(file: epath.Path):
     try:
-        return safe_open(str(fetched(file)), framework="numpy")
+        return safe_open(str(cached_copy(file)), framework="numpy")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is no sound safetensors file: {beginning(error)}") from None

@@ -25,8 +25,8 @@ class Card:
         title: the model's name.
         config: its architecture.
         form: the class of Transformers that reads it, and the dtype of its tensors, in words.
-        found: its factors by length.
-        carried: those that are exported.
+        factors: its factors by length.
+        exported: the factors that are exported.
         dropped: what of the former has no place in the latter, in words, by kind.
         costs: what that costs, measured.
         text: which text it was measured on, in words.
@@ -38,8 +38,8 @@ class Card:
     title: str
     config: LlamaConfig
     form: str
-    found: FactorTable
-    carried: FactorTable
+    factors: FactorTable
+    exported: FactorTable
     dropped: Mapping[str, str] = field(default_factory=dict)
     costs: Sequence[Cost] = ()
     text: str = ""
@@ -50,7 +50,7 @@ class Card:
 
 def model_card(card: Card) -> str:
     """README.md, with the metadata that the Hugging Face hub reads."""
-    config, original, longest = card.config, card.config.original_length, int(card.carried.boundaries[-1])
+    config, original, longest = card.config, card.config.original_length, int(card.exported.boundaries[-1])
     layers = "1 layer" if config.num_layers == 1 else f"{config.num_layers} layers"
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- longrope\n- long-context\n---\n",
@@ -63,7 +63,7 @@ def model_card(card: Card) -> str:
         'tokenizer = AutoTokenizer.from_pretrained(".")  # or the name of this repository\n'
         'model = AutoModelForCausalLM.from_pretrained(".")\n```\n',
         "## Context\n",
-        _entries(card.carried),
+        _entries(card.exported),
         *_switching(card),
         *_dropped(card),
         *_perplexity(card),
@@ -72,7 +72,7 @@ def model_card(card: Card) -> str:
         "One for every rotary pair, high frequencies first; a pair's wavelength is multiplied by it. In config.json "
         "they are `rope_parameters.short_factor` and `long_factor`, and once more in `rope_scaling` for readers older "
         "than Transformers 5.\n",
-        *(f"* {line}" for line in _lambdas(card.carried)),
+        *(f"* {line}" for line in _lambdas(card.exported)),
     ]
     return "\n".join(parts) + "\n"
 
@@ -90,7 +90,7 @@ def _entries(table: FactorTable) -> str:
 
 def _switching(card: Card) -> list[str]:
     """What a user of two sets of factors should know; other programs than ours don't tell it."""
-    boundaries = [int(boundary) for boundary in card.carried.boundaries]
+    boundaries = [int(boundary) for boundary in card.exported.boundaries]
     if len(boundaries) < 2:
         return []
     notes = [
@@ -119,7 +119,7 @@ def _dropped(card: Card) -> list[str]:
     if not card.dropped:
         return [heading, "Nothing: the factors above are those that were found or given.\n"]
     what = "; ".join(card.dropped.values())
-    parts = [heading, f"Dropped, as was allowed: {what}. The factors before that:\n", _found(card.found)]
+    parts = [heading, f"Dropped, as was allowed: {what}. The factors before that:\n", _found(card.factors)]
     if card.costs:
         parts += [
             f"What this costs, on {card.text}; nats per token, 95 % intervals over documents, paired:\n",

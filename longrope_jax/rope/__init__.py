@@ -2,7 +2,7 @@
 
 from longrope_jax.rope.factors import FactorTable, RopeFactors, stack
 from longrope_jax.rope.formats import load_factors, load_metadata, load_table, save_factors, save_table
-from longrope_jax.rope.huggingface import from_huggingface, not_carried, to_huggingface, two_lengths
+from longrope_jax.rope.huggingface import from_huggingface, to_huggingface, two_lengths, unsupported_by_huggingface
 from longrope_jax.rope.methods import (
     METHODS,
     Trained,
@@ -42,7 +42,7 @@ __all__ = [
     "load_metadata",
     "load_table",
     "longrope_mscale",
-    "not_carried",
+    "unsupported_by_huggingface",
     "ntk",
     "ntk_critical",
     "rotary_embedding",

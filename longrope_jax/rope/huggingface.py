@@ -64,9 +64,9 @@ def to_huggingface(table: FactorTable, original_length: int) -> dict[str, Any]:
         original_length: L, used where the table has one entry: it then serves as the short and as the long one.
 
     Raises:
-        ValueError: says all that the format can't carry (see `not_carried`).
+        ValueError: says all that the format can't carry (see `unsupported_by_huggingface`).
     """
-    lost = not_carried(table)
+    lost = unsupported_by_huggingface(table)
     if lost:
         raise ValueError(f"Hugging Face's rope_parameters can't carry {'; '.join(lost.values())}")
     lam = np.asarray(table.factors.lam, np.float32)
@@ -87,7 +87,7 @@ def to_huggingface(table: FactorTable, original_length: int) -> dict[str, Any]:
     return parameters
 
 
-def not_carried(table: FactorTable) -> dict[str, str]:
+def unsupported_by_huggingface(table: FactorTable) -> dict[str, str]:
     """What of a table has no place in `rope_parameters`: in words, by the names in `DROPPABLE`; nothing if it can be
     carried whole. Position 0 is not turned by any factors, so a single start token is none.
     """

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from longrope_jax.data.packing import pack
+from longrope_jax.data.sequences import pack
 
 
 def text_sizes(rng, count, room):

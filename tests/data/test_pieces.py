@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.packing import cut, segments
+from longrope_jax.data.sequences import cut, segments
 
 BOS, EOS = 60000, 60001
 

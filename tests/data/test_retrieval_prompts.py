@@ -7,7 +7,7 @@ import tokenizers
 
 from longrope_jax.data import needles
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.needles import answer_room, answered_cloze, cloze_size, needle, needle_cloze, passkey
+from longrope_jax.data.needles import answer_room, cloze_example, cloze_size, needle, needle_cloze, passkey
 from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer
 
 SENTENCES = [
@@ -224,7 +224,7 @@ def test_a_cloze_fits_where_a_needle_does_not():
 def test_an_answered_cloze_is_the_prompt_and_its_answer(tokenizer):
     for length in range(120, 160):
         rng = np.random.default_rng(length)
-        tokens = answered_cloze(length, tokenizer, rng, make_documents(tokenizer))
+        tokens = cloze_example(length, tokenizer, rng, make_documents(tokenizer))
         assert tokens.shape == (length,)
         assert tokens.dtype == np.int32
         said = re.findall(r"\n ?The magic number of (\w+) is (\d{7})(\.\n|$)", tokenizer.decode(tokens))
@@ -254,7 +254,7 @@ def test_every_other_answered_cloze_says_the_needle_twice_if_there_is_room():
     documents = make_documents(tokenizer)
 
     def count(length):
-        made = [answered_cloze(length, tokenizer, np.random.default_rng(seed), documents) for seed in range(100)]
+        made = [cloze_example(length, tokenizer, np.random.default_rng(seed), documents) for seed in range(100)]
         return [tokenizer.decode(tokens).count("The magic") - 1 for tokens in made]
 
     assert set(count(110)) == {1}
@@ -265,7 +265,7 @@ def test_every_other_answered_cloze_says_the_needle_twice_if_there_is_room():
 def test_answered_clozes_hide_their_needles_at_all_depths():
     tokenizer = ByteTokenizer()
     texts = [
-        tokenizer.decode(answered_cloze(1000, tokenizer, np.random.default_rng(seed), make_documents(tokenizer)))
+        tokenizer.decode(cloze_example(1000, tokenizer, np.random.default_rng(seed), make_documents(tokenizer)))
         for seed in range(60)
     ]
     places = [text.index("\nThe magic number") / 930 for text in texts]

@@ -5,15 +5,14 @@ import numpy as np
 import pytest
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.packing import Pieces
-from longrope_jax.data.sequences import IGNORED, DisjointWindows, NeedleRows, PackedPieces, bookended
+from longrope_jax.data.sequences import IGNORED, DisjointWindows, NeedleRows, PackedPieces, Pieces, pack_texts
 from longrope_jax.data.tokenizer import ByteTokenizer
 
 BOS, EOS = 60000, 60001
 
 
 def test_texts_follow_each_other_between_bos_and_eos():
-    row = bookended([np.array([1, 2, 3], np.uint16), np.array([7], np.uint16)], 8, 4, BOS, EOS)
+    row = pack_texts([np.array([1, 2, 3], np.uint16), np.array([7], np.uint16)], 8, 4, BOS, EOS)
     assert row.tokens.tolist() == [BOS, 1, 2, 3, BOS, 7, 0, 0]
     assert row.targets.tolist() == [1, 2, 3, EOS, 7, EOS, IGNORED, IGNORED]
     assert row.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 0]
@@ -23,7 +22,7 @@ def test_texts_follow_each_other_between_bos_and_eos():
 
 
 def test_a_row_may_be_full():
-    row = bookended([np.array([1, 2, 3])], 4, 4, BOS, EOS)
+    row = pack_texts([np.array([1, 2, 3])], 4, 4, BOS, EOS)
     assert row.targets.tolist() == [1, 2, 3, EOS]
     assert row.segment_ids.tolist() == [1, 1, 1, 1]
 
@@ -56,7 +55,7 @@ def test_a_document_without_a_token_is_no_window():
 
 
 def test_a_batch_goes_through_jit_with_and_without_segments():
-    row = bookended([np.array([1, 2, 3])], 6, 4, BOS, EOS)
+    row = pack_texts([np.array([1, 2, 3])], 6, 4, BOS, EOS)
     for batch in (row, row._replace(segment_ids=None)):
         result = jax.jit(lambda batch: batch)(batch)
         jax.tree.map(np.testing.assert_array_equal, result, batch)

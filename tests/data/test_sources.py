@@ -10,7 +10,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from longrope_jax.data import corpus
 from longrope_jax.data.corpus import DataSettings
-from longrope_jax.data.sources import listing, open_source
+from longrope_jax.data.sources import folder_fingerprint, open_source
 from longrope_jax.data.tokenizer import ByteTokenizer
 
 SPLITS = ("train", "search", "evaluation")
@@ -42,7 +42,7 @@ def test_files_may_belong_to_nobody_that_this_machine_knows(tmp_path, monkeypatc
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text("Some text.")
     assert len(corpus.find_texts(corpus.folder_config(str(tmp_path)))) == 4
-    assert listing(str(tmp_path))
+    assert folder_fingerprint(str(tmp_path))
 
 
 # --- array_record files ----------------------------------------------------------------------------------------------
@@ -322,14 +322,14 @@ def test_a_dataset_is_built_on_an_object_store(tmp_path, bucket):
     assert corpus.build(config, bucket / "data").info.splits["train"].num_examples == 14
 
 
-def test_a_listing_notices_what_was_mended(tmp_path):
+def test_a_folder_fingerprint_notices_what_was_mended(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.txt").write_text("text")
     (tmp_path / ".hidden").mkdir()
-    first = listing(str(tmp_path))
+    first = folder_fingerprint(str(tmp_path))
     (tmp_path / ".hidden" / "b.txt").write_text("hidden")
-    assert listing(str(tmp_path)) == first
+    assert folder_fingerprint(str(tmp_path)) == first
     (tmp_path / "sub" / "a.txt").write_text("texts")
-    second = listing(str(tmp_path))
+    second = folder_fingerprint(str(tmp_path))
     (tmp_path / "sub" / "b.txt").write_text("more")
-    assert len({first, second, listing(str(tmp_path)), listing(str(tmp_path / "none"))}) == 4
+    assert len({first, second, folder_fingerprint(str(tmp_path)), folder_fingerprint(str(tmp_path / "none"))}) == 4

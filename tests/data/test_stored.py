@@ -13,7 +13,7 @@ from longrope_jax.data import token_files
 from longrope_jax.data.batches import finetuning_batches, pretraining_batches
 from longrope_jax.data.corpus import Document, tokens_per_byte
 from longrope_jax.data.needles import needle
-from longrope_jax.data.packing import cut, segments
+from longrope_jax.data.sequences import cut, segments
 from longrope_jax.data.sources import Texts
 from longrope_jax.data.token_files import StoredDocuments
 from longrope_jax.data.tokenizer import ByteTokenizer
@@ -171,7 +171,7 @@ def test_only_the_chosen_windows_and_documents_are_read(both, monkeypatch):
 
 def test_large_vocabularies_take_four_bytes(tmp_path):
     class Wide:
-        vocab_size, bos, eos, stops, identity = 1 << 17, 70_000, None, (), "wide"
+        vocab_size, bos, eos, stops, fingerprint = 1 << 17, 70_000, None, (), "wide"
 
         def encode(self, text):
             return np.array([self.bos, *(100_000 + byte for byte in text)], np.uint32)

@@ -249,12 +249,12 @@ def test_a_long_text_is_one_text_and_fast():
 IDENTITY = """
 import sys
 from longrope_jax.data.tokenizer import SubwordTokenizer
-print(SubwordTokenizer.from_folder(sys.argv[1]).identity)
+print(SubwordTokenizer.from_folder(sys.argv[1]).fingerprint)
 """
 
 
-def test_the_identity_is_that_of_the_tokens_it_makes_in_every_process(folder, tmp_path):
-    mine = SubwordTokenizer.from_folder(folder).identity
+def test_the_fingerprint_is_that_of_the_tokens_it_makes_in_every_process(folder, tmp_path):
+    mine = SubwordTokenizer.from_folder(folder).fingerprint
     line = [sys.executable, "-c", IDENTITY, str(folder)]
     child = subprocess.run(line, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert child.stdout.strip() == mine
@@ -265,5 +265,5 @@ def test_the_identity_is_that_of_the_tokens_it_makes_in_every_process(folder, tm
         write(tmp_path / "eos", tokenizer_config={**ends, "eos_token": "<tool>"}),
     ]
     same = write(tmp_path / "same", tokenizer_config=ends, generation_config={"eos_token_id": [1, 2]})
-    assert SubwordTokenizer.from_folder(same).identity == mine  # what ends a generated text is not in texts
-    assert len({mine, *(SubwordTokenizer.from_folder(other).identity for other in others)}) == 4
+    assert SubwordTokenizer.from_folder(same).fingerprint == mine  # what ends a generated text is not in texts
+    assert len({mine, *(SubwordTokenizer.from_folder(other).fingerprint for other in others)}) == 4

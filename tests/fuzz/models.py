@@ -181,7 +181,7 @@ def read_gguf_tokenizer(folder: Path, name: str) -> None:
 def _use(tokenizer: SubwordTokenizer) -> None:
     tokenizer.decode(tokenizer.encode(TEXT))
     tokenizer_files(tokenizer, 2**20)
-    assert tokenizer.identity
+    assert tokenizer.fingerprint
 
 
 def make_tokenizer_files(folder: Path) -> list[str]:

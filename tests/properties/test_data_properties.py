@@ -7,7 +7,7 @@ from etils import epath
 from hypothesis import assume, given, settings
 from properties.draws import document_lists, seeds, sizes
 
-from longrope_jax.data.packing import cut, pack, segments
+from longrope_jax.data.sequences import cut, pack, segments
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.runtime import records
 

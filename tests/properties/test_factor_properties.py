@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from properties.draws import factor_sets, tables
 
-from longrope_jax.interop.factor_files import Found, read_factors, write_factors
+from longrope_jax.interop.factor_files import LoadedFactors, read_factors, write_factors
 from longrope_jax.rope import (
     METHODS,
     FactorTable,
@@ -19,12 +19,12 @@ from longrope_jax.rope import (
     from_huggingface,
     load_factors,
     load_table,
-    not_carried,
     save_factors,
     save_table,
     to_huggingface,
     two_lengths,
     unscaled,
+    unsupported_by_huggingface,
 )
 from longrope_jax.search.seeds import rescaled
 
@@ -110,13 +110,13 @@ def test_a_length_gets_the_factors_of_the_first_boundary_that_reaches_it(table, 
 @settings(max_examples=60)
 @given(tables(most=3, n_hat=st.integers(0, 64)), st.integers(1, 2**20))
 def test_rope_parameters_carry_all_or_say_what_they_lose(table, original):
-    lost = not_carried(table)
+    lost = unsupported_by_huggingface(table)
     head_dim = 2 * table.factors.lam.shape[-1]
     if lost:
         with pytest.raises(ValueError, match="can't carry"):
             to_huggingface(table, original)
         table = two_lengths(table, original)
-    assert not not_carried(table)
+    assert not unsupported_by_huggingface(table)
     parameters = json.loads(json.dumps(to_huggingface(table, original)))
     found = from_huggingface(parameters, head_dim, 1e4, int(table.boundaries[-1]))
     for length in {1, *table.boundaries.tolist()}:
@@ -130,7 +130,7 @@ def test_rope_parameters_carry_all_or_say_what_they_lose(table, original):
 def test_kinds_of_files_turn_into_each_other(tmp_path_factory, table, original, base):
     assume(original <= table.boundaries[0])
     folder = tmp_path_factory.mktemp("kinds")
-    found = Found(table, base, original if len(table.boundaries) == 1 else int(table.boundaries[0]))
+    found = LoadedFactors(table, base, original if len(table.boundaries) == 1 else int(table.boundaries[0]))
     for kind in ("longrope_jax", "huggingface"):
         write_factors(folder / f"{kind}.json", found, kind)
         again = read_factors(folder / f"{kind}.json")

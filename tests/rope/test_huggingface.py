@@ -11,10 +11,10 @@ from longrope_jax.rope import (
     RopeFactors,
     from_huggingface,
     linear,
-    not_carried,
     to_huggingface,
     two_lengths,
     unscaled,
+    unsupported_by_huggingface,
 )
 
 D, L = 8, 64
@@ -53,7 +53,7 @@ LOST = {
 def test_what_can_t_be_carried_is_never_dropped_in_silence(lost):
     entries, told = LOST[lost]
     table = FactorTable.of(entries)
-    assert list(not_carried(table)) == [lost]
+    assert list(unsupported_by_huggingface(table)) == [lost]
     with pytest.raises(ValueError, match=told):
         to_huggingface(table, L)
 
@@ -61,7 +61,7 @@ def test_what_can_t_be_carried_is_never_dropped_in_silence(lost):
 def test_the_nearest_table_keeps_the_original_and_the_longest():
     entries = {L: unscaled(D), 2 * L: linear(D, 2), 8 * L: factors(LONG, 4, 1.2)}
     reduced = two_lengths(FactorTable.of(entries), L)
-    assert not not_carried(reduced)
+    assert not unsupported_by_huggingface(reduced)
     np.testing.assert_array_equal(reduced.boundaries, [L, 8 * L])
     np.testing.assert_array_equal(reduced.factors.lam, [np.ones(4), LONG])
     np.testing.assert_array_equal(reduced.factors.mscale, np.float32([1.2, 1.2]))

@@ -16,7 +16,7 @@ from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.experiment import DataSettings
 from longrope_jax.experiment.stages import ExportSettings, LoadSettings, TableSettings
 from longrope_jax.experiment.stages.export import EXPORT
-from longrope_jax.interop.export import CannotCarry, export_checkpoint
+from longrope_jax.interop.export import UnsupportedByFormat, export_checkpoint
 from longrope_jax.rope import load_table, save_table
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.search.settings import SearchSettings
@@ -91,7 +91,7 @@ def test_what_was_found_stops_the_export_until_it_may_be_dropped_and_then_its_co
     path = tmp_path / "factors" / "table.json"
     found = load_table(path)
     save_table(path, lr.FactorTable.of({L: found.select(L), TARGET: found.select(TARGET).replace(n_hat=np.int32(8))}))
-    with pytest.raises(CannotCarry, match=r"start tokens \(n_hat = 0, 8\).*allow_dropping_start_tokens"):
+    with pytest.raises(UnsupportedByFormat, match=r"start tokens \(n_hat = 0, 8\).*allow_dropping_start_tokens"):
         experiment.run(config_of(checkpoint, text, table), tmp_path)
     experiment.run(config_of(checkpoint, text, table, allow_dropping_start_tokens=True), tmp_path)
     assert_same_table(lr.load_pretrained(tmp_path / "export").factors, found)
@@ -110,7 +110,7 @@ def test_what_stops_an_export_can_be_mended_in_the_same_work_directory(checkpoin
     del config["evaluate"]
     config.stages = ("load", "table", "export")
     config.table.lengths = (L, 1024, 2048)
-    with pytest.raises(CannotCarry, match="none of .* documents has the 1025 tokens .* shorter cost_lengths"):
+    with pytest.raises(UnsupportedByFormat, match="none of .* documents has the 1025 tokens .* shorter cost_lengths"):
         experiment.run(config, tmp_path)
     config.export.cost_lengths = (128,)
     experiment.run(config, tmp_path)

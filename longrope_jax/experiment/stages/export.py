@@ -14,7 +14,7 @@ from longrope_jax.evaluation.perplexity import perplexity
 from longrope_jax.experiment.context import RunContext
 from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, nothing, sources
 from longrope_jax.experiment.stages.settings import LoadSettings, TableSettings
-from longrope_jax.interop.export import CannotCarry, check_architecture, export_checkpoint, fit_to_format
+from longrope_jax.interop.export import UnsupportedByFormat, check_architecture, export_checkpoint, fit_to_format
 from longrope_jax.model import LlamaConfig
 from longrope_jax.model.config import FLOAT_TYPES
 from longrope_jax.report.model_card import Card, model_card
@@ -137,8 +137,8 @@ def _run_export(settings: ExportSettings, context: RunContext, name: str) -> dic
         title=f"{config.original_length:,} to {int(exported.boundaries[-1]):,} tokens",
         config=config,
         form=f"{settings.architecture}, {dtype}",
-        found=found,
-        carried=exported,
+        factors=found,
+        exported=exported,
         dropped=dropped,
         costs=costs,
         text="evaluation documents of the experiment, which neither training nor search has seen",
@@ -174,7 +174,7 @@ def _costs(settings: ExportSettings, context: RunContext, found: FactorTable, ex
             found, exported, documents, settings.cost_lengths, settings.cost_documents, settings.seed
         )
     except ValueError as error:
-        raise CannotCarry(str(error)) from None
+        raise UnsupportedByFormat(str(error)) from None
     if not windows:
         return []
     return substitution_cost(context.model, context.layout, context.params(settings.model), found, exported, windows)
