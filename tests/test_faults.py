@@ -100,7 +100,7 @@ def progress(workdir):
     """What is new in the work directory once a run has got further: finished stages, checkpoints, evaluations."""
     evaluated = workdir / "evaluation.jsonl"
     return (
-        {path.name for path in workdir.glob("stages/*.json") if not path.name.endswith(".begun.json")},
+        {path.name for path in workdir.glob("stages/*.json") if not path.name.endswith(".started.json")},
         {str(path) for path in workdir.glob("checkpoints/*/*") if path.name.isdigit()},
         evaluated.stat().st_size if evaluated.exists() else 0,
     )

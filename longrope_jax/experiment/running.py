@@ -19,7 +19,7 @@ from longrope_jax.experiment.config import (
     stage_of,
     tokenizer_of,
 )
-from longrope_jax.experiment.fingerprint import begun_file, finished_file, identity, refuse_changed_stages
+from longrope_jax.experiment.fingerprint import check_fingerprints, fingerprint, finished_file, started_file
 from longrope_jax.experiment.stages import RunContext
 from longrope_jax.model import Llama
 from longrope_jax.report import summarize, summary_tables, write_report
@@ -48,7 +48,7 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ru
     files.see_what_others_write()
     workdir = epath.Path(workdir)
     layout = _layout(experiment, workdir)
-    refuse_changed_stages(workdir, experiment)
+    check_fingerprints(workdir, experiment)
     files.make(workdir)
     tokenizer = tokenizer_of(experiment)
     documents = text.read(experiment.data, reads(experiment.stages), tokenizer, workdir)
@@ -68,7 +68,7 @@ def reopen(config: ConfigDict, workdir: epath.PathLike) -> RunContext:
     """
     files.see_what_others_write()
     experiment, workdir = parse_experiment(config), epath.Path(workdir)
-    refuse_changed_stages(workdir, experiment)
+    check_fingerprints(workdir, experiment)
     layout = Layout.of(experiment.mesh)
     context = RunContext(Llama(experiment.model), layout, {}, tokenizer_of(experiment), workdir)
     for name, settings in experiment.stages.items():
@@ -121,7 +121,7 @@ def _run_or_skip(name: str, experiment: Experiment, context: RunContext) -> dict
         logging.warning("%s: finished before, but %s; running it again", name, lost)
     if processes.is_first():
         finished.parent.mkdir(exist_ok=True)
-    write_whole(begun_file(context.workdir, name), to_json(identity(name, experiment), indent=1) + "\n")
+    write_whole(started_file(context.workdir, name), to_json(fingerprint(name, experiment), indent=1) + "\n")
     processes.wait_for_all(f"{name} begins")
     with profiling.of_stage(experiment.profile, name, context.workdir):
         summary = finite(stage_of(name).run(settings, context, name))

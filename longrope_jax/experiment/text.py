@@ -72,7 +72,7 @@ def read(
         settings = sections[section]
         folder = _folder(settings, section, tokenizer, workdir)
         all_stages = {stage for names in stages.values() for stage in names}
-        has_begun = any((workdir / "stages" / f"{stage}.begun.json").exists() for stage in all_stages)
+        has_begun = any((workdir / "stages" / f"{stage}.started.json").exists() for stage in all_stages)
         if not processes.any_of(has_begun):
             _forget_if_changed(settings, folder, workdir)
         try:

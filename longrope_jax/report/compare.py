@@ -156,22 +156,19 @@ def _searches(runs: Sequence[Run]) -> tuple[list[str], dict]:
             stage,
             run,
             f"{search['target_length']}",
-            search.get("method", "evolution").replace("_", " "),
+            search["method"].replace("_", " "),
             f"{search['evaluations']}",
-            f"{search['costs'][-1]:.0f}" if "costs" in search else f"{search['evaluations']}",
+            f"{search['costs'][-1]:.0f}",
             f"{search['seconds']:.0f}",
             f"{np.exp(search['best_nll']):.3f}",
-            f"{np.exp(search['held_out'][-1][2]):.3f}" if search.get("held_out") else _ABSENT,
+            f"{np.exp(search['held_out'][-1][2]):.3f}" if search["held_out"] else _ABSENT,
         ]
         for stage, by_run in found.items()
         for run, search in by_run.items()
     ]
     header = ["search", "run", "target length", "method", "candidates", "forward equivalents", "seconds"]
     curves = {
-        stage: {
-            run: (s.get("costs", range(1, len(s["curve"]) + 1)), np.array(s["curve"], float))
-            for run, s in by_run.items()
-        }
+        stage: {run: (s["costs"], np.array(s["curve"], float)) for run, s in by_run.items()}
         for stage, by_run in found.items()
     }
     parts = [

@@ -9,19 +9,17 @@ from longrope_jax.report import plots
 from longrope_jax.report.tables import picture
 
 Summary = dict[str, Any]
-"""What a search stage leaves, and the factors it found. Those of earlier versions know no costs, races and held-out
-documents.
-"""
+"""The summary of a search stage with the factors it found."""
 
 
 def search_figures(search: Summary) -> dict[str, Figure]:
     """By name: how the search converged and, where it was judged on held-out documents, how they differ."""
-    stage, costs = search["stage"], search.get("costs")
+    stage, costs = search["stage"], search["costs"]
     curve = np.array(search["curve"], float)
     # Of other methods nobody has to know which candidates were the first ones.
-    population = search["population"] if search.get("method", "evolution") == "evolution" else None
+    population = search["population"] if search["method"] == "evolution" else None
     figures = {f"convergence_{stage}": plots.search_convergence(curve, search["seeds"], population, costs)}
-    if search.get("held_out"):
+    if search["held_out"]:
         spent = search["costs"][-1]
         figures[f"overfitting_{stage}"] = plots.search_overfitting(np.array(search["held_out"], float), spent)
     return figures
@@ -42,7 +40,7 @@ def search_section(search: Summary) -> list[str]:
         f"n_hat = {found['n_hat']}, lambda = {', '.join(f'{value:.2f}' for value in found['lam'])}\n",
         picture("search convergence", f"convergence_{stage}"),
     ]
-    if search.get("held_out"):
+    if search["held_out"]:
         parts += [_overfitting(search["held_out"]), picture("overfitting", f"overfitting_{stage}")]
     return parts
 
@@ -51,8 +49,6 @@ def _cost(search: Summary) -> str:
     scoring = search["objective_seconds"] / search["seconds"]
     time = f"in {search['seconds']:.1f} s, {100 * scoring:.1f} % of it scoring candidates"
     count = search["evaluations"]
-    if "costs" not in search:
-        return f"{count} candidates {time}."
     read = float(np.minimum(np.diff(search["costs"], prepend=0), 1).sum())  # what is above 1 are steps of a descent
     steps = search["costs"][-1] - read
     told = f"{count} candidates for {read + steps:.1f} forward equivalents (1 is a candidate on all search documents)"

@@ -1,7 +1,7 @@
 """What a search has scored so far: every candidate with its genes, its score, where it came from and what it cost."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -136,21 +136,6 @@ def unscored(
         np.zeros(count, int),
         np.broadcast_to(np.asarray(restart, int), count).copy(),
     )
-
-
-def as_if_now(saved: Mapping[str, np.ndarray], documents: int, mscale: float) -> SearchState:
-    """A state from its saved fields. An earlier version had no documents, whose losses are not known then, and one
-    temperature; another one told restarts as islands.
-
-    Args:
-        saved: field -> array, lam [N, D/2] and so on, see `SearchState`.
-        documents: how many the search has.
-        mscale: the temperature of all candidates where none is saved.
-    """
-    saved = {{"island": "restart"}.get(name, name): values for name, values in saved.items()}
-    count = len(saved["n_hat"])
-    genes = Genes(saved["lam"], saved["n_hat"], np.full(count, mscale), np.zeros(count))
-    return dataclasses.replace(unscored(genes, "seed", documents), **{"cost": np.ones(count), **saved})
 
 
 def scored(candidates: SearchState, score: Score, standing: Standing | None, iteration: int) -> SearchState:

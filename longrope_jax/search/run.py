@@ -17,7 +17,7 @@ from longrope_jax.rope import RopeFactors, Trained
 from longrope_jax.runtime import preemption, records
 from longrope_jax.runtime.checkpoints import Checkpoints
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.search.candidates import as_if_now, describe
+from longrope_jax.search.candidates import SearchState, describe
 from longrope_jax.search.descents import Descents
 from longrope_jax.search.find import prepare
 from longrope_jax.search.methods import plan, search
@@ -36,7 +36,7 @@ class SearchResult(NamedTuple):
         curve: the best score so far after every candidate.
         costs: forward equivalents spent until then, 1 for a candidate on all documents.
         seeds: score of every seed.
-        dropped: candidates that a race did not read in full; of those from an earlier version that is not known.
+        dropped: candidates that a race did not read in full.
         held_out: (forward equivalents, score, NLL on held-out documents) of the best so far, whenever it changed from
             one iteration to the next.
         documents: names of the search documents, by term of the objective.
@@ -97,8 +97,7 @@ def run_search(
         state, spent = None, {"seconds": 0.0, "objective_seconds": 0.0}
         if (latest := checkpoints.latest()) is not None:
             items, spent = checkpoints.restore(latest)
-            saved = jax.tree.map(np.asarray, items["population"])
-            state = as_if_now(saved, len(objective.weights), float(trained.factors.mscale))
+            state = SearchState(**jax.tree.map(np.asarray, items["population"]))
         known = 0 if state is None else len(state)
         records.keep(log, lambda record: record["stage"] != stage or record["candidate"] < known, {"candidate": int})
         total = settings.forward_equivalents(len(objective.blocks), len(space.n_hat))

@@ -13,14 +13,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from longrope_jax import json_files
 from longrope_jax.rope import RopeFactors
 from longrope_jax.runtime import preemption, processes, records
 from longrope_jax.search.candidates import Score, Scores
 from longrope_jax.search.objective import Objective
 from longrope_jax.search.racing import Standing, informative_first, judge
 
-_RECORD = {"candidate": str, "block": int, "nll": [float]}
+_RECORD = {"candidate": str, "block": int, "nll": [float], "documents_at_once": int}
 _KEEP_EVERY = 30.0  # seconds; an object store takes a second for the file, a small model milliseconds for a candidate
 
 Losses = Callable[[int, RopeFactors], Float[np.ndarray, "C B"]]
@@ -82,10 +81,8 @@ def kept(losses: Losses, path: epath.Path, stage: str, documents_at_once: int = 
     processes.wait_for_all(f"{stage}: scores")
     known = {
         (record["candidate"], record["block"]): record["nll"]
-        for record in records.read(path)
-        if record["stage"] == stage
-        and record.get("documents_at_once") == documents_at_once
-        and json_files.fits(record, _RECORD)  # an earlier version's are not
+        for record in records.of_stage(path, stage, _RECORD)
+        if record["documents_at_once"] == documents_at_once
     }
     told, fresh, written = {"stage": stage, "documents_at_once": documents_at_once}, [], time.monotonic()
 

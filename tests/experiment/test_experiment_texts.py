@@ -63,5 +63,5 @@ def test_a_text_that_changes_is_named_with_its_section(two_texts, folder, monkey
     with pytest.raises(ValueError, match="^config.data_more is missing, the text that config.evaluate.data names"):
         experiment.prepare(change(config, "evaluate.data", "data_more"), workdir)
     # A stage that reads none of it is not bound by it.
-    begun = json.loads((workdir / "stages" / "pretrain.begun.json").read_text())
-    assert set(begun) == {"model", "data", "pretrain", "stages before pretrain"}
+    fingerprint = json.loads((workdir / "stages" / "pretrain.started.json").read_text())
+    assert set(fingerprint) == {"format", "model", "data", "pretrain", "stages before pretrain"}

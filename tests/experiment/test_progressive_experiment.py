@@ -1,7 +1,6 @@
 """The paper's recipe, small: what it leaves, and which factors are used where."""
 
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -18,24 +17,6 @@ from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.loop import load_params
 
 
-def test_work_directories_of_earlier_versions_go_on(progressive_config, copied, monkeypatch):
-    """They noted the one text of every stage, with two fields, and that a stage has a section of text nowhere; and how
-    devices did the work.
-    """
-    forbid_work(monkeypatch)
-    for path in (copied / "stages").glob("*.begun.json"):
-        begun, stage = json.loads(path.read_text()), path.name.split(".")[0]
-        begun[stage].pop("data", None)
-        begun["data"] = {"folder": progressive_config.data.folder, "suffix": ""}
-        begun["model"] |= {"attention": "blockwise", "remat": "nothing_saveable"}
-        begun[stage] |= {"accumulate": 2, "tokens_at_once": 4096} if stage in ("pretrain", "evaluate") else {}
-        path.write_text(json.dumps(begun))
-    shutil.rmtree(copied / "tokens")
-    experiment.run(progressive_config, copied)
-    with pytest.raises(ValueError, match=r"differing: data.shares \(\[0.7, 0.1, 0.2\] there, \[0.6, 0.2, 0.2\] now\)$"):
-        experiment.prepare(change(progressive_config, "data.shares", (0.6, 0.2, 0.2)), copied)
-
-
 def test_how_devices_do_the_work_binds_no_work_directory(progressive_config, copied, monkeypatch):
     forbid_work(monkeypatch)
     changed = progressive_config
@@ -47,7 +28,7 @@ def test_how_devices_do_the_work_binds_no_work_directory(progressive_config, cop
         changed = change(changed, path, value)
     experiment.run(changed, copied)
     for stage in ("pretrain", "finetune_a"):
-        begun = json.loads((copied / "stages" / f"{stage}.begun.json").read_text())
+        begun = json.loads((copied / "stages" / f"{stage}.started.json").read_text())
         assert not {"attention", "remat"} & {*begun["model"], *begun[stage]} and begun["model"]["dtype"] == "float32"
     with pytest.raises(ValueError, match=r"differing: model.dtype \('float32' there, 'bfloat16' now\)$"):
         experiment.prepare(change(changed, "model.dtype", "bfloat16"), copied)

@@ -109,7 +109,7 @@ def make_state(folder: Path) -> list[str]:
     tokenizer.save(str(folder / "model" / "tokenizer.json"))
     with contextlib.redirect_stdout(None):
         experiment.run(_state_config(folder), folder / "run")
-    names = ("load.begun", "load", "table.begun", "table")
+    names = ("load.started", "load", "table.started", "table")
     return [*(f"run/stages/{name}.json" for name in names), "run/factors/table.json"]
 
 

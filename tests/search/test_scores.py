@@ -90,13 +90,6 @@ def test_a_fast_search_writes_seldom(path):
     assert records.read(path) == []
 
 
-def test_scores_of_earlier_versions_are_no_obstacle(path):
-    records.append(path, [{"stage": "search", "candidate": "0123456789abcdef", "nll": 1.0}])
-    asked = Counting()
-    scores.kept(asked, path, "search")(0, population(0, 1))
-    assert asked.asked == [(0, 1)]
-
-
 def test_a_search_that_goes_on_with_other_blocks_asks_again(path, at_once):
     """`documents_at_once` may change with the mesh; then blocks of the same number hold other documents."""
     terms, candidates = {"perplexity": tiny_model.make_term(4, 16)}, tiny_model.population()

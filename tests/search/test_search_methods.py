@@ -12,7 +12,7 @@ from longrope_jax.search.candidates import (
     OPERATORS,
     Genes,
     Scores,
-    as_if_now,
+    SearchState,
     describe,
     identities,
     joined,
@@ -170,7 +170,7 @@ def test_from_any_saved_state_every_method_goes_on_bit_for_bit(method, ramps):
     assert len(saved) == settings.moves and saved[-1] is whole
     for place, state in enumerate(saved, 1):
         # As from a checkpoint: a dict of arrays.
-        again = as_if_now({k: v.copy() for k, v in state.__dict__.items()}, DOCUMENTS, 1.0)
+        again = SearchState(**{k: v.copy() for k, v in state.__dict__.items()})
         jax.tree.map(np.testing.assert_array_equal, again, state)
         assert jax.tree.map(lambda leaf: leaf.dtype, again) == jax.tree.map(lambda leaf: leaf.dtype, state)
         score, more = Analytic(), []
@@ -187,18 +187,6 @@ def test_start_tokens_sweeps_all_numbers_of_every_seed():
         assert sorted(state.n_hat[same]) == [0, 2, 8]
         assert set(state.parents[same, 0]) == {-1, row}
     assert state.best().n_hat == 2
-
-
-def test_a_search_of_an_earlier_version_goes_on():
-    """It saved no documents, costs, temperatures, restarts or critical pairs."""
-    saved = []
-    search(moves_of(settings_of("evolution"), Analytic()), save=saved.append)
-    old = {name: getattr(saved[2], name) for name in ("lam", "n_hat", "nll", "parents", "operator", "iteration")}
-    state = search(moves_of(settings_of("evolution"), Analytic()), as_if_now(old, DOCUMENTS, 1.0))
-    wanted = search(moves_of(settings_of("evolution"), Analytic()))
-    for name in (*old, "mscale", "critical", "cost", "restart"):
-        np.testing.assert_array_equal(getattr(state, name), getattr(wanted, name))
-    assert np.isnan(state.documents[: len(saved[2])]).all() and np.isfinite(state.documents[len(saved[2]) :]).all()
 
 
 def test_every_candidate_is_told_with_where_it_came_from():

@@ -222,7 +222,7 @@ def _history(context: RunContext, name: str) -> dict[str, dict[str, Any]]:
 
 def _recorded(context: RunContext, stage: str) -> dict[str, Any]:
     """What was noted of a stage as it began: its settings, and the stages that it builds on."""
-    return json_files.read_object(context.workdir / "stages" / f"{stage}.begun.json")
+    return json_files.read_object(context.workdir / "stages" / f"{stage}.started.json")
 
 
 # What a report says of an export.

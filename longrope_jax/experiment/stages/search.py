@@ -127,15 +127,19 @@ def _entry(table: FactorTable, target: int) -> tuple[RopeFactors, int]:
     return table.select(length), int(min(boundary for boundary in table.boundaries if boundary >= length))
 
 
-# What a report says of every search, those of earlier versions among them.
+# The fields of a summary that reports read.
 _SUMMARY = {
     "target_length": int,
     "model": str,
     "documents": [str],
     "evaluations": int,
+    "method": str,
     "best_nll": float,
     "seeds": {str: float},
     "curve": [float],
+    "costs": [float],
+    "dropped": int,
+    "held_out": [[float]],
     "objective_seconds": float,
 }
 

@@ -32,21 +32,20 @@ def search_convergence(
     curve: Float[np.ndarray, "evaluations"],
     seeds: Mapping[str, float],
     population: int | None,
-    costs: Sequence[float] | None = None,
+    costs: Sequence[float],
 ) -> Figure:
-    """Best score so far against what was spent, the seeds as lines.
+    """Best score so far against the cost of the search, the seeds as lines.
 
     Args:
         curve: best NLL so far (nats per token).
         seeds: name -> NLL, None where it was not finite.
         population: how many candidates are population 0; None where there is no such thing.
-        costs: forward equivalents spent after every candidate; without them candidates are counted.
+        costs: forward equivalents spent after every candidate.
     """
     figure, (axes,) = new_figure(1, 3.2)
     seeds = {name: nll for name, nll in seeds.items() if nll is not None}
     ceiling = min(seeds.values(), default=curve[0])
-    spent = np.arange(1, len(curve) + 1) if costs is None else costs
-    axes.plot(spent, np.exp(curve), color=STYLES["longrope"]["color"], drawstyle="steps-post")
+    axes.plot(costs, np.exp(curve), color=STYLES["longrope"]["color"], drawstyle="steps-post")
     for name, nll in seeds.items():
         if nll < ceiling + np.log(_HEADROOM):  # the others would squeeze the curve into a line
             axes.axhline(np.exp(nll), color=STYLES.get(name, {}).get("color"), linewidth=1, linestyle="--")
@@ -55,12 +54,12 @@ def search_convergence(
                 xytext=(0, 3), textcoords="offset points", fontsize=8,
             )  # fmt: skip
     if population is not None and population <= len(curve):
-        end = spent[population - 1]
+        end = costs[population - 1]
         axes.axvline(end, color="black", linewidth=0.8, alpha=0.5)
         axes.annotate("population 0", (end, 0), xycoords=("data", "axes fraction"), xytext=(4, 6),
                       textcoords="offset points", fontsize=8)  # fmt: skip
     axes.set_ylim(np.exp(curve[-1]) / _HEADROOM, np.exp(ceiling) * _HEADROOM)
-    axes.set_xlabel("candidates evaluated" if costs is None else _SPENT)
+    axes.set_xlabel(_SPENT)
     axes.set_ylabel("best perplexity on the search documents")
     axes.set_title("Search convergence")
     return figure
