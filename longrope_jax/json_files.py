@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from etils import epath
 
@@ -12,6 +12,16 @@ Kind = Any
 """What a value has to be: a type; `[kind]`, a list of them; `{name: kind}`, an object with these fields at least;
 `{str: kind}`, an object of any fields. `float` is any number, or null, which stands for one that is not finite.
 """
+
+
+def is_number(value: Any, limit: float = 2**31) -> TypeGuard[int | float]:
+    """Whether a JSON value is a number whose magnitude is below the limit; true and false are no numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < limit
+
+
+def is_size(value: Any) -> TypeGuard[int]:
+    """Whether a JSON value is a positive whole number below 2^31, such as a number of tokens."""
+    return isinstance(value, int) and is_number(value) and value > 0
 
 
 def read_object(path: epath.PathLike, fields: Mapping[str, Kind] | None = None) -> dict[str, Any]:

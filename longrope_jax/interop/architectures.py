@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from longrope_jax.errors import shortened
+from longrope_jax.json_files import is_number, is_size
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, from_huggingface
 from longrope_jax.rope.huggingface import rope_type
@@ -75,8 +76,8 @@ def parse_config(config: Mapping[str, Any], **changes: Any) -> tuple[LlamaConfig
         problems.append("quantization_config: quantised weights are not supported")
     sizes: dict[str, Any] = {ours: _size(config, theirs, problems) for ours, theirs in _SIZES.items()}
     sizes["num_kv_heads"] = _size(config, "num_key_value_heads", problems, sizes["num_heads"] or 1)
-    if not _is_number(config.get("rms_norm_eps")):
-        problems.append(f"rms_norm_eps = {shortened(config.get('rms_norm_eps'))} must be a positive number")
+    if not is_number(eps := config.get("rms_norm_eps"), 1e30) or eps <= 0:
+        problems.append(f"rms_norm_eps = {shortened(eps)} must be a positive number")
     tied = config.get("tie_word_embeddings")
     if tied not in (None, True, False):
         problems.append(f"tie_word_embeddings = {shortened(tied)} must be true or false")
@@ -174,7 +175,7 @@ def _rotation(config: Mapping[str, Any], problems: list[str]) -> Rotation | None
         problems += _unsupported(place, "partial_rotary_factor", 1.0)
     original = _size(rope, _ORIGINAL, problems, max_length or 1)
     base = rope.get("rope_theta", 10000.0)
-    if not _is_number(base) or not base > 1:
+    if not is_number(base, 1e30) or base <= 1:
         problems.append(f"rope_theta = {shortened(base)} must be a number above 1")
     if problems:
         return None
@@ -203,14 +204,10 @@ def _size(config: Mapping[str, Any], name: str, problems: list[str], default: in
     """A positive whole number of a config; 0, and a problem more, where it is none."""
     value = config.get(name)
     value = default if value is None else value
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31:
+    if is_size(value):
         return value
     problems.append(f"{name} = {shortened(value)} must be a positive whole number")
     return 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
 
 
 def _refusal(problems: list[str]) -> ValueError:

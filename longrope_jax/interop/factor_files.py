@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from absl import logging
 from etils import epath
@@ -11,6 +11,7 @@ from longrope_jax.errors import shortened
 from longrope_jax.files import write_whole
 from longrope_jax.interop.architectures import parse_rotation
 from longrope_jax.interop.pretrained import read_config
+from longrope_jax.json_files import is_number, is_size
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import (
     FactorTable,
@@ -42,9 +43,9 @@ class LoadedFactors(NamedTuple):
 
     def check(self) -> "LoadedFactors":
         """Returns self; raises ValueError if a number makes no sense."""
-        if self.base is not None and not (_is_number(self.base) and 1 < self.base < 1e30):
+        if self.base is not None and not (is_number(self.base, 1e30) and self.base > 1):
             raise ValueError(f"rope_theta = {shortened(self.base)} must be a number above 1")
-        if self.original_length is not None and not _is_length(self.original_length):
+        if self.original_length is not None and not is_size(self.original_length):
             raise ValueError(f"original_length = {shortened(self.original_length)} must be a positive number of tokens")
         return self
 
@@ -158,7 +159,7 @@ def _ours(path: epath.Path, content: dict[str, Any], target_length: int | None, 
     boundary = metadata.get("target_length") if target_length is None else target_length
     if boundary is None:
         raise ValueError("up to how many tokens are these factors good? Give a target_length")
-    if not _is_length(boundary):
+    if not is_size(boundary):
         raise ValueError(f"target_length = {shortened(boundary)} must be a positive number of tokens")
     return LoadedFactors(FactorTable.of({boundary: load_factors(path, head_dim)}), base, original)
 
@@ -176,16 +177,16 @@ def _snippet(content: Mapping[str, Any]) -> LoadedFactors:
             "give its whole config.json"
         )
     original = content.get(_ORIGINAL, rope.get(_ORIGINAL))
-    if not _is_length(original):
+    if not is_size(original):
         raise ValueError(f"{_ORIGINAL} = {shortened(original)} must be a positive number of tokens")
     longest, factor = content.get("max_position_embeddings"), rope.get("factor")
     if longest is None:
-        if not _is_number(factor) or not factor >= 1:
+        if not is_number(factor) or factor < 1:
             raise ValueError(
                 f"factor = {shortened(factor)} must be 1 or more, where there is no max_position_embeddings"
             )
         longest = round(factor * original)
-    if not _is_length(longest) or longest < original:
+    if not is_size(longest) or longest < original:
         raise ValueError(
             f"max_position_embeddings = {shortened(longest)} must be a number of tokens, {original} or more"
         )
@@ -212,7 +213,7 @@ def _for_config(found: LoadedFactors) -> dict[str, Any]:
 
 def _write_csv(path: epath.Path, table: FactorTable, length: int | None) -> None:
     length = int(table.boundaries[-1]) if length is None else length
-    if not _is_length(length):
+    if not is_size(length):
         raise ValueError(f"length = {length!r} must be a positive number of tokens")
     save_factors(path, table.select(length))
     if len(table.boundaries) > 1:
@@ -222,11 +223,3 @@ def _write_csv(path: epath.Path, table: FactorTable, length: int | None) -> None
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_length(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31

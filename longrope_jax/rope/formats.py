@@ -12,6 +12,7 @@ from etils import epath
 
 from longrope_jax.errors import shortened
 from longrope_jax.files import write_whole
+from longrope_jax.json_files import is_number
 from longrope_jax.rope.factors import FactorTable, RopeFactors
 
 _FORMAT = "longrope_jax.factors"
@@ -102,7 +103,7 @@ def load_table(path: epath.PathLike, head_dim: int | None = None) -> FactorTable
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError("entries must be a list of objects")
         for entry in entries:
-            if not _is_number(entry.get("boundary")):
+            if not is_number(entry.get("boundary")):
                 raise ValueError(f"boundary = {shortened(entry.get('boundary'))} must be a number below 2^31")
         if len({entry["boundary"] for entry in entries}) < len(entries):
             raise ValueError("a boundary occurs twice")
@@ -150,11 +151,11 @@ def _from_content(content: dict[str, Any]) -> RopeFactors:
     if missing:
         raise ValueError(f"{sorted(missing)} missing")
     lam, n_hat, mscale = content["lam"], content["n_hat"], content["mscale"]
-    if not isinstance(lam, list) or not all(_is_number(value) for value in lam):
+    if not isinstance(lam, list) or not all(is_number(value) for value in lam):
         raise ValueError("lam must be a list of numbers below 2^31")
-    if not _is_number(n_hat):
+    if not is_number(n_hat):
         raise ValueError(f"n_hat = {shortened(n_hat)} must be a number below 2^31")
-    if not _is_number(mscale):
+    if not is_number(mscale):
         raise ValueError(f"mscale = {shortened(mscale)} must be a number")
     return _factors(lam, n_hat, mscale)
 
@@ -184,10 +185,6 @@ def _from_numbers(numbers: list[float], head_dim: int | None) -> RopeFactors:
     if not has_n_hat:
         return _factors(numbers, 0, 1.0)
     return _factors(numbers[1:], numbers[0], 1.0)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
 
 
 def _factors(lam: list[float], n_hat: float, mscale: float) -> RopeFactors:

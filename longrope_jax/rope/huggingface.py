@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from longrope_jax.errors import shortened
+from longrope_jax.json_files import is_number
 from longrope_jax.rope.factors import FactorTable, RopeFactors
 from longrope_jax.rope.methods import linear, llama3, longrope_mscale, unscaled, yarn
 
@@ -133,7 +134,7 @@ def _longrope(parameters: Mapping[str, Any], head_dim: int, max_length: int) -> 
     found = {}
     for name in ("short_factor", "long_factor"):
         lam = parameters.get(name)
-        if not isinstance(lam, list | tuple) or len(lam) != head_dim // 2 or not all(map(_is_number, lam)):
+        if not isinstance(lam, list | tuple) or len(lam) != head_dim // 2 or not all(map(is_number, lam)):
             raise ValueError(f"{name} must be a list of {head_dim // 2} numbers, half of the head dimension")
         found[name] = RopeFactors(np.asarray(lam, np.float32), np.int32(0), mscale)
     if original >= max_length:  # no sequence is long
@@ -165,12 +166,8 @@ def _number(parameters: Mapping[str, Any], name: str, default: float | None = No
     value: Any = parameters.get(name)
     if value is None and default is not None:
         return float(default)
-    if not _is_number(value) or not value > 0:
+    if not is_number(value) or value <= 0:
         raise ValueError(
             f"{name} = {shortened(value)} must be a positive number for rope_type = {shortened(rope_type(parameters))}"
         )
     return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
