@@ -1,6 +1,6 @@
-"""Endless batches to train on. What is in step k depends on the arguments and on k alone.
+"""Endless training batches. The batch of step k depends only on the arguments and k.
 
-So the state of an iterator is the number of the next step: exact, and the same for any number of processes.
+So the state of an iterator is the number of the next step: it is exact, and the same for any number of processes.
 """
 
 import math
@@ -17,15 +17,15 @@ from longrope_jax.data.corpus import Document
 from longrope_jax.data.sequences import Batch, DisjointWindows, NeedleRows, PackedPieces, Pieces, cut, pack, segments
 from longrope_jax.data.tokenizer import Tokenizer
 
-# A batch is read from local files faster than it is used, so two that wait are enough; long ones are large.
+# Reading a batch from local files is faster than a step, so a buffer of two is enough; long batches are large.
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 class Needles(NamedTuple):
-    """That some sequences are to be needle prompts with their answers, see `NeedleRows`.
+    """Mixes needle prompts with their answers into the batches, see `NeedleRows`.
 
     Attributes:
-        share: of all sequences, in [0, 1].
+        share: their share of all sequences, in [0, 1].
         tokenizer: the one that made the documents.
     """
 
@@ -41,23 +41,23 @@ def pretraining_batches(
     process: tuple[int, int] = (0, 1),
     needles: Needles | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Batches of disjoint windows, all documents' windows reshuffled in every epoch, and of needles if asked for.
+    """Batches of disjoint windows, reshuffled in every epoch, and optionally of needles.
 
     Args:
-        documents: what to train on.
+        documents: the training documents.
         length: tokens of a sequence, and its context window.
-        batch: sequences a step, those of all processes together.
+        batch: sequences per step, of all processes together.
         seed: of the order.
-        process: (index, count). Each process loads rows of its own; one after the other, they are the whole batch.
-        needles: which share is needles, met exactly and evenly as `finetuning_batches` meets its own. No two of them
-            are the same, so they have no epochs; windows have theirs among themselves.
+        process: (index, count). Each process loads its own rows; concatenated, they are the whole batch.
+        needles: the share of needles, exact and even as `long_share` of `finetuning_batches`. Every needle is new, so
+            only windows have epochs.
 
     Returns:
-        An iterator whose `get_state()` is a small dict of numbers; `set_state()` goes on from exactly there.
+        An iterator whose `get_state()` is a small dict of numbers; `set_state()` resumes exactly there.
 
     Raises:
-        ValueError: fewer windows than a batch takes, a batch that the processes cannot share evenly, a share outside
-            [0, 1], or needles that are not for this length or these documents.
+        ValueError: fewer windows than a batch needs, a batch that the processes cannot share evenly, a share outside
+            [0, 1], or needles that do not fit this length or these documents.
     """
     share = _share("needle_share", needles.share) if needles else Fraction(0)
     kinds = []
@@ -83,32 +83,32 @@ def finetuning_batches(
     long_share: float,
     process: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator[Batch]:
-    """Batches to extend a context window with: long sequences, mixed with some for the original window.
+    """Batches to finetune for a longer context: long sequences, mixed with some for the original context window.
 
-    A long sequence is a segment that one document fills, between BOS and EOS (LongRoPE, arXiv 2402.13753, section 4.1),
-    or if `packed` as many pieces of documents as fit, so that no text is left out. A short one is the same `length` of
-    pieces that fit the original window (mixed context window training, LongRoPE2, arXiv 2502.20082, section 3.3).
-    Pieces that share a sequence have segment ids, and positions that begin anew: none may attend to another.
+    A long sequence is a segment of one document, between BOS and EOS (LongRoPE, arXiv 2402.13753, section 4.1); if
+    `packed`, it has as many pieces of documents as fit, and no text is dropped. A short sequence has the same `length`,
+    packed with pieces that fit the original window (mixed context window training, LongRoPE2, arXiv 2502.20082, section
+    3.3). Pieces in one sequence have segment ids, and positions from 0: none may attend to another.
 
     Args:
-        documents: what to train on; each begins with BOS and ends with EOS.
+        documents: the training documents; each begins with BOS and ends with EOS.
         length: tokens of a sequence, and the context window of the long ones.
         original_length: the context window of the short ones.
-        batch: sequences a step, those of all processes together.
-        seed: of the order, and of which pieces share a sequence.
-        bos, eos: tokens to begin and end a piece with.
+        batch: sequences per step, of all processes together.
+        seed: of the order and of the packing.
+        bos, eos: tokens that begin and end a piece.
         packed: whether long sequences are packed too.
-        long_share: long sequences among all, met exactly and evenly: the first n steps hold n * batch * long_share,
-            rounded down. Long and short sequences have epochs of their own.
-        process: (index, count). Each process loads rows of its own; one after the other, they are the whole batch.
+        long_share: share of long sequences, exact and even: the first n steps hold n * batch * long_share of them,
+            rounded down. Long and short sequences have separate epochs.
+        process: (index, count). Each process loads its own rows; concatenated, they are the whole batch.
 
     Returns:
-        An iterator whose `get_state()` is a small dict of numbers; `set_state()` goes on from exactly there. Segment
-        ids are None where every sequence is one segment: not `packed`, and a share of 1.
+        An iterator whose `get_state()` is a small dict of numbers; `set_state()` resumes exactly there. Segment ids are
+        None if every sequence is one segment: not `packed`, and a share of 1.
 
     Raises:
         ValueError: a share outside [0, 1], an original window above `length`, no document that fills a segment, fewer
-            sequences than a batch takes, or a batch that the processes cannot share evenly.
+            sequences than a batch needs, or a batch that the processes cannot share evenly.
     """
     share = _share("long_share", long_share)
     if not 2 <= original_length <= length:
@@ -126,14 +126,14 @@ def finetuning_batches(
         epochs.append(_epochs(long, seed))
     sequences = _mixed(epochs, share)
     if share == 1 and not packed:
-        sequences = sequences.map(lambda row: row._replace(segment_ids=None))  # they would mask nothing
+        sequences = sequences.map(lambda row: row._replace(segment_ids=None))  # one segment needs no mask
     return _batches(sequences, batch, process)
 
 
 def _packed(
     documents: Sequence[Document], window: int, length: int, seed: int
 ) -> tuple[Pieces, Sequence[Sequence[int]]]:
-    """All text in pieces for the window, and which of them share a sequence."""
+    """All text in pieces for the window, and the pieces of every sequence."""
     pieces = cut(documents, window)
     bins = pack(pieces.sizes, length, seed)
     filled = pieces.sizes.sum() / max(1, len(bins) * length)
@@ -145,7 +145,7 @@ def _packed(
 
 
 def _one_each(documents: Sequence[Document], length: int) -> tuple[Pieces, Sequence[Sequence[int]]]:
-    """All segments that documents fill, each a sequence."""
+    """All segments that documents fill, one per sequence."""
     pieces = segments(documents, length)
     count = len(pieces.sizes)
     if not count:
@@ -158,7 +158,7 @@ def _one_each(documents: Sequence[Document], length: int) -> tuple[Pieces, Seque
 
 
 def _check_enough(documents: Sequence[Document], held: str, count: int, batch: int, share: Fraction | int = 1) -> None:
-    """Refuses a batch that would hold a sequence twice: `share` of it come from `count` different ones."""
+    """Raises ValueError if a batch would hold a sequence twice: `share` of it comes from `count` sequences."""
     needed = math.ceil(share * batch)
     if count < needed:
         what = f"a batch of {batch}" if share == 1 else f"the {needed} that a batch of {batch} takes"
@@ -168,18 +168,18 @@ def _check_enough(documents: Sequence[Document], held: str, count: int, batch: i
 def _share(name: str, share: float) -> Fraction:
     if not 0 <= share <= 1:
         raise ValueError(f"{name} = {share} must lie in [0, 1]")
-    return Fraction(str(share))  # 0.3 is three tenths here, not the binary number next to it
+    return Fraction(str(share))  # exactly 3/10 for 0.3, not the nearest binary number
 
 
 def _mixed(kinds: Sequence[grain.MapDataset[Batch]], share: Fraction) -> grain.MapDataset[Batch]:
-    """Sequences of two kinds, `share` of them of the second; a kind that has no share is not among `kinds`."""
+    """Mixes two kinds of sequences, `share` of the second; with one kind there is nothing to mix."""
     return kinds[0] if len(kinds) == 1 else grain.MapDataset.select_from_datasets(kinds, _Mixture(share))
 
 
 class _Mixture(grain.transforms.DatasetSelectionMap):
-    """Sequence k -> (1, its number among the second kind) or (0, its number among the first).
+    """Sequence k -> (1, index in the second kind) or (0, index in the first).
 
-    Counts that are rounded down anew for every k spread the second kind evenly, with no error that adds up.
+    The count of the second kind is k * share, rounded down for every k: it is spread evenly and errors do not add up.
     """
 
     def __init__(self, share: Fraction):
@@ -195,15 +195,15 @@ class _Mixture(grain.transforms.DatasetSelectionMap):
 
 
 def _epochs(source: grain.sources.RandomAccessDataSource, seed: int) -> grain.MapDataset[Batch]:
-    """The rows of a source without end, shuffled anew in every epoch."""
+    """The rows of a source, endlessly, reshuffled in every epoch."""
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
 
 def _batches(sequences: grain.MapDataset[Batch], batch: int, process: tuple[int, int]) -> grain.DatasetIterator[Batch]:
-    """The iterator of one process over its part of every batch."""
+    """The iterator of one process over its rows of every batch."""
     index, count = process
     if batch % count:
         raise ValueError(f"batch = {batch} must be divisible by the number of processes, {count}")
-    # Endless, so nothing remains to be dropped; but keeping a remainder would overflow the endless length.
+    # The source is endless, so nothing is dropped; keeping a remainder would overflow its length.
     parts = sequences.batch(batch // count, drop_remainder=True)
     return iter(parts[index::count].to_iter_dataset(_READ_AHEAD))

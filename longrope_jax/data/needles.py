@@ -1,8 +1,8 @@
-"""Prompts that hide a number far from where it is asked for: the passkey test, and needles in real text.
+"""Retrieval prompts: a number is hidden in a long text. The passkey test, and needles in real text.
 
-A prompt is instruction, haystack, needle, the rest of the haystack, question, and has exactly as many tokens as were
-asked for. The parts are tokenized one by one and begin and end where lines do, so that they read like one text to any
-tokenizer; it is the haystack, at its far end, that is cut to fit.
+A prompt is: instruction, haystack, needle, rest of the haystack, question. It has exactly the requested number of tokens:
+the haystack is truncated to fit. Each part is tokenized alone, and begins and ends with a line, so that any tokenizer
+makes the same tokens of the whole text.
 """
 
 from collections.abc import Sequence
@@ -21,18 +21,18 @@ CITIES = (
 )  # fmt: skip
 PASSKEY_DIGITS = 5
 NEEDLE_DIGITS = 7
-_REMARK_TOKENS = 10  # of an answer, beside the number: quotation marks, or digits too many, which make it a wrong one
+_EXTRA_TOKENS = 10  # of an answer beside the number: quotation marks, or too many digits, which make the answer wrong
 
 
 class Prompt(NamedTuple):
-    """A question whose answer lies somewhere before it.
+    """A question whose answer is hidden in the text before it.
 
     Attributes:
-        tokens: ends where the answer has to follow.
+        tokens: the prompt; the answer follows it.
         answer: the digits.
         answer_tokens: the answer as the tokens that follow `tokens`.
-        depth: how much of the haystack is before the needle, from 0 to 1.
-        start: where in `tokens` the needle begins.
+        depth: share of the haystack before the needle, from 0 to 1.
+        start: index of the needle's first token in `tokens`.
     """
 
     tokens: Int[np.ndarray, "tokens"]
@@ -47,7 +47,8 @@ def passkey(length: int, tokenizer: Tokenizer, rng: np.random.Generator, depth: 
 
     Args:
         length: tokens of the prompt.
-        depth: where the number is, a share of the filler; None draws it uniformly. It goes to the end of a sentence.
+        depth: where the number is, as a share of the filler; None draws it uniformly. It is rounded to the nearest end of
+            a sentence.
 
     Raises:
         ValueError: the length does not hold the fixed parts.
@@ -62,25 +63,25 @@ def passkey(length: int, tokenizer: Tokenizer, rng: np.random.Generator, depth: 
         "\nWhat is the pass key? The pass key is",
         answer,
     )
-    room = parts.room(length, "passkey")
+    room = parts.haystack_size(length, "passkey")
     once = _encode(tokenizer, FILLER)
     again = _encode(tokenizer, f"{FILLER} {FILLER}")[len(once) :]  # with what a tokenizer makes of the space
     haystack = np.concatenate([once, np.tile(again, room // len(again) + 1)])[:room]
-    return _hide(parts, haystack, depth, tokenizer)
+    return _insert_needle(parts, haystack, depth, tokenizer)
 
 
 def needle(
     length: int, depth: float, tokenizer: Tokenizer, rng: np.random.Generator, documents: Sequence[Document]
 ) -> Prompt:
-    """A sentence with a 7-digit number in a stretch of one of the documents (LongRoPE2, arXiv 2502.20082, sec. 3.3).
+    """A sentence with a 7-digit number, hidden in text of one document (LongRoPE2, arXiv 2502.20082, sec. 3.3).
 
     Args:
         length: tokens of the prompt.
-        depth: where the sentence is, a share of the stretch; it goes to the nearest end of a sentence or a line.
-        documents: made by the same tokenizer. One that is long enough is drawn, and a stretch of it.
+        depth: where the sentence is, as a share of the text; it is rounded to the nearest end of a sentence or a line.
+        documents: made by the same tokenizer. One that is long enough is drawn, and a part of it.
 
     Raises:
-        ValueError: the length does not hold the fixed parts, or no document is as long as the stretch.
+        ValueError: the length does not hold the fixed parts, or no document is long enough.
     """
     answer, city = _number(rng, NEEDLE_DIGITS), CITIES[rng.integers(len(CITIES))]
     parts = _Parts.of(
@@ -90,60 +91,64 @@ def needle(
         f"\nWhat is the magic number of {city}? The magic number of {city} is",
         answer,
     )
-    return _hide(parts, _stretch(parts, length, "needle", tokenizer, rng, documents), depth, tokenizer)
+    return _insert_needle(parts, _sample_haystack(parts, length, "needle", tokenizer, rng, documents), depth, tokenizer)
 
 
 def needle_cloze(
     length: int, depth: float, tokenizer: Tokenizer, rng: np.random.Generator, documents: Sequence[Document]
 ) -> Prompt:
-    """The same without instruction and question: the needle's sentence begins again at the end, to be completed.
+    """`needle` without instruction and question: the prompt ends with the beginning of the needle's sentence.
 
-    For models that only continue text, and for short windows: all but the text takes 70 bytes or less. The number's 7
-    digits are all different: what follows one is then told by it alone, which the tiniest models learn to look up in a
-    fraction of the time (they do not know long what to make of 4 in 4147263).
+    For models that only continue text, and for short windows: everything but the text takes at most 70 bytes. The 7
+    digits are all different, so each digit determines the next one; tiny models learn this lookup much faster.
 
-    Arguments are those of `needle`.
+    Args:
+        length: tokens of the prompt.
+        depth: see `needle`.
+        documents: see `needle`.
 
     Raises:
         ValueError: as for `needle`.
     """
     parts = _draw_cloze(tokenizer, rng)
-    return _hide(parts, _stretch(parts, length, "needle_cloze", tokenizer, rng, documents), depth, tokenizer)
+    return _insert_needle(
+        parts, _sample_haystack(parts, length, "needle_cloze", tokenizer, rng, documents), depth, tokenizer
+    )
 
 
 def cloze_example(
     length: int, tokenizer: Tokenizer, rng: np.random.Generator, documents: Sequence[Document]
 ) -> Int[np.ndarray, "length"]:
-    """A prompt as `needle_cloze` makes them, at a random depth, and its answer: `length` tokens to train on.
+    """A training example of `length` tokens: a prompt of `needle_cloze`, at a random depth, and its answer.
 
-    In every other one that has room for it the needle stands twice. That is twice as much to look up, since the second
-    can be told from the first, and models learn it so much sooner.
+    In about half of the examples (if there is room) the needle occurs twice. The second occurrence can be predicted from
+    the first, so these examples train the lookup twice, and models learn it sooner.
 
     Raises:
         ValueError: as for `needle`.
     """
     parts, depth = _draw_cloze(tokenizer, rng), float(rng.uniform())
     asked, more = length - len(parts.answer_tokens), len(parts.needle)
-    if rng.integers(2) and asked >= parts.fixed + more:
-        text = _stretch(parts, asked - more, "needle_cloze", tokenizer, rng, documents)
-        place = _nearest_break(text, int(rng.integers(len(text) + 1)), tokenizer)
+    if rng.integers(2) and asked >= parts.fixed_size + more:
+        text = _sample_haystack(parts, asked - more, "needle_cloze", tokenizer, rng, documents)
+        place = _nearest_boundary(text, int(rng.integers(len(text) + 1)), tokenizer)
         text = np.concatenate([text[:place], parts.needle, text[place:]])
     else:
-        text = _stretch(parts, asked, "needle_cloze", tokenizer, rng, documents)
-    prompt = _hide(parts, text, depth, tokenizer)
+        text = _sample_haystack(parts, asked, "needle_cloze", tokenizer, rng, documents)
+    prompt = _insert_needle(parts, text, depth, tokenizer)
     return np.concatenate([prompt.tokens, prompt.answer_tokens])
 
 
 def cloze_size(tokenizer: Tokenizer) -> int:
-    """How many tokens a prompt of `needle_cloze` and its answer take at most, with no text around the needle."""
+    """Upper bound on the tokens of a prompt of `needle_cloze` and its answer, without the haystack."""
     largest = [_cloze(tokenizer, city, "8" * NEEDLE_DIGITS) for city in CITIES]
-    return max(len(parts.answer_tokens) + parts.fixed for parts in largest)
+    return max(len(parts.answer_tokens) + parts.fixed_size for parts in largest)
 
 
-def answer_room(task: str, tokenizer: Tokenizer) -> int:
-    """How many tokens a model may take for the answer, to the task "passkey", "needle" or "needle_cloze"."""
+def max_answer_tokens(task: str, tokenizer: Tokenizer) -> int:
+    """How many tokens a model may generate as the answer to the task "passkey", "needle" or "needle_cloze"."""
     digits = {"passkey": PASSKEY_DIGITS, "needle": NEEDLE_DIGITS, "needle_cloze": NEEDLE_DIGITS}[task]
-    return len(_encode(tokenizer, " " + "8" * digits)) + _REMARK_TOKENS
+    return len(_encode(tokenizer, " " + "8" * digits)) + _EXTRA_TOKENS
 
 
 class _Parts(NamedTuple):
@@ -163,22 +168,22 @@ class _Parts(NamedTuple):
             _encode(tokenizer, needle),
             asked,
             answer,
-            # Of the answer by itself a tokenizer may make something else than of an answer after the question.
+            # A tokenizer may encode the answer alone differently than after the question.
             _encode(tokenizer, f"{question} {answer}")[len(asked) :],
         )
 
     @property
-    def fixed(self) -> int:
-        """Tokens of a prompt without a haystack."""
+    def fixed_size(self) -> int:
+        """Tokens of a prompt without its haystack."""
         return len(self.instruction) + len(self.needle) + len(self.question)
 
-    def room(self, length: int, task: str) -> int:
-        """Tokens that are left for the haystack."""
-        if length < self.fixed:
+    def haystack_size(self, length: int, task: str) -> int:
+        """Tokens that remain for the haystack; raises ValueError if the length is too short."""
+        if length < self.fixed_size:
             raise ValueError(
-                f"length = {length} tokens is too short for a {task} prompt, whose fixed parts take {self.fixed}"
+                f"length = {length} tokens is too short for a {task} prompt, whose fixed parts take {self.fixed_size}"
             )
-        return length - self.fixed
+        return length - self.fixed_size
 
 
 def _draw_cloze(tokenizer: Tokenizer, rng: np.random.Generator) -> _Parts:
@@ -188,11 +193,11 @@ def _draw_cloze(tokenizer: Tokenizer, rng: np.random.Generator) -> _Parts:
 
 
 def _cloze(tokenizer: Tokenizer, city: str, answer: str) -> _Parts:
-    begun = f"\nThe magic number of {city} is"
-    return _Parts.of(tokenizer, "", f"{begun} {answer}.\n", begun, answer)
+    statement = f"\nThe magic number of {city} is"
+    return _Parts.of(tokenizer, "", f"{statement} {answer}.\n", statement, answer)
 
 
-def _stretch(
+def _sample_haystack(
     parts: _Parts,
     length: int,
     task: str,
@@ -200,9 +205,9 @@ def _stretch(
     rng: np.random.Generator,
     documents: Sequence[Document],
 ) -> np.ndarray:
-    """As much text of one document as fills the prompt; which document and where is drawn."""
-    room = parts.room(length, task)
-    # Which are long enough is seen without reading them, but for the few where it depends on their markers.
+    """Text of one document that fills the prompt; the document and the place are drawn."""
+    room = parts.haystack_size(length, task)
+    # The length decides without reading the tokens, except where it depends on BOS and EOS.
     fitting = [tokens for tokens in (document.tokens for document in documents) if len(tokens) >= room]
     fitting = [tokens for tokens in fitting if len(tokens) >= room + 2 or len(_text(tokens, tokenizer)) >= room]
     if not fitting:
@@ -218,28 +223,28 @@ def _stretch(
     return tokens[start : start + room]
 
 
-def _hide(parts: _Parts, haystack: np.ndarray, depth: float, tokenizer: Tokenizer) -> Prompt:
+def _insert_needle(parts: _Parts, haystack: np.ndarray, depth: float, tokenizer: Tokenizer) -> Prompt:
     if not 0 <= depth <= 1:
         raise ValueError(f"depth = {depth} must lie between 0 and 1")
-    place = _nearest_break(haystack, round(depth * len(haystack)), tokenizer)
+    place = _nearest_boundary(haystack, round(depth * len(haystack)), tokenizer)
     before = np.concatenate([parts.instruction, haystack[:place]])
     tokens = np.concatenate([before, parts.needle, haystack[place:], parts.question]).astype(np.int32)
     return Prompt(tokens, parts.answer, parts.answer_tokens, place / max(len(haystack), 1), len(before))
 
 
-def _nearest_break(tokens: np.ndarray, wanted: int, tokenizer: Tokenizer) -> int:
-    """The index nearest to `wanted` before which a sentence or a line ends; both ends of the text are such."""
+def _nearest_boundary(tokens: np.ndarray, wanted: int, tokenizer: Tokenizer) -> int:
+    """The index nearest to `wanted` where a sentence or a line has just ended; both ends of the text count too."""
     for distance in range(len(tokens)):
         for place in (wanted - distance, wanted + distance):
-            if place in (0, len(tokens)) or (0 < place < len(tokens) and _is_break(tokens, place, tokenizer)):
+            if place in (0, len(tokens)) or (0 < place < len(tokens) and _is_boundary(tokens, place, tokenizer)):
                 return place
-    return wanted  # no text at all
+    return wanted  # the text is empty
 
 
-def _is_break(tokens: np.ndarray, place: int, tokenizer: Tokenizer) -> bool:
+def _is_boundary(tokens: np.ndarray, place: int, tokenizer: Tokenizer) -> bool:
     before, both = tokenizer.decode(tokens[place - 1 : place]), tokenizer.decode(tokens[place - 1 : place + 1])
-    # The space tells a sentence's end from the dot in 3.14. The token after the border has it, or the one before; and
-    # a decoder may leave it out at the beginning of what it is given, so the two are decoded together.
+    # A space tells the end of a sentence from the dot in 3.14. Either token may hold it, and a decoder may drop it at
+    # the beginning, so the two are decoded together.
     sentence = before.rstrip()
     return before.endswith("\n") or (sentence.endswith((".", "!", "?")) and both[len(sentence) :][:1].isspace())
 
@@ -253,6 +258,6 @@ def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def _text(tokens: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> range:
-    """Where the text of a document, or of a stretch of one, is: markers are at its ends, if anywhere."""
+    """The indices of a document's text, without BOS and EOS."""
     first = int(len(tokens) > 0 and tokens[0] == tokenizer.bos)
     return range(first, len(tokens) - int(len(tokens) > first and tokens[-1] == tokenizer.eos))

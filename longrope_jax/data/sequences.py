@@ -14,18 +14,18 @@ from longrope_jax.data.needles import cloze_example, cloze_size
 from longrope_jax.data.tokenizer import Tokenizer
 
 IGNORED = -1
-"""The target where nothing is to be predicted."""
+"""The target of padding: nothing is predicted there."""
 
 
 class Batch(NamedTuple):
-    """Sequences to train on, a pytree; a row of it is the same without the axis B.
+    """Training sequences, a pytree; a row is the same without the axis B. Padding is at the end.
 
     Attributes:
-        tokens: the inputs; where there is none (padding, at the end), 0.
-        targets: what follows each input, `IGNORED` in padding.
-        positions: from 0 up in every piece of text; 0 in padding.
-        segment_ids: the piece that a token belongs to, from 1 up, 0 in padding; None where every sequence is one piece.
-        context: tokens of the context window that each sequence is trained for; it tells which rotation is meant.
+        tokens: the inputs; 0 in padding.
+        targets: the token after each input; `IGNORED` in padding.
+        positions: count from 0 in every piece of text; 0 in padding.
+        segment_ids: the number of each token's piece, from 1; 0 in padding; None if every sequence is one piece.
+        context: tokens of the context window that each sequence is trained for; it selects the factors.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class DisjointWindows:
-    """Windows that begin at a multiple of their length in their document, a row each (a grain data source)."""
+    """Adjacent windows of the documents, one per row (a grain data source)."""
 
     def __init__(self, documents: Sequence[Document], length: int):
         self._documents, self._length = documents, length
@@ -49,14 +49,13 @@ class DisjointWindows:
     def __getitem__(self, index: int) -> Batch:
         which = int(np.searchsorted(self._ends, index, side="right"))
         start = (index - (self._ends[which - 1] if which else 0)) * self._length
-        return _one_piece(self._documents[which].tokens[start : start + self._length + 1])
+        return _single_segment(self._documents[which].tokens[start : start + self._length + 1])
 
 
 class NeedleRows:
-    """Needles in text at random depths, asked for at the end, and answered: a row each (a grain data source).
+    """Examples of `cloze_example`, one per row (a grain data source): the answer's last token is the last target.
 
-    The last token of the answer (see `cloze_example`) is the last target. Row k depends on the arguments and on k
-    alone, and there are as many as anyone could ask for.
+    Row k depends only on the arguments and k; the number of rows is unlimited.
 
     Raises:
         ValueError: the length is too short for a prompt, or no document is as long.
@@ -64,7 +63,7 @@ class NeedleRows:
 
     def __init__(self, documents: Sequence[Document], length: int, tokenizer: Tokenizer, seed: int):
         self._length, self._tokenizer, self._seed = length, tokenizer, seed
-        # Found once: every row draws one of them, and could not look through all.
+        # Selected once, because every row draws one of them.
         self._documents = [document for document in documents if len(document.tokens) >= length]
         if not self._documents:
             longest = max((len(document.tokens) for document in documents), default=0)
@@ -84,22 +83,22 @@ class NeedleRows:
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng([self._seed, index])
         document = self._documents[rng.integers(len(self._documents))]
-        return _one_piece(cloze_example(self._length + 1, self._tokenizer, rng, [document]))
+        return _single_segment(cloze_example(self._length + 1, self._tokenizer, rng, [document]))
 
 
-def _one_piece(tokens: Int[np.ndarray, "T+1"]) -> Batch:
-    """A row that is a window of its own length."""
+def _single_segment(tokens: Int[np.ndarray, "T+1"]) -> Batch:
+    """A row that is one segment, trained for a context of its own length."""
     length, tokens = len(tokens) - 1, tokens.astype(np.int32)
     return Batch(tokens[:-1], tokens[1:], np.arange(length, dtype=np.int32), None, np.int32(length))
 
 
 class Pieces(NamedTuple):
-    """Stretches of text: piece i is the tokens `starts[i]:stops[i]` of document `documents[i]`, without BOS and EOS.
+    """Parts of documents: piece i is the tokens `starts[i]:stops[i]` of document `documents[i]`, without BOS and EOS.
 
     Attributes:
-        documents: the number of each piece's document.
-        starts: its first token there.
-        stops: the one after its last.
+        documents: the index of each piece's document.
+        starts: index of the first token.
+        stops: index after the last token.
     """
 
     documents: Int[np.ndarray, "N"]
@@ -108,13 +107,13 @@ class Pieces(NamedTuple):
 
     @property
     def sizes(self) -> Int[np.ndarray, "N"]:
-        """Inputs that each piece takes in a sequence: BOS and its text. EOS is a target only."""
+        """Inputs that each piece takes in a sequence: BOS and the text. EOS is only a target."""
         return 1 + self.stops - self.starts
 
 
 def cut(documents: Sequence[Document], length: int) -> Pieces:
-    """All text, in order, as pieces that take `length` inputs each; a document's last one may take fewer."""
-    ends = [len(document.tokens) - 1 for document in documents]  # a document's own BOS and EOS are no text
+    """All text, in order, in pieces of `length` inputs; a document's last piece may be shorter."""
+    ends = [len(document.tokens) - 1 for document in documents]  # without the document's BOS and EOS
     starts = [np.arange(1, end, length - 1) for end in ends]
     stops = [np.minimum(start + length - 1, end) for start, end in zip(starts, ends, strict=True)]
     which = np.repeat(np.arange(len(documents)), [len(start) for start in starts])
@@ -123,18 +122,18 @@ def cut(documents: Sequence[Document], length: int) -> Pieces:
 
 
 def segments(documents: Sequence[Document], length: int) -> Pieces:
-    """Those of `cut` that take all `length` inputs; the rest of each document is left out."""
+    """The pieces of `cut` that have all `length` inputs; the rest of each document is dropped."""
     pieces = cut(documents, length)
     return Pieces(*(field[pieces.sizes == length] for field in pieces))
 
 
 def pack(sizes: Int[np.ndarray, "N"], room: int, seed: int) -> list[list[int]]:
-    """Bins with `room` for so many tokens, each the numbers of its pieces; every piece is in exactly one.
+    """Packs pieces into bins of `room` tokens; returns the indices of the pieces in each bin.
 
-    Best fit (Johnson et al., SIAM J. Comput. 3(4), 1974): each piece goes where it leaves the least room. Pieces come
-    in an order drawn from `seed` and not by size, so that chance decides which pieces meet.
+    Best fit (Johnson et al., SIAM J. Comput. 3(4), 1974): each piece goes into the bin where it leaves the least room.
+    The order of the pieces is drawn from `seed` and not sorted by size, so that bins mix pieces at random.
 
-    O(N log N) comparisons: 0.2 s for 1e5 pieces of text, 3 s for 1e6.
+    O(N log N) comparisons: 0.2 s for 1e5 pieces, 3 s for 1e6.
 
     Raises:
         ValueError: a piece is larger than the room.
@@ -143,7 +142,7 @@ def pack(sizes: Int[np.ndarray, "N"], room: int, seed: int) -> list[list[int]]:
         raise ValueError(f"the largest piece has {sizes.max()} tokens, more than the room for it, {room}")
     size_of = sizes.tolist()
     bins: list[list[int]] = []
-    open_bins: list[tuple[int, int]] = []  # (what is left, which bin) of those that are not full, ascending
+    open_bins: list[tuple[int, int]] = []  # (tokens left, bin) of the bins that are not full, ascending
     for piece in np.random.default_rng(seed).permutation(len(sizes)).tolist():
         size = size_of[piece]
         tightest = bisect_left(open_bins, (size,))
@@ -160,15 +159,15 @@ def pack(sizes: Int[np.ndarray, "N"], room: int, seed: int) -> list[list[int]]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedPieces:
-    """Bins of pieces, a row each (a grain data source).
+    """Packed pieces, one bin per row (a grain data source).
 
     Attributes:
-        documents: what the pieces were cut from.
-        pieces: stretches of text.
-        bins: numbers of the pieces in every row; their sizes add up to at most `length`.
-        length: inputs of a row.
+        documents: the documents of the pieces.
+        pieces: parts of the documents.
+        bins: indices of the pieces in every row; their sizes add up to at most `length`.
+        length: inputs per row.
         context: of every row, see `Batch`.
-        bos, eos: tokens to begin and end a piece with.
+        bos, eos: tokens that begin and end a piece.
     """
 
     documents: Sequence[Document]
@@ -191,10 +190,10 @@ class PackedPieces:
 
 
 def pack_texts(texts: Sequence[Int[np.ndarray, "_"]], length: int, context: int, bos: int, eos: int) -> Batch:
-    """One row of texts, one after the other, each between BOS and EOS (LongRoPE, arXiv 2402.13753, section 4.1).
+    """One row that concatenates texts, each between BOS and EOS (LongRoPE, arXiv 2402.13753, section 4.1).
 
-    A text of n tokens takes n + 1 inputs: BOS, c_1 .. c_n have the targets c_1 .. c_n, EOS. EOS is no input: nothing
-    follows it.
+    A text of n tokens takes n + 1 inputs: BOS, c_1 .. c_n have the targets c_1 .. c_n, EOS. EOS is not an input,
+    because nothing follows it.
     """
     tokens, positions, segment_ids = np.zeros((3, length), np.int32)
     targets = np.full(length, IGNORED, np.int32)

@@ -1,6 +1,6 @@
-"""Documents -> fixed windows of tokens, to search on and to evaluate.
+"""Fixed windows of tokens for search and evaluation.
 
-A window of length T is T + 1 tokens: T inputs and, one further, their T targets.
+A window of length T has T + 1 tokens: T inputs, and the same shifted by one as T targets.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from longrope_jax.data.corpus import Document
 
 
 class Windows(NamedTuple):
-    """Windows of one length, and where they were cut: `tokens[i]` begins at token `starts[i]` of `names[i]`.
+    """Windows of one length: `tokens[i]` begins at token `starts[i]` of document `names[i]`.
 
     Attributes:
-        tokens: inputs and, one further, their targets.
+        tokens: inputs, and one more for the targets.
         names: of the documents.
-        starts: tokens.
+        starts: index of the first token.
     """
 
     tokens: Int[np.ndarray, "N T+1"]
@@ -28,10 +28,10 @@ class Windows(NamedTuple):
 
 
 def fixed_windows(documents: Sequence[Document], length: int, count: int, seed: int) -> Windows:
-    """`count` windows of `length` tokens at random places of as many different documents.
+    """`count` windows of `length` tokens at random places, from as many different documents as possible.
 
-    Where there are too few long documents, some give a second window and so on, always disjoint from the first, so that
-    windows stay (nearly) independent samples; where even those run out there are fewer, with a warning.
+    If there are too few long documents, some give more than one window. Windows never overlap, so they are (nearly)
+    independent samples. If there are still too few, a warning says so and fewer are returned.
 
     Raises:
         ValueError: no document is long enough.

@@ -12,7 +12,7 @@ from etils import epath
 from tqdm import tqdm
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.needles import Prompt, answer_room, needle, needle_cloze, passkey
+from longrope_jax.data.needles import Prompt, max_answer_tokens, needle, needle_cloze, passkey
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.evaluation.evaluate import Method, Subject, by_model, published_methods
 from longrope_jax.model import Llama
@@ -81,7 +81,7 @@ def make_prompts(
     Raises:
         ValueError: the length is too short for them, or longer than all documents.
     """
-    room = answer_room(settings.task, tokenizer)
+    room = max_answer_tokens(settings.task, tokenizer)
     place = [] if depth is None else [settings.depths.index(depth)]
     prompts = []
     for attempt in range(settings.tries):
@@ -182,7 +182,7 @@ def _answers(
     rows = [prompt.tokens for prompt in prompts]
     rows += [rows[-1]] * (settings.prompts_at_once - len(rows))  # a smaller last batch would compile anew
     with layout.active():
-        room, options = answer_room(settings.task, tokenizer), dict(chunk=settings.tokens_at_once)
+        room, options = max_answer_tokens(settings.task, tokenizer), dict(chunk=settings.tokens_at_once)
         tokens = complete(model, params, table, rows, room, stops=tokenizer.stops, **options)
     return [tokenizer.decode(new) for new in tokens[: len(prompts)]]
 

@@ -7,7 +7,7 @@ import tokenizers
 
 from longrope_jax.data import needles
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.needles import answer_room, cloze_example, cloze_size, needle, needle_cloze, passkey
+from longrope_jax.data.needles import max_answer_tokens, cloze_example, cloze_size, needle, needle_cloze, passkey
 from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer
 
 SENTENCES = [
@@ -179,7 +179,7 @@ def test_the_answer_continues_the_prompt(make, tokenizer):
     prompt = make(tokenizer)
     whole = tokenizer.decode(np.concatenate([prompt.tokens, prompt.answer_tokens]))
     assert whole == f"{tokenizer.decode(prompt.tokens)} {prompt.answer}"
-    assert len(prompt.answer_tokens) < answer_room(TASKS[make], tokenizer)
+    assert len(prompt.answer_tokens) < max_answer_tokens(TASKS[make], tokenizer)
 
 
 def test_the_passkey_is_surrounded_by_filler(tokenizer):

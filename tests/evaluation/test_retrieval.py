@@ -7,7 +7,7 @@ import pytest
 
 from longrope_jax import rope
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.needles import answer_room
+from longrope_jax.data.needles import max_answer_tokens
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.evaluation import retrieval
 from longrope_jax.evaluation.evaluate import Method, Subject
@@ -74,7 +74,7 @@ def test_records_say_who_found_what(calls, tmp_path):
     assert [(r["method"], r["length"], r["depth"]) for r in made] == [
         (name, length, None) for name in METHODS for length in (500, 700)
     ]
-    room = answer_room("passkey", TOKENIZER)
+    room = max_answer_tokens("passkey", TOKENIZER)
     for record in made:
         assert record["tries"] == len(record["texts"]) == len(set(record["answers"])) == 5
         seen = [record["method"] == "good" or record["length"] - room - start <= SIGHT for start in record["starts"]]
