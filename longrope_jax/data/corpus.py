@@ -1,7 +1,7 @@
-"""Documents: a TFDS builder for a folder of text files, and reading its splits without TensorFlow.
+"""Documents: a TFDS builder for a folder of text files, whose splits are read without TensorFlow.
 
-The embedded corpus is one configuration of it: the source files of Python's own standard library, real text with long
-documents that is on every machine.
+The embedded corpus is one of its configurations: the source files of Python's standard library, real text with long
+documents that exists on every machine.
 """
 
 import contextlib
@@ -26,26 +26,25 @@ from longrope_jax.errors import beginning
 from longrope_jax.files import as_utf8, copy_tree, is_remote, size_of
 
 SPLITS = {"train": 0.7, "search": 0.1, "evaluation": 0.2}
-"""Share of the documents in every split, where nothing else is said. Factors are searched on documents that training
-never saw, and judged on others again.
+"""The default share of the documents in every split. The search sees no training documents, and the evaluation sees
+neither those of training nor those of the search.
 """
 SHARES = tuple(SPLITS.values())
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which text, one of three: a folder, a TFDS dataset, or with neither the embedded corpus, the standard library's
-    sources. Folders may be on any file system that etils knows (`gs://`).
+    """The source of text: a folder, a TFDS dataset, or, without both, the embedded corpus (Python's standard library).
 
     Attributes:
-        folder: of text files, a document each; of array_record files whose records are texts in UTF-8, a document
-            each; or the directory of a prepared TFDS dataset, the one that has features.json.
-        suffix: ending that the name of a text file must have; "" takes every text file of the folder.
-        tfds: a TFDS dataset by its name, "pg19", with its config and version where it has such, "wiki40b/en:1.3.0".
-            Its splits train, validation and test are those for training, search and evaluation.
-        tfds_dir: the data_dir that it was prepared in; "" is the default of TFDS.
-        text_feature: which feature of a TFDS dataset is the text; "" finds it where there is only one, or one "text".
-        shares: of the documents that go to training, search and evaluation, where the source has no such splits.
+        folder: a local or remote (`gs://`) folder of text files, one document per file; or of array_record files whose
+            records are texts in UTF-8, one document per record; or of a prepared TFDS dataset (with features.json).
+        suffix: only text files whose names end with it are read; "" reads all text files.
+        tfds: the name of a TFDS dataset, "pg19", with config and version if it has them, "wiki40b/en:1.3.0". Its splits
+            train, validation and test are used for training, search and evaluation.
+        tfds_dir: the data_dir in which it was prepared; "" is the default of TFDS.
+        text_feature: the feature of a TFDS dataset that is the text; "" finds the only text, or the one named "text".
+        shares: of the documents for training, search and evaluation, if the source has no such splits.
     """
 
     folder: str = ""
@@ -70,18 +69,20 @@ class DataSettings:
             raise ValueError(f"shares = {self.shares} must add up to 1, not {sum(self.shares):g}")
 
     def to_record(self) -> dict[str, Any]:
-        """The fields that are not at their default, as JSON holds them: a field more does not make old text another."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        told = {name: value for name, value in given.items() if value != defaults[name]}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
+        """The fields that differ from their defaults, as JSON, so that a new field leaves fingerprints as they are."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, (value, default) in values.items()
+            if value != default
+        }
 
 
 class Document(NamedTuple):
     """A tokenized document.
 
     Attributes:
-        name: of a file, its path within the folder.
+        name: for a file, its path within the folder.
         tokens: BOS first, EOS last, where the tokenizer has them; an array, or a `data.token_files.StoredTokens`, which
             reads slices from a file.
         size: bytes of text.
@@ -94,13 +95,13 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class TextFolderConfig(tfds.core.BuilderConfig):
-    """Which files of which folder are documents.
+    """The files that are documents.
 
     Attributes:
-        folder: where they lie (any file system that etils knows).
-        suffix: ending that a file's name must have; "" takes every file.
-        excluded: names of directories that are passed over; hidden ones always are.
-        shares: of the files that go to the splits.
+        folder: local or remote.
+        suffix: only files whose names end with it are read; "" reads all files.
+        excluded: names of directories to skip; hidden ones are always skipped.
+        shares: of the files in the splits.
     """
 
     folder: str = ""
@@ -116,14 +117,14 @@ def stdlib_config(shares: tuple[float, ...] = SHARES) -> TextFolderConfig:
         description="source files of the Python standard library",
         folder=sysconfig.get_path("stdlib"),
         suffix=".py",
-        # `encodings` holds a hundred near copies of one table: they would stand in training and evaluation alike.
+        # `encodings` has a hundred near copies of one table, which would be in both training and evaluation.
         excluded=("__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"),
         shares=shares,
     )
 
 
 def folder_config(folder: str, suffix: str = "", shares: tuple[float, ...] = SHARES) -> TextFolderConfig:
-    """A user's folder. Its name in the data directory carries a digest of where the text came from."""
+    """A user's folder. Its name in the data directory has a digest of folder, suffix and shares."""
     digest = _digest(folder, suffix, *([] if shares == SHARES else map(str, shares)))
     return TextFolderConfig(
         name=f"folder-{digest}", description=f"text files of {folder}", folder=folder, suffix=suffix, shares=shares
@@ -135,11 +136,10 @@ def _digest(*parts: str) -> str:
 
 
 class TextFolder(tfds.core.GeneratorBasedBuilder):
-    """Text files as documents, split by file. Build it with `file_format="array_record"` to stay free of TensorFlow.
+    """Text files as documents, split by file. With `file_format="array_record"` it needs no TensorFlow.
 
-    Files are put in the order of a hash of their path and cut at the shares, so a split does not depend on file dates
-    or on what a file says, hardly on which other files there are, and is never empty if it has a share. Who went where
-    is kept in the metadata.
+    Files are sorted by a hash of their path and split by the shares. So a split does not depend on dates or contents
+    of files, hardly on the other files, and is never empty if it has a share. The metadata record every file's split.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -166,12 +166,12 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
 
 
 def find_texts(config: TextFolderConfig) -> dict[str, epath.Path]:
-    """Path within the folder -> file, for every text file that the config means.
+    """Path within the folder -> file, of every text file of the config.
 
-    A file with a NUL byte in its first 8 KiB is binary and passed over.
+    A file with a NUL byte in its first 8 KiB is binary and skipped.
 
     Raises:
-        ValueError: the folder is missing, or holds less than one text file a split that has a share.
+        ValueError: the folder is missing, or has fewer text files than splits with a share.
     """
     folder = epath.Path(config.folder)
     if not folder.is_dir():
@@ -183,7 +183,7 @@ def find_texts(config: TextFolderConfig) -> dict[str, epath.Path]:
             file = directory / name
             if name.startswith(".") or not name.endswith(config.suffix):
                 continue
-            if not file.is_file() or size_of(file) == 0:  # a link to nowhere is no file
+            if not file.is_file() or size_of(file) == 0:  # is_file is False for a broken link
                 continue
             with file.open("rb") as opened:
                 if b"\0" in opened.read(8192):
@@ -199,17 +199,17 @@ def find_texts(config: TextFolderConfig) -> dict[str, epath.Path]:
             f"the splits {', '.join(wanted)} need one each at least"
         )
     if binary:
-        logging.warning("%s: %d binary files passed over", config.folder, binary)
+        logging.warning("%s: skipped %d binary files", config.folder, binary)
     return texts
 
 
 def split_by_file(paths: Sequence[str], shares: Sequence[float] = SHARES) -> dict[str, list[str]]:
-    """Every path goes to one split; deterministic, and each split with a share gets a file if there are enough."""
+    """Assigns every path to one split, by a hash. Each split with a share gets a file if there are enough."""
     order = sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest())
     counts = {
         name: max(1, round(share * len(order))) if share else 0 for name, share in zip(SPLITS, shares, strict=True)
     }
-    rest = next(name for name, count in counts.items() if count)  # what rounding leaves over, or lacks
+    rest = next(name for name, count in counts.items() if count)  # takes the rounding error
     counts[rest] = max(0, len(order) - sum(count for name, count in counts.items() if name != rest))
     splits, start = {}, 0
     for name in [*list(SPLITS)[1:], "train"]:
@@ -219,13 +219,13 @@ def split_by_file(paths: Sequence[str], shares: Sequence[float] = SHARES) -> dic
 
 
 def build(config: TextFolderConfig, data_dir: epath.PathLike) -> TextFolder:
-    """Builds the dataset in `data_dir`, or finds it there already built (then the folder is not looked at again).
+    """Builds the dataset in `data_dir`, or opens it if it exists (then the folder is not read again).
 
     Raises:
         OSError: it can't be written.
         ValueError: see `find_texts`.
     """
-    tfds.disable_progress_bar()  # ours tells more
+    tfds.disable_progress_bar()  # `_generate_examples` has its own
     builder = _builder(config, data_dir)
     if is_remote(data_dir) and not builder.is_prepared():
         with tempfile.TemporaryDirectory() as folder:
@@ -235,33 +235,26 @@ def build(config: TextFolderConfig, data_dir: epath.PathLike) -> TextFolder:
     try:
         with contextlib.redirect_stdout(None):
             builder.download_and_prepare()
-    except RuntimeError as error:  # what array_record's writer has to say, as of a full disk
+    except RuntimeError as error:  # of array_record's writer, for example a full disk
         raise OSError(f"{builder.data_dir} can't be written: {beginning(error)}") from None
     return builder
 
 
 def _builder(config: TextFolderConfig, data_dir: epath.PathLike) -> TextFolder:
-    with _quiet():
-        return TextFolder(config=config, data_dir=str(data_dir), file_format="array_record")
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Without the warning that a config is not one of those listed in the builder: any folder may be one."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of configs that the builder does not list
     try:
-        yield
+        return TextFolder(config=config, data_dir=str(data_dir), file_format="array_record")
     finally:
         logging.set_verbosity(verbosity)
 
 
 def documents(builder: tfds.core.DatasetBuilder, split: str, tokenizer: Tokenizer) -> list[Document]:
-    """The tokenized documents of a split, in memory (2 bytes a token, 4 with a vocabulary above 65,536)."""
+    """The tokenized documents of a split, in memory (2 bytes per token, 4 if the vocabulary is above 65,536)."""
     source = builder.as_data_source(split)
     return [Document(d["path"].decode(), tokenizer.encode(d["text"]), len(d["text"])) for d in source]
 
 
 def tokens_per_byte(documents: Sequence[Document]) -> float:
-    """Of all documents together."""
+    """Tokens per byte of text, over all documents."""
     return sum(len(d.tokens) for d in documents) / sum(d.size for d in documents)

@@ -1,8 +1,8 @@
 """Retrieval prompts: a number is hidden in a long text. The passkey test, and needles in real text.
 
-A prompt is: instruction, haystack, needle, rest of the haystack, question. It has exactly the requested number of tokens:
-the haystack is truncated to fit. Each part is tokenized alone, and begins and ends with a line, so that any tokenizer
-makes the same tokens of the whole text.
+A prompt is: instruction, haystack, needle, rest of the haystack, question. It has exactly the requested number of
+tokens: the haystack is truncated to fit. Each part is tokenized alone, and begins and ends with a line, so that any
+tokenizer makes the same tokens of the whole text.
 """
 
 from collections.abc import Sequence
@@ -47,8 +47,8 @@ def passkey(length: int, tokenizer: Tokenizer, rng: np.random.Generator, depth: 
 
     Args:
         length: tokens of the prompt.
-        depth: where the number is, as a share of the filler; None draws it uniformly. It is rounded to the nearest end of
-            a sentence.
+        depth: where the number is, as a share of the filler, rounded to the nearest end of a sentence; None draws it
+            uniformly.
 
     Raises:
         ValueError: the length does not hold the fixed parts.
@@ -121,8 +121,8 @@ def cloze_example(
 ) -> Int[np.ndarray, "length"]:
     """A training example of `length` tokens: a prompt of `needle_cloze`, at a random depth, and its answer.
 
-    In about half of the examples (if there is room) the needle occurs twice. The second occurrence can be predicted from
-    the first, so these examples train the lookup twice, and models learn it sooner.
+    In about half of the examples (if there is room) the needle occurs twice. The second occurrence can be predicted
+    from the first, so these examples train the lookup twice, and models learn it sooner.
 
     Raises:
         ValueError: as for `needle`.

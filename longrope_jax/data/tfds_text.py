@@ -1,4 +1,4 @@
-"""Texts of TFDS datasets, without TensorFlow where they were prepared as array_record."""
+"""Texts of TFDS datasets; those prepared as array_record need no TensorFlow."""
 
 import contextlib
 import importlib.util
@@ -11,15 +11,15 @@ from etils import epath
 
 from longrope_jax.errors import beginning, shortened
 
-# Where a document's name may be, the best first; a link or a number will do.
+# Features that may hold a document's name, in order of preference.
 _NAMES = ("path", "name", "title", "book_title", "url", "id")
 
 
 class OpenDataset:
-    """A prepared dataset: how many documents its splits have, and their texts."""
+    """A prepared dataset: the documents of its splits, and how many there are."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, text_feature: str):
-        """Raises ValueError where it can't be read, or holds no text that is clearly meant."""
+        """Raises ValueError if it can't be read, or the text feature is missing or ambiguous."""
         self._builder = builder
         self._text = _text_feature(builder.info.features, text_feature)
         self._name = next((name for name in _NAMES if name in builder.info.features), None)
@@ -33,11 +33,11 @@ class OpenDataset:
         self._sources: dict[str, Any] = {}
 
     def size(self, split: str) -> int:
-        """Bytes of a split, about; 0 if there is none."""
+        """Approximate bytes of a split; 0 if there is no such split."""
         return self._builder.info.splits[split].num_bytes if split in self.counts else 0
 
     def read(self, split: str, numbers: Sequence[int]) -> Iterator[tuple[str, bytes]]:
-        """(name, text) of these documents; `numbers` ascend.
+        """(name, text) of the documents with these indices, which are ascending.
 
         Raises:
             ValueError: the dataset is damaged.
@@ -56,14 +56,14 @@ class OpenDataset:
             return
         if self._is_array_record:
             if split not in self._sources:
-                with self._naming():
+                with self._name_dataset():
                     self._sources[split] = self._builder.as_data_source(split)
             for number in numbers:
-                with self._naming():
+                with self._name_dataset():
                     example = self._sources[split][number]
                 yield number, example
         else:
-            # One file at a time: only so the order is that of the numbers.
+            # Files one after the other: otherwise the order is not that of the indices.
             in_order = tfds.ReadConfig(interleave_cycle_length=1)
             stretch = f"{split}[{numbers[0]}:{numbers[-1] + 1}]"
             examples = tfds.as_numpy(self._builder.as_dataset(split=stretch, read_config=in_order))
@@ -73,11 +73,11 @@ class OpenDataset:
                     yield number, example
 
     @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        """What is wrong with the files of a dataset becomes a ValueError that names it."""
+    def _name_dataset(self) -> Iterator[None]:
+        """Turns errors of a dataset's files into a ValueError that names it."""
         try:
             yield
-        # Files that are not there or damaged (with hashes), and names of files or features that fit nothing.
+        # Files that are missing or damaged, and names of files or features that do not fit.
         except (RuntimeError, ValueError, LookupError, OSError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self._builder.data_dir}: files of the dataset can't be read: {beginning(error)}"
@@ -85,17 +85,19 @@ class OpenDataset:
 
 
 def open_by_name(name: str, data_dir: str, text_feature: str) -> OpenDataset:
-    """A dataset that TFDS knows, or that was prepared in `data_dir`.
+    """Opens a prepared dataset by its name.
+
+    Args:
+        data_dir: where it was prepared; "" is the default of TFDS.
 
     Raises:
-        ValueError: there is none, or it is not prepared; with how to do that.
+        ValueError: it does not exist, or is not prepared; the message says how to prepare it.
     """
     where = f"in {data_dir}" if data_dir else f"in {tfds.core.constants.DATA_DIR}, the default of TFDS"
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
-    except Exception as error:  # each of its ways to find a dataset fails in its own way
-        told = beginning(error) or type(error).__name__
-        raise ValueError(f"tfds = {name!r}: not found {where}: {told}") from None
+    except Exception as error:  # every way to find a dataset has its own error
+        raise ValueError(f"tfds = {name!r}: not found {where}: {_reason(error)}") from None
     if not builder.info.splits:
         argument = f", data_dir={data_dir!r}" if data_dir else ""
         raise ValueError(
@@ -107,16 +109,15 @@ def open_by_name(name: str, data_dir: str, text_feature: str) -> OpenDataset:
 
 
 def open_directory(directory: epath.PathLike, text_feature: str) -> OpenDataset:
-    """The dataset that was prepared in a directory; raises ValueError where it can't be read."""
+    """Opens the dataset that was prepared in a directory; raises ValueError if it can't be read."""
     try:
-        builder = tfds.builder_from_directory(directory)
-    except Exception as error:
-        told = beginning(error) or type(error).__name__
-        raise ValueError(f"data folder {str(directory)!r}: {told}") from None
-    try:
-        return OpenDataset(builder, text_feature)
-    except ValueError as error:
-        raise ValueError(f"data folder {str(directory)!r}: {beginning(error)}") from None
+        return OpenDataset(tfds.builder_from_directory(directory), text_feature)
+    except Exception as error:  # see `open_by_name`
+        raise ValueError(f"data folder {str(directory)!r}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return beginning(error) or type(error).__name__
 
 
 def _text_feature(features: tfds.features.FeaturesDict, wanted: str) -> str:
@@ -133,5 +134,5 @@ def _text_feature(features: tfds.features.FeaturesDict, wanted: str) -> str:
         return texts[0]
     if "text" in texts:
         return "text"
-    told = ", ".join(texts or strings)
-    raise ValueError(f"text_feature must say which feature is the text: {told}" if told else "it holds no text at all")
+    names = ", ".join(texts or strings)
+    raise ValueError(f"text_feature must name the text feature, one of {names}" if names else "it has no text feature")

@@ -204,14 +204,14 @@ def test_the_text_among_several_features(prepared):
 
 REFUSED = {
     "unknown": (dict(tfds="toy_of_none"), r"tfds = 'toy_of_none': not found in .*tfds"),
-    "unclear": (dict(tfds="toy/unclear"), r"^text_feature must say which feature is the text: article, summary$"),
+    "unclear": (dict(tfds="toy/unclear"), r"^text_feature must name the text feature, one of article, summary$"),
     "no text": (
         dict(tfds="toy/unclear", text_feature="year"),
         r"text_feature = 'year' is no text of the dataset; those are article, summary",
     ),
     "shares": (
         dict(tfds="toy/own", shares=(0.0, 0.0, 1.0)),
-        r"shares = \(0.0, 0.0, 1.0\): the dataset has splits of its own, train, validation, test",
+        r"shares = \(0.0, 0.0, 1.0\): the dataset has its own splits, train, validation, test",
     ),
     "not prepared": (
         dict(tfds="pg19"),
