@@ -167,7 +167,7 @@ def test_splits_that_are_asked_for_later_are_cut_from_the_same_documents(tmp_pat
 
 def test_another_tokenizer_has_tokens_of_its_own(tmp_path):
     class Other(ByteTokenizer):
-        identity = "other"
+        fingerprint = "other"
 
     settings = make_folder(tmp_path / "texts")
     for tokenizer in (ByteTokenizer(), Other(), ByteTokenizer()):
