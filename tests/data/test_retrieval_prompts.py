@@ -7,7 +7,7 @@ import tokenizers
 
 from longrope_jax.data import needles
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.needles import max_answer_tokens, cloze_example, cloze_size, needle, needle_cloze, passkey
+from longrope_jax.data.needles import cloze_example, cloze_size, max_answer_tokens, needle, needle_cloze, passkey
 from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer
 
 SENTENCES = [
