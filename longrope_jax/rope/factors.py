@@ -4,12 +4,15 @@
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+_MAX_ROWS = 10  # of a printed table
 
 
 @flax.struct.dataclass
@@ -30,12 +33,15 @@ class RopeFactors:
     n_hat: Int[Array | np.ndarray | np.integer, "*batch"]
     mscale: Float[Array | np.ndarray | np.floating, "*batch"]
 
+    def __repr__(self) -> str:
+        return _summary("RopeFactors", self)
+
     def check(self, head_dim: int | None = None, *, monotone: str = "error") -> "RopeFactors":
-        """Returns self if these factors make sense; needs concrete values, so call it outside `jit`.
+        """Returns self if these factors are valid; needs concrete values, so call it outside `jit`.
 
         Args:
-            head_dim: D of the model that is going to use them, if known.
-            monotone: what to do about a lam that falls somewhere: "error", or "warn" for factors made elsewhere.
+            head_dim: D of the model that will use them, if known.
+            monotone: what happens if lam decreases: "error", or "warn" for factors from other software.
 
         Raises:
             ValueError: names the leaf, the pair and the value that is wrong.
@@ -49,7 +55,7 @@ class RopeFactors:
             raise ValueError(f"lam has {lam.shape[-1]} factors; a head dimension of {head_dim} needs {head_dim / 2:g}")
         for name, leaf in (("n_hat", n_hat), ("mscale", mscale)):
             if leaf.shape != lam.shape[:-1]:
-                raise ValueError(f"{name} has shape {leaf.shape}; beside lam {lam.shape} it must be {lam.shape[:-1]}")
+                raise ValueError(f"{name} has shape {leaf.shape}; with lam {lam.shape} it must be {lam.shape[:-1]}")
         _refuse(~np.isfinite(lam), "lam", lam, "is not finite")
         _refuse(lam < 1, "lam", lam, "is below 1 (a factor stretches a wavelength, it never shortens it)")
         _refuse((n_hat < 0) | (n_hat != np.round(n_hat)), "n_hat", n_hat, "is not a number of tokens, 0 or more")
@@ -77,6 +83,9 @@ class FactorTable:
 
     boundaries: Int[Array | np.ndarray, "N"]
     factors: RopeFactors
+
+    def __repr__(self) -> str:
+        return _summary("FactorTable", self.factors, boundary=self.boundaries)
 
     @classmethod
     def of(cls, entries: Mapping[int, RopeFactors]) -> "FactorTable":
@@ -119,10 +128,25 @@ class FactorTable:
         length = jnp.asarray(length, jnp.int32)
         row = jnp.sum(length[..., None] > self.boundaries, axis=-1)
         lam, n_hat, mscale = self.factors.lam, self.factors.n_hat, self.factors.mscale
-        # All leaves side by side, so that one gather fetches them; a float32 holds any n_hat below 2^24 exactly.
+        # All leaves are concatenated, so that one gather fetches them; a float32 holds any n_hat below 2^24 exactly.
         columns = [lam, jnp.asarray(n_hat, jnp.float32)[:, None], jnp.asarray(mscale, jnp.float32)[:, None]]
         chosen = jnp.take(jnp.concatenate(columns, axis=1), row, axis=0, mode="fill", fill_value=jnp.nan)
         return RopeFactors(chosen[..., :-2], jnp.int32(jnp.nan_to_num(chosen[..., -2])), chosen[..., -1])
+
+
+def _summary(name: str, factors: RopeFactors, **columns: Any) -> str:
+    """A text table, one row for each set of factors; the leaves as they are where they have no values (in a trace)."""
+    try:
+        lam = np.asarray(factors.lam)
+        columns |= {"n_hat": factors.n_hat, "mscale": factors.mscale}
+        columns |= {"lam first": lam[..., 0], "middle": lam[..., lam.shape[-1] // 2], "last": lam[..., -1]}
+        rows = np.broadcast_arrays(*(np.asarray(column, np.float64).reshape(-1) for column in columns.values()))
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        return f"{name}(lam={factors.lam}, n_hat={factors.n_hat}, mscale={factors.mscale})"
+    lines = ["".join(f"{value:>12.7g}" for value in row) for row in zip(*rows, strict=True)]
+    omitted = [f"{f'({len(lines) - _MAX_ROWS} more)':>12}"] if len(lines) > _MAX_ROWS else []
+    header = "".join(f"{column:>12}" for column in columns)
+    return "\n".join([f"{name}, lam {list(lam.shape)}", header, *lines[:_MAX_ROWS], *omitted])
 
 
 def _refuse(bad: np.ndarray, name: str, leaf: np.ndarray, why: str) -> None:

@@ -1,18 +1,35 @@
-"""The published ways to extend a context, each as the rescale factors it amounts to, computed in float64.
+"""The published methods that extend a context, each as its rescale factors; and what factors do to a rotation.
 
-All of them are the same rotation with other factors. So a method is a function of the head dimension, the scale
-s = L'/L and sometimes the model's base and original length, and returns unbatched `RopeFactors` (lam f32[D/2]).
+All methods are the same rotation with different factors. So a method is a function of the head dimension, the scale
+s = L'/L and sometimes the model's base and original length. It computes in float64 and returns unbatched `RopeFactors`
+(lam f32[D/2]). `METHODS` has them by name, `extend` applies one to a model, `wavelengths`, `trained_until` and
+`score_by_distance` analyse factors.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from longrope_jax.rope import methods
 from longrope_jax.rope.factors import RopeFactors
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The window and factors that a model was last trained with.
+
+    For a pretrained model: its original length and `unscaled`. Fine-tuning changes both.
+
+    Attributes:
+        length: the context window, tokens.
+        factors: unbatched, relative to the pretrained model.
+    """
+
+    length: int
+    factors: RopeFactors
 
 
 def frequencies(head_dim: int, base: float = 10000.0) -> np.ndarray:
@@ -29,7 +46,7 @@ def frequencies(head_dim: int, base: float = 10000.0) -> np.ndarray:
 
 
 def unscaled(head_dim: int) -> RopeFactors:
-    """The pretrained rotation: lam = 1. Beyond the original length this is plain extrapolation."""
+    """The pretrained rotation, lam = 1. Beyond the original length this is extrapolation."""
     return _factors(np.ones(_pairs(head_dim)))
 
 
@@ -59,8 +76,8 @@ def dynamic_ntk(head_dim: int, length: int, original_length: int, factor: float 
 
     As in Transformers; the idea is emozilla's (YaRN, arXiv 2309.00071, sec. 3.3, "dynamic scaling").
 
-    `factor = 1` is the plain length / L; other values are Hugging Face's `factor`. Lengths up to L leave the rotation
-    alone. Lengths are tokens.
+    `factor = 1` gives the scale length / L; other values are Hugging Face's `factor`. Lengths up to L do not change
+    the rotation. Lengths are tokens.
 
     Raises:
         ValueError: a length that is not positive.
@@ -137,8 +154,8 @@ def yarn(
     low = max(np.floor(_pair_with_turns(beta_fast, wavelengths, original_length)), 0)
     high = min(np.ceil(_pair_with_turns(beta_slow, wavelengths, original_length)), head_dim - 1)
     width = high - low if high != low else 0.001
-    kept = 1 - np.clip((np.arange(_pairs(head_dim)) - low) / width, 0, 1)
-    return _factors(1 / ((1 - kept) / scale + kept), 0.1 * np.log(scale) + 1 if temperature else 1.0)
+    unscaled_share = 1 - np.clip((np.arange(_pairs(head_dim)) - low) / width, 0, 1)
+    return _factors(_blend(unscaled_share, scale), 0.1 * np.log(scale) + 1 if temperature else 1.0)
 
 
 def llama3(
@@ -161,8 +178,8 @@ def llama3(
     if high_freq_factor <= low_freq_factor:
         raise ValueError(f"high_freq_factor = {high_freq_factor} must be above low_freq_factor = {low_freq_factor}")
     turns = original_length / (_wavelengths(head_dim, base) if wavelengths is None else wavelengths)
-    kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
-    return _factors(1 / ((1 - kept) / scale + kept))
+    unscaled_share = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+    return _factors(_blend(unscaled_share, scale))
 
 
 def longrope_mscale(scale: float, original_length: int) -> float:
@@ -172,6 +189,27 @@ def longrope_mscale(scale: float, original_length: int) -> float:
     if scale <= 1:
         return 1.0
     return float(np.sqrt(1 + np.log(scale) / np.log(original_length))) if original_length > 1 else np.inf
+
+
+Method = Callable[[int, float, float, int, np.ndarray], RopeFactors]
+
+
+def _yarn(**options: Any) -> Method:
+    return lambda head_dim, scale, base, length, wavelengths: yarn(
+        head_dim, scale, base, length, wavelengths=wavelengths, **options
+    )
+
+
+METHODS: dict[str, Method] = {
+    "unscaled": lambda head_dim, *_: unscaled(head_dim),
+    "linear": lambda head_dim, scale, *_: linear(head_dim, scale),
+    "ntk": lambda head_dim, scale, *_: ntk(head_dim, scale),
+    "yarn": _yarn(),
+    "yarn_without_temperature": _yarn(temperature=False),
+    # The ramp of YaRN's authors for Mistral: it interpolates more pairs in part.
+    "yarn_mistral": _yarn(beta_fast=128, beta_slow=2, temperature=False),
+}
+"""Name -> (head_dim, scale, base, trained length, effective wavelengths) -> factors of that extension alone."""
 
 
 def compose(
@@ -204,79 +242,11 @@ def compose(
     )
 
 
-def _wavelengths(head_dim: int, base: float) -> np.ndarray:
-    """2 pi / theta_i: tokens in which a pair turns once."""
-    return 2 * np.pi / frequencies(head_dim, base)
-
-
-def _pair_with_turns(turns: float, wavelengths: np.ndarray, length: int) -> float:
-    """The (fractional) pair index whose wavelength goes `turns` times into `length`, linear in log wavelength.
-
-    Plain RoPE's wavelengths are geometric in the index, so there this is the closed form of YaRN's released code; the
-    end intervals are prolonged for what lies outside.
-    """
-    if len(wavelengths) < 2:
-        return 0.0  # one pair has no ramp
-    log_wavelengths, wanted = np.log(wavelengths), np.log(length / turns)
-    left = int(np.clip(np.searchsorted(log_wavelengths, wanted) - 1, 0, len(wavelengths) - 2))
-    step = log_wavelengths[left + 1] - log_wavelengths[left]
-    return float(left + (wanted - log_wavelengths[left]) / step)
-
-
-def _factors(lam: np.ndarray, mscale: float = 1.0) -> RopeFactors:
-    return RopeFactors(jnp.asarray(lam, jnp.float32), jnp.int32(0), jnp.float32(mscale))
-
-
-def _pairs(head_dim: int) -> int:
-    return len(frequencies(head_dim))
-
-
-def _checked(scale: float) -> float:
-    if not (np.isfinite(scale) and scale >= 1):
-        raise ValueError(f"scale = {scale}; an extension ratio L'/L must be at least 1")
-    return float(scale)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a model was last trained with.
-
-    A pretrained model's are its original length and `unscaled`; fine-tuning changes both.
-
-    Attributes:
-        length: the context window, tokens.
-        factors: unbatched, relative to the pretrained model.
-    """
-
-    length: int
-    factors: RopeFactors
-
-
-Method = Callable[[int, float, float, int, np.ndarray], RopeFactors]
-
-METHODS: dict[str, Method] = {
-    "unscaled": lambda head_dim, scale, base, length, wavelengths: methods.unscaled(head_dim),
-    "linear": lambda head_dim, scale, base, length, wavelengths: methods.linear(head_dim, scale),
-    "ntk": lambda head_dim, scale, base, length, wavelengths: methods.ntk(head_dim, scale),
-    "yarn": lambda head_dim, scale, base, length, wavelengths: methods.yarn(
-        head_dim, scale, base, length, wavelengths=wavelengths
-    ),
-    "yarn_without_temperature": lambda head_dim, scale, base, length, wavelengths: methods.yarn(
-        head_dim, scale, base, length, temperature=False, wavelengths=wavelengths
-    ),
-    # The ramp that YaRN's authors gave Mistral: more pairs are interpolated in part.
-    "yarn_mistral": lambda head_dim, scale, base, length, wavelengths: methods.yarn(
-        head_dim, scale, base, length, beta_fast=128, beta_slow=2, temperature=False, wavelengths=wavelengths
-    ),
-}
-"""Name -> (head_dim, scale, base, trained length, effective wavelengths) -> factors of that extension by itself."""
-
-
 def extend(method: str, trained: Trained, length: int, head_dim: int, base: float = 10000.0) -> RopeFactors:
     """Factors for windows of `length` tokens, relative to the pretrained model, by a method of `METHODS`.
 
     The method extends the model from the window it was last trained with, and sees the wavelengths it was trained
-    with (see `methods.compose`): for a model fine-tuned at 8L with lam_1, `extend("linear", ..., 64 L)` is 8 lam_1. Up
+    with (see `compose`): for a model fine-tuned at 8L with lam_1, `extend("linear", ..., 64 L)` is 8 lam_1. Up
     to the trained window there is nothing to extend: the trained factors (lam [D/2]).
 
     Args:
@@ -287,11 +257,12 @@ def extend(method: str, trained: Trained, length: int, head_dim: int, base: floa
         base: rope_theta.
     """
     scale = max(length / trained.length, 1.0)
-
-    def second(wavelengths: np.ndarray) -> RopeFactors:
-        return METHODS[method](head_dim, scale, base, trained.length, wavelengths)
-
-    return methods.compose(trained.factors, second, head_dim, base)
+    return compose(
+        trained.factors,
+        lambda wavelengths: METHODS[method](head_dim, scale, base, trained.length, wavelengths),
+        head_dim,
+        base,
+    )
 
 
 def wavelengths(factors: RopeFactors, base: float = 10000.0) -> Float[np.ndarray, "half"]:
@@ -336,3 +307,41 @@ def score_by_distance(
     lam = np.asarray(factors.lam, np.float64)
     angles = np.asarray(distances)[:, None] * frequencies(2 * len(lam), base) / lam
     return np.cos(angles).mean(1) * float(factors.mscale) ** 2
+
+
+def _wavelengths(head_dim: int, base: float) -> np.ndarray:
+    """2 pi / theta_i: tokens in which a pair turns once."""
+    return 2 * np.pi / frequencies(head_dim, base)
+
+
+def _pair_with_turns(turns: float, wavelengths: np.ndarray, length: int) -> float:
+    """The (fractional) pair index whose wavelength goes `turns` times into `length`, linear in log wavelength.
+
+    RoPE's own wavelengths are geometric in the index, so for them this is the closed form of YaRN's released code.
+    Values outside the wavelengths are extrapolated from the first or last interval.
+    """
+    if len(wavelengths) < 2:
+        return 0.0  # one pair has no ramp
+    log_wavelengths, wanted = np.log(wavelengths), np.log(length / turns)
+    left = int(np.clip(np.searchsorted(log_wavelengths, wanted) - 1, 0, len(wavelengths) - 2))
+    step = log_wavelengths[left + 1] - log_wavelengths[left]
+    return float(left + (wanted - log_wavelengths[left]) / step)
+
+
+def _blend(unscaled_share: np.ndarray, scale: float) -> np.ndarray:
+    """lam f64[D/2]: 1 for a share of 1, `scale` for a share of 0; between them 1/lam is linear in the share."""
+    return 1 / ((1 - unscaled_share) / scale + unscaled_share)
+
+
+def _factors(lam: np.ndarray, mscale: float = 1.0) -> RopeFactors:
+    return RopeFactors(jnp.asarray(lam, jnp.float32), jnp.int32(0), jnp.float32(mscale))
+
+
+def _pairs(head_dim: int) -> int:
+    return len(frequencies(head_dim))
+
+
+def _checked(scale: float) -> float:
+    if not (np.isfinite(scale) and scale >= 1):
+        raise ValueError(f"scale = {scale}; an extension ratio L'/L must be at least 1")
+    return float(scale)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longrope_jax.rope import RopeFactors, linear, ntk, stack
+from longrope_jax.rope import FactorTable, RopeFactors, linear, ntk, stack
 
 
 def make_factors(lam=(1.0, 2.0, 3.0), n_hat=4, mscale=1.5):
@@ -30,8 +30,8 @@ VIOLATIONS = {
     "mscale infinite": (make_factors(mscale=np.inf), "mscale = inf is not a positive number"),
     "no pairs": (make_factors(()), "lam has shape (0,)"),
     "lam a scalar": (make_factors(2.0), "lam has shape ()"),
-    "n_hat batched alone": (make_factors(n_hat=[4, 4]), "n_hat has shape (2,); beside lam (3,) it must be ()"),
-    "mscale batched alone": (make_factors(mscale=[1, 1]), "mscale has shape (2,); beside lam (3,) it must be ()"),
+    "n_hat batched alone": (make_factors(n_hat=[4, 4]), "n_hat has shape (2,); with lam (3,) it must be ()"),
+    "mscale batched alone": (make_factors(mscale=[1, 1]), "mscale has shape (2,); with lam (3,) it must be ()"),
 }
 
 BATCHED_VIOLATIONS = {
@@ -40,8 +40,8 @@ BATCHED_VIOLATIONS = {
     "lam falls": (make_population(lam=[[1, 2, 3], [5, 4, 6.0]]), "lam[1, 1] = 4.0 is smaller than its predecessor"),
     "n_hat negative": (make_population(n_hat=[4, -1]), "n_hat[1] = -1 is not a number of tokens"),
     "mscale zero": (make_population(mscale=[1.5, 0.0]), "mscale[1] = 0.0 is not a positive number"),
-    "n_hat not batched": (make_population(n_hat=4), "n_hat has shape (); beside lam (2, 3) it must be (2,)"),
-    "mscale not batched": (make_population(mscale=1.0), "mscale has shape (); beside lam (2, 3) it must be (2,)"),
+    "n_hat not batched": (make_population(n_hat=4), "n_hat has shape (); with lam (2, 3) it must be (2,)"),
+    "mscale not batched": (make_population(mscale=1.0), "mscale has shape (); with lam (2, 3) it must be (2,)"),
 }
 
 
@@ -152,3 +152,23 @@ def test_stack_takes_what_methods_return():
     population = stack([linear(8, 4), ntk(8, 4)]).check(head_dim=8)
     np.testing.assert_array_equal(population.lam, [linear(8, 4).lam, ntk(8, 4).lam])
     np.testing.assert_array_equal(population.n_hat, [0, 0])
+
+
+def test_repr_is_a_small_table():
+    lines = repr(make_factors()).splitlines()
+    assert [line.split() for line in lines] == [
+        ["RopeFactors,", "lam", "[3]"],
+        ["n_hat", "mscale", "lam", "first", "middle", "last"],
+        ["4", "1.5", "1", "2", "3"],
+    ]
+    assert repr(stack([make_factors()] * 12)).splitlines()[-1].strip() == "(2 more)"
+    table = FactorTable.of({128: make_factors(), 2097152: make_factors(n_hat=0)})
+    assert [line.split()[:2] for line in repr(table).splitlines()[2:]] == [["128", "4"], ["2097152", "0"]]
+
+
+def test_repr_has_no_need_of_values():
+    described = []
+    jax.jit(jax.vmap(lambda factors: described.append(repr(factors))))(make_population())
+    assert "lam=" in described[0] and "float32[3]" in described[0]
+    assert "float32" in repr(jax.eval_shape(lambda: make_factors()))
+    assert repr(RopeFactors(None, 0, None)) == "RopeFactors(lam=None, n_hat=0, mscale=None)"
