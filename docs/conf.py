@@ -41,7 +41,11 @@ add_module_names = False
 
 # Every name of ours has to resolve. Those of others are not looked up: their inventories are on the internet.
 nitpicky = True
-nitpick_ignore_regex = [("py:(class|exc)", r"(?!longrope_jax\.).*"), ("py:class", r"longrope_jax\..*\.T")]
+nitpick_ignore_regex = [
+    ("py:obj", r"typing\..*"),
+    ("py:(class|exc)", r"(?!longrope_jax\.).*"),
+    ("py:class", r"longrope_jax\..*\.T"),
+]
 
 
 def skip_field_numbers(app, kind, name, member, skip, options):

@@ -7,8 +7,8 @@ _LONGEST = 1000  # characters of what others say: a page of a terminal
 
 def shortened(value: Any) -> str:
     """A value as a message shows it: of a long list or text only the beginning."""
-    told = repr(value)
-    return told if len(told) <= 80 else f"{told[:77]}..."
+    text = repr(value).replace("\n", " ")  # a ConfigDict has several lines
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def beginning(told: object) -> str:

@@ -153,7 +153,7 @@ def test_what_settings_say_of_a_long_value_is_told_by_its_beginning():
 
 
 def test_a_number_beyond_all_floats_is_refused():
-    with pytest.raises(ValueError, match="config.pretrain.optimizer.learning_rate = 1000.* is beyond every number"):
+    with pytest.raises(ValueError, match="config.pretrain.optimizer.learning_rate = 1000.* must be finite"):
         parse(PretrainSettings, changed(PRETRAIN, optimizer__learning_rate=10**400), "pretrain")
 
 
@@ -314,7 +314,7 @@ def test_methods_are_checked_one_by_one(fields, message):
         ("search", {"objective": {"a": {"documents": -1}}}, "config.search.objective.a: documents = -1 must not be"),
         ("search", {"objective": {"a": {"kinds": "b"}}}, "config.search.objective.a.kinds is not a field of TermSe"),
         ("search", {"seeds": {"a": {}}}, "config.search.seeds.a.factors is missing"),
-        ("search", {"seeds": {"a": {"factors": ""}}}, "config.search.seeds.a: factors is empty"),
+        ("search", {"seeds": {"a": {"factors": ""}}}, "config.search.seeds.a: factors = '' is empty"),
         (
             "search",
             {"seeds": {"a": {"factors": "b", "target_length": -1}}},

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.errors import beginning
 from longrope_jax.files import as_utf8, copy_tree, is_remote, size_of
+from longrope_jax.settings import Settings
 
 SPLITS = {"train": 0.7, "search": 0.1, "evaluation": 0.2}
 """The default share of the documents in every split. The search sees no training documents, and the evaluation sees
@@ -33,7 +34,7 @@ SHARES = tuple(SPLITS.values())
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(Settings):
     """The source of text: a folder, a TFDS dataset, or, without both, the embedded corpus (Python's standard library).
 
     Attributes:
@@ -55,6 +56,7 @@ class DataSettings:
     shares: tuple[float, ...] = SHARES
 
     def __post_init__(self):
+        super().__post_init__()
         if self.suffix and not self.folder:
             raise ValueError(f"suffix = {self.suffix!r} needs a folder; the embedded corpus has its own")
         if self.folder and self.tfds:

@@ -17,6 +17,7 @@ from longrope_jax.model import Llama
 from longrope_jax.rope import METHODS, RopeFactors
 from longrope_jax.runtime import preemption, processes, profiling, records
 from longrope_jax.runtime.mesh import Layout
+from longrope_jax.settings import DistinctLengths, DocumentCount, NonNegativeInt, PositiveInt, Seed, Settings
 
 POSITION_BUCKETS = 32
 EVALUATION_RECORD = {
@@ -33,7 +34,7 @@ EVALUATION_RECORD = {
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Settings):
     """What is judged under one name.
 
     Attributes:
@@ -52,7 +53,7 @@ def published_methods() -> dict[str, Method]:
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(Settings):
     """What is judged, how long the windows are, and on what.
 
     Attributes:
@@ -68,33 +69,25 @@ class EvaluationSettings:
         data: the section of the text.
     """
 
-    lengths: tuple[int, ...]
+    lengths: DistinctLengths
     methods: dict[str, Method] = field(default_factory=published_methods)
     controls: tuple[str, ...] = ("unscaled",)
     compared: tuple[tuple[str, ...], ...] = ()
-    documents: int = 64
-    stride: int = 0
-    seed: int = 0
-    tokens_at_once: int = 8192
+    documents: DocumentCount = 64
+    stride: NonNegativeInt = 0
+    seed: Seed = 0
+    tokens_at_once: PositiveInt = 8192
     data: str = "data"
 
     def __post_init__(self):
-        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
-            raise ValueError(f"lengths = {self.lengths} must be different positive numbers of tokens")
+        super().__post_init__()
         if not self.methods:
-            raise ValueError("methods is empty; there is nothing to judge")
-        unknown = set(self.controls) - set(self.methods)
-        if unknown:
+            raise ValueError("methods is empty; name at least one")
+        if set(self.controls) - set(self.methods):
             raise ValueError(f"controls = {self.controls} must be methods; those are {', '.join(self.methods)}")
         for pair in self.compared:
             if len(pair) != 2 or not set(pair) <= set(self.methods):
                 raise ValueError(f"compared: {pair} must be a pair of methods; those are {', '.join(self.methods)}")
-        if self.documents < 2:
-            raise ValueError(f"documents = {self.documents} must be at least 2: intervals are over documents")
-        if self.tokens_at_once < 1:
-            raise ValueError(f"tokens_at_once = {self.tokens_at_once} must be positive")
-        if self.stride < 0:
-            raise ValueError(f"stride = {self.stride} must not be negative")
 
 
 class Subject(NamedTuple):

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import scipy.stats
@@ -20,6 +20,7 @@ from longrope_jax.model.decode import complete
 from longrope_jax.rope import FactorTable
 from longrope_jax.runtime import preemption, processes, records
 from longrope_jax.runtime.mesh import Layout
+from longrope_jax.settings import DistinctLengths, PositiveInt, Seed, Settings, one_of
 
 TASKS = ("passkey", "needle", "needle_cloze")
 RETRIEVAL_RECORD = {"method": str, "length": int, "depth": float, "hits": int, "tries": int, "seconds": float}
@@ -27,7 +28,7 @@ RETRIEVAL_RECORD = {"method": str, "length": int, "depth": float, "hits": int, "
 
 
 @dataclass(frozen=True)
-class RetrievalSettings:
+class RetrievalSettings(Settings):
     """What has to be found, where, by whom.
 
     Attributes:
@@ -44,28 +45,22 @@ class RetrievalSettings:
         data: the section of the text that needles are hidden in.
     """
 
-    lengths: tuple[int, ...]
-    task: str = "passkey"
+    lengths: DistinctLengths
+    task: Annotated[str, one_of(TASKS)] = "passkey"
     depths: tuple[float, ...] = ()
     methods: dict[str, Method] = field(default_factory=published_methods)
-    tries: int = 10
-    prompts_at_once: int = 1
-    tokens_at_once: int = 512
-    seed: int = 0
+    tries: PositiveInt = 10
+    prompts_at_once: PositiveInt = 1
+    tokens_at_once: PositiveInt = 512
+    seed: Seed = 0
     data: str = "data"
 
     def __post_init__(self):
-        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
-            raise ValueError(f"lengths = {self.lengths} must be different positive numbers of tokens")
-        if self.task not in TASKS:
-            raise ValueError(f"task = {self.task!r} must be one of {', '.join(TASKS)}")
+        super().__post_init__()
         if any(not 0 <= depth <= 1 for depth in self.depths) or len(set(self.depths)) < len(self.depths):
             raise ValueError(f"depths = {self.depths} must be different shares of the text, from 0 to 1")
         if not self.methods:
-            raise ValueError("methods is empty; there is nothing to judge")
-        for name in ("tries", "prompts_at_once", "tokens_at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
+            raise ValueError("methods is empty; name at least one")
 
     @property
     def places(self) -> tuple[float | None, ...]:

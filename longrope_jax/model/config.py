@@ -1,9 +1,10 @@
 """The architecture of a LLaMA, and the ones people use by name."""
 
-import dataclasses
 from dataclasses import dataclass
+from typing import Annotated
 
 from longrope_jax.model.attention import BACKENDS
+from longrope_jax.settings import PositiveFloat, PositiveInt, Rule, Settings, one_of
 
 FLOAT_TYPES = ("float32", "bfloat16")
 REMAT_POLICIES = (
@@ -17,7 +18,7 @@ REMAT_POLICIES = (
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(Settings):
     """Sizes and numerics of a LLaMA; hashable, so it can be static under `jit`. Named presets: `LlamaConfig.preset`.
 
     Attributes:
@@ -40,43 +41,28 @@ class LlamaConfig:
             long T; the others are policies of `jax.checkpoint_policies`.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    original_length: int
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    original_length: PositiveInt
+    rope_theta: Annotated[float, Rule(lambda theta: theta > 1, "must be above 1")] = 10000.0
+    norm_eps: PositiveFloat = 1e-5
     tie_embeddings: bool = False
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    attention: str = "auto"
-    remat: str = "none"
+    dtype: Annotated[str, one_of(FLOAT_TYPES)] = "float32"
+    param_dtype: Annotated[str, one_of(FLOAT_TYPES)] = "float32"
+    attention: Annotated[str, one_of(BACKENDS)] = "auto"
+    remat: Annotated[str, one_of(REMAT_POLICIES)] = "none"
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, "int") and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{field.name} = {value!r} must be a positive whole number")
+        super().__post_init__()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
-        if not self.rope_theta > 1:
-            raise ValueError(f"rope_theta = {self.rope_theta} must be above 1")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps = {self.norm_eps} must be above 0")
-        for name, known in (
-            ("attention", BACKENDS),
-            ("remat", REMAT_POLICIES),
-            ("dtype", FLOAT_TYPES),
-            ("param_dtype", FLOAT_TYPES),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "LlamaConfig":

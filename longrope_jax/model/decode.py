@@ -18,10 +18,11 @@ from longrope_jax.model.cache import Cache, empty_cache, slots_for
 from longrope_jax.model.llama import Llama
 from longrope_jax.model.sharding import constrain, shards
 from longrope_jax.rope import FactorTable, RopeFactors
+from longrope_jax.settings import NonNegativeFloat, NonNegativeInt, Probability, Settings
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Settings):
     """How a token is drawn; hashable, so it can be static under `jit`.
 
     Attributes:
@@ -31,17 +32,9 @@ class Sampling:
             1904.09751), of those that top_k leaves, at the temperature.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature = {self.temperature!r} must be 0 (greedy) or above")
-        if not (isinstance(self.top_k, int) and self.top_k >= 0):
-            raise ValueError(f"top_k = {self.top_k!r} must be a whole number of tokens, 0 (all) or above")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p!r} must be above 0 and at most 1 (all)")
+    temperature: NonNegativeFloat = 0.0
+    top_k: NonNegativeInt = 0
+    top_p: Probability = 1.0
 
 
 def sample(logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling) -> Int[Array, "B"]:

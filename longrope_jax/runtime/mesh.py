@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -17,12 +17,13 @@ from jaxtyping import Float, Int
 
 from longrope_jax.model.ring import zigzag
 from longrope_jax.model.sharding import AXES, make_mesh, partition_spec, tree_shardings
+from longrope_jax.settings import Settings, one_of
 
 ORDERS = ("zigzag", "contiguous")
 
 
 @dataclass(frozen=True)
-class MeshSettings:
+class MeshSettings(Settings):
     """Which devices work together, and how. It may change between the runs of a work directory.
 
     Attributes:
@@ -34,12 +35,11 @@ class MeshSettings:
     """
 
     axes: str = "data:1"
-    sequence_order: str = "zigzag"
+    sequence_order: Annotated[str, one_of(ORDERS)] = "zigzag"
 
     def __post_init__(self):
+        super().__post_init__()
         parse_axes(self.axes)
-        if self.sequence_order not in ORDERS:
-            raise ValueError(f"sequence_order = {self.sequence_order!r} must be one of {', '.join(ORDERS)}")
 
 
 def parse_axes(text: str, devices: int | None = None) -> dict[str, int]:

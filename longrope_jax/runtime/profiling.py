@@ -12,12 +12,13 @@ from etils import epath
 
 from longrope_jax.files import copy_tree
 from longrope_jax.runtime import processes
+from longrope_jax.settings import Settings
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class ProfileSettings:
+class ProfileSettings(Settings):
     """Which steps are looked at; none by default. It may change between the runs of a work directory.
 
     Attributes:
@@ -30,6 +31,7 @@ class ProfileSettings:
     stage: str = ""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.steps and not (len(self.steps) == 2 and 1 <= self.steps[0] < self.steps[1]):
             raise ValueError(f"steps = {self.steps} must be (first, one after the last), such as (10, 13), or ()")
         if self.stage and not self.steps:

@@ -4,6 +4,7 @@ Hansen and Ostermeier, "Completely derandomized self-adaptation in evolution str
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import cmaes
 import jax
@@ -22,10 +23,11 @@ from longrope_jax.search.candidates import (
 )
 from longrope_jax.search.gradient import from_lam, on_grid, to_lam
 from longrope_jax.search.space import SearchSpace
+from longrope_jax.settings import PositiveFloat, PositiveInt, Rule, Settings
 
 
 @dataclass(frozen=True)
-class CmaEsSettings:
+class CmaEsSettings(Settings):
     """How CMA-ES is run.
 
     Attributes:
@@ -34,17 +36,9 @@ class CmaEsSettings:
         sigma: step size of the first generation, in logarithms of lam, see `gradient.to_lam`.
     """
 
-    population: int = 32
-    iterations: int = 40
-    sigma: float = 0.2
-
-    def __post_init__(self):
-        if self.population < 2:
-            raise ValueError(f"population = {self.population} must be at least 2")
-        if self.iterations < 1:
-            raise ValueError(f"iterations = {self.iterations} must be positive")
-        if not self.sigma > 0:
-            raise ValueError(f"sigma = {self.sigma} must be positive")
+    population: Annotated[int, Rule(lambda count: count >= 2, "must be at least 2")] = 32
+    iterations: PositiveInt = 40
+    sigma: PositiveFloat = 0.2
 
     @property
     def evaluations(self) -> int:

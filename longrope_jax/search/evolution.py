@@ -7,7 +7,7 @@ iterations left that it had not done.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,14 @@ from longrope_jax.search.candidates import Genes, Score, SearchState, joined, sc
 from longrope_jax.search.operators import CROSSOVERS, MUTATIONS
 from longrope_jax.search.space import SearchSpace
 from longrope_jax.search.surrogate import promising
+from longrope_jax.settings import NonNegativeInt, PositiveInt, Probability, Rule, Settings, one_of
 
 _DRAWN_AT_ONCE = 32  # children that one call of a compiled operator makes
 _TRIES = 20  # rounds of calls before a generation is left smaller
 
 
 @dataclass(frozen=True)
-class EvolutionSettings:
+class EvolutionSettings(Settings):
     """Algorithm 1's numbers and operators; the numbers are the paper's up to 512k tokens (sec. 4.1), and so are the
     operators of `paper`.
 
@@ -51,32 +52,18 @@ class EvolutionSettings:
             are worth it, see `search/surrogate.py`.
     """
 
-    population: int = 64
-    mutations: int = 16
-    crossovers: int = 16
-    parents: int = 32
-    iterations: int = 40
-    mutation: str = "redraw_few"
-    mutation_probability: float = 0.3
-    reach: int = 4
-    crossover: str = "uniform"
-    crossover_probability: float = 0.3
-    restarts: int = 1
-    proposals: int = 16
-
-    def __post_init__(self):
-        for name in ("population", "parents", "reach", "restarts", "proposals"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
-        for name in ("mutations", "crossovers", "iterations"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
-        for name in ("mutation_probability", "crossover_probability"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must lie in (0, 1]")
-        for name, kinds in (("mutation", MUTATIONS), ("crossover", CROSSOVERS)):
-            if getattr(self, name) not in kinds:
-                raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(kinds)}")
+    population: PositiveInt = 64
+    mutations: NonNegativeInt = 16
+    crossovers: NonNegativeInt = 16
+    parents: PositiveInt = 32
+    iterations: NonNegativeInt = 40
+    mutation: Annotated[str, one_of(MUTATIONS)] = "redraw_few"
+    mutation_probability: Probability = 0.3
+    reach: Annotated[int, Rule(lambda pairs: 0 < pairs <= 10_000, "must lie between 1 and 10,000 pairs")] = 4
+    crossover: Annotated[str, one_of(CROSSOVERS)] = "uniform"
+    crossover_probability: Probability = 0.3
+    restarts: PositiveInt = 1
+    proposals: PositiveInt = 16
 
     @classmethod
     def paper(cls, **changes: Any) -> "EvolutionSettings":

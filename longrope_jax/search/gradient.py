@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,14 @@ from longrope_jax.rope import RopeFactors
 from longrope_jax.search.candidates import OPERATORS, Genes, Score, SearchState, joined, scored, unscored, without_known
 from longrope_jax.search.objective import Block, Objective
 from longrope_jax.search.space import SearchSpace
+from longrope_jax.settings import PositiveFloat, PositiveInt, Settings, one_of
 
 Variables = dict[str, Float[Array | np.ndarray, "..."]]
 """What is optimised: "logs" [C, D/2] of lam, and "mscale" [C], a logit between its bounds."""
 
 
 @dataclass(frozen=True)
-class GradientSettings:
+class GradientSettings(Settings):
     """How to descend.
 
     Attributes:
@@ -45,22 +46,12 @@ class GradientSettings:
         remat: what the backward pass keeps of a block of the model, see `LlamaConfig`.
     """
 
-    rounds: int = 1
-    starts: int = 2
-    steps: int = 40
-    learning_rate: float = 0.01
-    cost: float = 5.0
-    remat: str = "nothing_saveable"
-
-    def __post_init__(self):
-        for name in ("rounds", "starts", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
-        for name in ("learning_rate", "cost"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat = {self.remat!r} must be one of {', '.join(REMAT_POLICIES)}")
+    rounds: PositiveInt = 1
+    starts: PositiveInt = 2
+    steps: PositiveInt = 40
+    learning_rate: PositiveFloat = 0.01
+    cost: PositiveFloat = 5.0
+    remat: Annotated[str, one_of(REMAT_POLICIES)] = "nothing_saveable"
 
 
 class Kept(Protocol):

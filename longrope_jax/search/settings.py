@@ -1,7 +1,7 @@
 """What a search is told: for which length, on what, where and how."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import Layout
@@ -11,6 +11,7 @@ from longrope_jax.search.gradient import GradientSettings
 from longrope_jax.search.seeds import PAPER_SEEDS, PUBLISHED
 from longrope_jax.search.space import N_HAT, SPACES, SearchSpace, critical_space, paper_space
 from longrope_jax.search.terms import TermSettings
+from longrope_jax.settings import NonNegativeInt, PositiveInt, Rule, Seed, Settings, one_of
 
 METHODS = {
     "evolution": ("evolution",),
@@ -23,7 +24,7 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class SeedSettings:
+class SeedSettings(Settings):
     """Factors of one's own to start from.
 
     Attributes:
@@ -32,18 +33,12 @@ class SeedSettings:
         target_length: that they were made for, tokens; other lengths are rescaled. 0 is what the stage or file says.
     """
 
-    factors: str
-    target_length: int = 0
-
-    def __post_init__(self):
-        if not self.factors:
-            raise ValueError("factors is empty; name a stage before this one or a file")
-        if self.target_length < 0:
-            raise ValueError(f"target_length = {self.target_length} must not be negative")
+    factors: Annotated[str, Rule(bool, "is empty; name a stage before this one or a file")]
+    target_length: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)
-class SearchSettings:
+class SearchSettings(Settings):
     """What is searched for, on what, and how.
 
     Attributes:
@@ -79,54 +74,43 @@ class SearchSettings:
         data: the section of the text.
     """
 
-    target_length: int
+    target_length: PositiveInt
     model: str = ""
-    documents: int = 5
-    seed: int = 0
+    documents: PositiveInt = 5
+    seed: Seed = 0
     objective: dict[str, TermSettings] = field(default_factory=dict)
-    method: str = "evolution"
-    racing: float = 0.0
+    method: Annotated[str, one_of(METHODS)] = "evolution"
+    racing: Annotated[
+        float, Rule(lambda p: p == 0 or 0.5 < p < 1, "must be a confidence between 0.5 and 1, or 0 for none")
+    ] = 0.0
     published: tuple[str, ...] = PUBLISHED
     seeds: dict[str, SeedSettings] = field(default_factory=dict)
-    ramps: int = 0
-    space: str = "paper"
+    ramps: NonNegativeInt = 0
+    space: Annotated[str, one_of(SPACES)] = "paper"
     lower_bound: float = 1.0
     upper_bound: float = 1.25
     step: float = 0.01
     n_hat: tuple[int, ...] = N_HAT
-    mscale: tuple[float, ...] = (1.0, 1.0)
-    candidates_at_once: int = 1
-    documents_at_once: int = 1
+    mscale: Annotated[tuple[float, ...], Rule(lambda bounds: len(bounds) == 2, "must be two bounds")] = (1.0, 1.0)
+    candidates_at_once: PositiveInt = 1
+    documents_at_once: PositiveInt = 1
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
     gradient: GradientSettings = field(default_factory=GradientSettings)
     cma_es: CmaEsSettings = field(default_factory=CmaEsSettings)
-    held_out_documents: int = 0
+    held_out_documents: NonNegativeInt = 0
     data: str = "data"
 
     def __post_init__(self):
-        for name in ("target_length", "documents", "candidates_at_once", "documents_at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
-        for name, known in (("method", METHODS), ("space", SPACES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
-        if not (self.racing == 0 or 0.5 < self.racing < 1):
-            raise ValueError(f"racing = {self.racing} must be a confidence between 0.5 and 1, or 0 for none")
-        if self.racing and self.method in ("cma_es", "start_tokens"):
-            raise ValueError(f"racing = {self.racing} is not for method = {self.method!r}")
-        if self.ramps and self.method in ("cma_es", "start_tokens"):
-            raise ValueError(f"ramps = {self.ramps} are not for method = {self.method!r}")
+        super().__post_init__()
+        for name in ("racing", "ramps"):
+            if getattr(self, name) and self.method in ("cma_es", "start_tokens"):
+                raise ValueError(f"{name} = {getattr(self, name)} is not for method = {self.method!r}")
         if unknown := set(self.published) - set(PUBLISHED):
             raise ValueError(f"published = {self.published}: {unknown.pop()!r} is none of {', '.join(PUBLISHED)}")
         if not self.published and not self.seeds and self.space == "paper":
             raise ValueError("published and seeds are empty; there is nothing to start from")
         if taken := set(self.seeds) & set(PAPER_SEEDS):
             raise ValueError(f"seeds.{taken.pop()}: another seed has that name already; take one of your own")
-        if len(self.mscale) != 2:
-            raise ValueError(f"mscale = {self.mscale} must be two bounds")
-        for name in ("ramps", "held_out_documents"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
 
     @property
     def terms(self) -> dict[str, TermSettings]:

@@ -15,10 +15,11 @@ from longrope_jax.data.corpus import Document
 from longrope_jax.data.needles import Prompt, needle, needle_cloze
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.data.windows import fixed_windows
+from longrope_jax.settings import NonNegativeInt, PositiveFloat, Settings
 
 
 @dataclass(frozen=True)
-class TermSettings:
+class TermSettings(Settings):
     """One term of an objective.
 
     Attributes:
@@ -31,18 +32,14 @@ class TermSettings:
     """
 
     kind: str = "perplexity"
-    share: float = 1.0
-    length: int = 0
-    documents: int = 0
+    share: PositiveFloat = 1.0
+    length: NonNegativeInt = 0
+    documents: NonNegativeInt = 0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.kind not in OBJECTIVES:
             raise ValueError(f"kind = {self.kind!r} must be one of {', '.join(OBJECTIVES)}")
-        if not self.share > 0:
-            raise ValueError(f"share = {self.share} must be positive")
-        for name in ("length", "documents"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
 
 
 class Term(NamedTuple):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from etils import epath
 
@@ -16,6 +17,7 @@ from longrope_jax.model import Llama
 from longrope_jax.model.config import REMAT_POLICIES
 from longrope_jax.rope import FactorTable, RopeFactors, unscaled
 from longrope_jax.runtime.mesh import Layout
+from longrope_jax.settings import Fraction, NonNegativeInt, PositiveInt, one_of
 from longrope_jax.training.loop import HeldOut, LoopSettings, train
 
 
@@ -37,28 +39,15 @@ class FinetuneSettings(LoopSettings):
         data: the section of the text, both to train on and held out.
     """
 
-    length: int
+    length: PositiveInt
     factors: str
     model: str = ""
     packed: bool = False
-    long_share: float = 1.0
-    evaluate_every: int = 100
-    held_out_documents: int = 8
-    remat: str = "nothing_saveable"
+    long_share: Fraction = 1.0
+    evaluate_every: NonNegativeInt = 100
+    held_out_documents: PositiveInt = 8
+    remat: Annotated[str, one_of(REMAT_POLICIES)] = "nothing_saveable"
     data: str = "data"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.length < 1:
-            raise ValueError(f"length = {self.length} must be positive")
-        if not 0 <= self.long_share <= 1:
-            raise ValueError(f"long_share = {self.long_share} must lie in [0, 1]")
-        if self.evaluate_every < 0:
-            raise ValueError(f"evaluate_every = {self.evaluate_every} must not be negative")
-        if self.held_out_documents < 1:
-            raise ValueError(f"held_out_documents = {self.held_out_documents} must be positive")
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat = {self.remat!r} must be one of {', '.join(REMAT_POLICIES)}")
 
     def batches(
         self, documents: Sequence[Document], tokenizer: Tokenizer, original_length: int, share: tuple[int, int] = (0, 1)

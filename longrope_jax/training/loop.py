@@ -16,6 +16,7 @@ from longrope_jax.rope import FactorTable
 from longrope_jax.runtime import preemption, processes, profiling
 from longrope_jax.runtime.checkpoints import Checkpoints
 from longrope_jax.runtime.mesh import Layout
+from longrope_jax.settings import PositiveInt, Seed, Settings
 from longrope_jax.training.progress import Metrics, Progress
 from longrope_jax.training.step import (
     OptimizerSettings,
@@ -29,7 +30,7 @@ from longrope_jax.training.step import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopSettings:
+class LoopSettings(Settings):
     """What every kind of training has.
 
     Attributes:
@@ -42,18 +43,16 @@ class LoopSettings:
         optimizer: see `OptimizerSettings`.
     """
 
-    steps: int
-    batch: int
-    accumulate: int = 1
-    seed: int = 0
-    checkpoint_every: int = 500
-    log_every: int = 20
+    steps: PositiveInt
+    batch: PositiveInt
+    accumulate: PositiveInt = 1
+    seed: Seed = 0
+    checkpoint_every: PositiveInt = 500
+    log_every: PositiveInt = 20
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
+        super().__post_init__()
         if self.batch % self.accumulate:
             raise ValueError(f"batch = {self.batch} can't be cut into accumulate = {self.accumulate} equal parts")
 

@@ -15,6 +15,7 @@ from longrope_jax.model import Llama
 from longrope_jax.rope import FactorTable, unscaled
 from longrope_jax.runtime import records
 from longrope_jax.runtime.mesh import Layout
+from longrope_jax.settings import Fraction
 from longrope_jax.training.loop import LoopSettings, load_params, train
 from longrope_jax.training.step import init_params
 
@@ -29,13 +30,8 @@ class PretrainSettings(LoopSettings):
         data: the section of the text.
     """
 
-    needle_share: float = 0.0
+    needle_share: Fraction = 0.0
     data: str = "data"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.needle_share <= 1:
-            raise ValueError(f"needle_share = {self.needle_share} must lie in [0, 1]")
 
     def batches(
         self, documents: Sequence[Document], tokenizer: Tokenizer, original_length: int, share: tuple[int, int] = (0, 1)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.struct
 import jax
@@ -14,13 +14,17 @@ from longrope_jax.data.sequences import IGNORED, Batch
 from longrope_jax.model import Llama
 from longrope_jax.model.sharding import constrain, smallest_batch, tree_shardings
 from longrope_jax.rope import FactorTable, unscaled
+from longrope_jax.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, Rule, Settings, one_of
 
 SCHEDULES = ("cosine", "linear", "constant")
 BUCKETS = 8  # equal ranges of positions by which the loss is reported
 
 
+_Decay = Annotated[float, Rule(lambda beta: 0 <= beta < 1, "must lie in [0, 1)")]
+
+
 @dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerSettings(Settings):
     """AdamW with a linear warmup, a decay, and clipping by the global norm.
 
     Attributes:
@@ -32,26 +36,13 @@ class OptimizerSettings:
         beta1, beta2: AdamW's decay rates.
     """
 
-    learning_rate: float = 3e-3
-    schedule: str = "cosine"
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-
-    def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule = {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
-        for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
-        for name in ("warmup_steps", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1)")
+    learning_rate: PositiveFloat = 3e-3
+    schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
+    warmup_steps: NonNegativeInt = 100
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: PositiveFloat = 1.0
+    beta1: _Decay = 0.9
+    beta2: _Decay = 0.95
 
 
 @flax.struct.dataclass

@@ -3,7 +3,7 @@
 import itertools
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from absl import logging
 
@@ -22,6 +22,7 @@ from longrope_jax.rope import FactorTable
 from longrope_jax.rope.huggingface import DROPPABLE
 from longrope_jax.runtime import processes, records
 from longrope_jax.search.settings import SearchSettings
+from longrope_jax.settings import DocumentCount, Seed, Settings, one_of
 
 # What a card tells of a stage's summary, as far as it has it, and what it leaves out of its settings.
 _RESULTS = ("parameters", "evaluations", "best_nll", "seconds")
@@ -29,7 +30,7 @@ _HOUSEKEEPING = ("dtype", "param_dtype", "attention", "log_every", "checkpoint_e
 
 
 @dataclass(frozen=True)
-class ExportSettings:
+class ExportSettings(Settings):
     """What is handed on to others, as the folder of the stage's name in the work directory.
 
     The format has two sets of factors, up to and beyond one length, and no start tokens. What else the factors have
@@ -54,22 +55,19 @@ class ExportSettings:
     factors: str = ""
     model: str = ""
     architecture: str = "LlamaForCausalLM"
-    dtype: str = ""
+    dtype: Annotated[str, one_of(FLOAT_TYPES, "")] = ""
     allow_dropping_start_tokens: bool = False
     allow_dropping_lengths: bool = False
     allow_dropping_temperatures: bool = False
     cost_lengths: tuple[int, ...] = ()
-    cost_documents: int = 8
-    seed: int = 0
+    cost_documents: DocumentCount = 8
+    seed: Seed = 0
     data: str = "data"
 
     def __post_init__(self):
-        if self.dtype not in ("", *FLOAT_TYPES):
-            raise ValueError(f"dtype = {self.dtype!r} must be one of {', '.join(FLOAT_TYPES)}, or empty")
+        super().__post_init__()
         if any(length < 1 for length in self.cost_lengths):
             raise ValueError(f"cost_lengths = {self.cost_lengths} must be positive numbers of tokens")
-        if self.cost_documents < 2:
-            raise ValueError(f"cost_documents = {self.cost_documents} must be at least 2: intervals are over documents")
 
     @property
     def allowed(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
 import numpy as np
 
@@ -11,10 +12,11 @@ from longrope_jax.model import LlamaConfig
 from longrope_jax.model.attention import BACKENDS
 from longrope_jax.model.config import FLOAT_TYPES, PRESETS
 from longrope_jax.rope import FactorTable, unscaled
+from longrope_jax.settings import Rule, Settings, one_of
 
 
 @dataclass(frozen=True)
-class LoadSettings:
+class LoadSettings(Settings):
     """Whose pretrained model, and how to compute with it. As the first stage it also gives the tokenizer.
 
     Attributes:
@@ -27,20 +29,11 @@ class LoadSettings:
             nothing is read from them before they are needed. "" takes what they hold.
     """
 
-    path: str
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    attention: str = "auto"
-    preset: str = ""
-
-    def __post_init__(self):
-        if not self.path:
-            raise ValueError("path is empty; give a Hugging Face folder or a .gguf file")
-        if self.preset and self.preset not in PRESETS:
-            raise ValueError(f"preset = {self.preset!r} must be one of {', '.join(PRESETS)}, or ''")
-        for name, known in (("dtype", FLOAT_TYPES), ("param_dtype", FLOAT_TYPES), ("attention", BACKENDS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
+    path: Annotated[str, Rule(bool, "is empty; give a Hugging Face folder or a .gguf file")]
+    dtype: Annotated[str, one_of(FLOAT_TYPES)] = "float32"
+    param_dtype: Annotated[str, one_of(FLOAT_TYPES)] = "float32"
+    attention: Annotated[str, one_of(BACKENDS)] = "auto"
+    preset: Annotated[str, one_of(PRESETS, "")] = ""
 
     @property
     def config(self) -> LlamaConfig:
@@ -82,7 +75,7 @@ class LoadSettings:
 
 
 @dataclass(frozen=True)
-class TableSettings:
+class TableSettings(Settings):
     """Which factors a sequence gets by its length.
 
     Attributes:
@@ -98,6 +91,7 @@ class TableSettings:
     model: str = ""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
             raise ValueError(f"lengths = {self.lengths} must be rising numbers of tokens")
         if len(self.factors) != len(self.lengths):
