@@ -1,19 +1,20 @@
-"""LongRoPE's ablations on the quickstart's model, each in the form of the paper's table, all of them in one report.
+"""LongRoPE's ablations on the quickstart's model: one report with a table for each table of the paper.
 
     make ablations
     python -m longrope_jax.main --config=experiments/ablations_tiny.py --workdir=runs/ablations
 
-The byte-level model of 0.57M parameters, L = 128, and the embedded corpus. Searches see search documents only; every
-table is on evaluation documents that neither training nor search has seen, all its lengths on the same tokens:
+The model is byte-level with 0.57M parameters and L = 128; the text is the embedded corpus. Searches see only search
+documents. Every table uses evaluation documents that training and search have not seen, and the same tokens at all
+lengths:
 
     evaluate_table1_methods            search against the published methods, not fine-tuned, at 2L, 4L and 8L
-    evaluate_table2_start_tokens       PI and NTK with and without the start tokens that suit them best, at 2L and 4L
+    evaluate_table2_start_tokens       PI and NTK with and without their best start tokens, at 2L and 4L
     evaluate_table11_forms             lambda alone, and lambda with start tokens, against PI, at 4L and 8L
-    evaluate_table10_recovery          a model fine-tuned at 8L on short inputs, with and without factors for them
+    evaluate_table10_recovery          a model fine-tuned at 8L, on short inputs, with and without recovery
     evaluate_table9_second_extension   the same model extended to 16L, 32L and 64L without more tuning
 
-Half an hour on two cores that had other work as well, half of it pretraining. A method has its own factors at every
-length, and up to L the original rotation, so the column of L is the control.
+It takes half an hour on two busy cores, half of it for pretraining. Every method has its own factors at every length
+and the original rotation up to L, so the column of L is the control.
 """
 
 from functools import partial
@@ -36,7 +37,7 @@ from longrope_jax.training.step import OptimizerSettings
 L = 128
 METHODS = ("linear", "ntk", "yarn")
 DOCUMENTS, LONG_DOCUMENTS = 64, 8
-# Tables in the form of the paper are about its algorithm, in the wider of two readings.
+# The tables use the paper's algorithm, in the wider of two readings.
 _as_published = partial(EvolutionSettings.paper, reach=4)
 
 
@@ -75,7 +76,7 @@ def get_config() -> ConfigDict:
 
 
 def _first_searches() -> dict[str, SearchSettings]:
-    """What is searched on the pretrained model."""
+    """The searches on the pretrained model."""
     common = dict(model="pretrain", documents=5, racing=0.99, held_out_documents=16)
     iterations = {2: 6, 4: 8, 8: 10}
     searches = {
@@ -102,7 +103,7 @@ def _first_searches() -> dict[str, SearchSettings]:
 
 
 def _first_tables() -> dict[str, TableSettings]:
-    """Factors by length for the methods, as a method has others for every length; up to L the original rotation."""
+    """A factor table per method: its factors for every length, and the original rotation up to L."""
     tables = {method: _from_original((2, 4, 8), [method] * 3) for method in METHODS}
     tables["searched"] = _from_original((2, 4, 8), ["search_2x", "search_4x", "search_8x"])
     tables["lambda"] = _from_original((4, 8), ["search_lambda_4x", "search_lambda_8x"])
@@ -185,8 +186,8 @@ def _recovery() -> dict[str, SearchSettings | TableSettings | EvaluationSettings
 
 
 def _second_extension() -> dict[str, SearchSettings | TableSettings | EvaluationSettings]:
-    """The fine-tuned model at lengths that it was not tuned at."""
-    # Fewer candidates and documents than a search should have, for the clock's sake.
+    """The fine-tuned model at lengths beyond its fine-tuning."""
+    # Fewer candidates and documents than a search should have, to save time.
     small = _as_published(population=24, mutations=8, crossovers=8, iterations=7)
     smallest = _as_published(population=16, mutations=6, crossovers=6, iterations=6)
     stages, lengths = {}, tuple(scale * L for scale in (8, 16, 32, 64))

@@ -1,9 +1,9 @@
-"""Makes a folder of long English prose from two Debian packages: an FAQ on anarchism and the King James Bible.
+"""Writes a folder of long English prose from two Debian packages: an FAQ on anarchism and the King James Bible.
 
     python experiments/english_prose.py runs/prose
 
-A file for every section of the FAQ and every book of the Bible, about 200 files and 16 MB: paragraphs on one line, no
-markup, no verse numbers. Needs Debian's `apt-get` and `dpkg-deb`; nothing is installed, root is not needed.
+Every section of the FAQ and every book of the Bible becomes a file: about 200 files and 16 MB, a paragraph a line,
+without markup and verse numbers. Needs Debian's `apt-get` and `dpkg-deb`. It installs nothing and needs no root.
 """
 
 import gzip
@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 
 PACKAGES = ("anarchism", "bible-kjv-text", "bible-kjv")
-SHORTEST = 2000  # characters; what is shorter is an index or a title
+MIN_CHARACTERS = 2000  # shorter texts are indexes or titles
 
 
 def main(folder: Path) -> None:
-    """Writes the texts into `folder`, which is made."""
+    """Writes the texts to `folder`, which it creates."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
 
 
 def unpack(packages: tuple[str, ...], root: Path) -> None:
-    """The files of Debian packages below `root`, as if it were the root directory."""
+    """Unpacks the files of Debian packages below `root`."""
     subprocess.run(["apt-get", "download", *packages], cwd=root, check=True, stdout=subprocess.DEVNULL)
     for package in root.glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", package, root], check=True)
@@ -41,14 +41,14 @@ def anarchism(root: Path) -> dict[str, str]:
     texts = {}
     for path in sorted((root / "usr/share/doc/anarchism/markdown").iterdir()):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = plain(data.decode())
-        if len(text) >= SHORTEST:
+        text = strip_markdown(data.decode())
+        if len(text) >= MIN_CHARACTERS:
             texts["anarchism_" + path.name.split(".")[0]] = text
     return texts
 
 
-def plain(markdown: str) -> str:
-    """Markdown as prose: links become their text, emphasis, headings' marks and line breaks inside paragraphs go."""
+def strip_markdown(markdown: str) -> str:
+    """Markdown as prose: keeps the text of links; drops emphasis, heading marks and line breaks inside paragraphs."""
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
     text = re.sub(r"^\s*(#+|>|\* \* \*)\s*", "", text, flags=re.MULTILINE)
     text = re.sub(r"\*\*|(?<!\w)[*_]+|[*_]+(?!\w)", "", text)

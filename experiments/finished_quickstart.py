@@ -1,4 +1,4 @@
-"""A finished quickstart, or any work directory like it, for experiments that call the search as a library."""
+"""Reads the model and documents of a finished quickstart, for experiments that call the search as a library."""
 
 import json
 
@@ -36,15 +36,15 @@ class Quickstart:
         }
 
     def search(self, settings: SearchSettings) -> SearchState:
-        """All candidates of a search on search documents."""
+        """Runs a search on the search documents; returns all its candidates."""
         return find_factors(self._model, self._params, self._documents["search"], settings)
 
-    def judge(self, factors: RopeFactors, length: int, documents: int) -> Perplexity:
-        """Of windows of so many tokens of evaluation documents."""
+    def evaluate(self, factors: RopeFactors, length: int, documents: int) -> Perplexity:
+        """Perplexity on windows of `length` tokens of evaluation documents."""
         windows = fixed_windows(self._documents["evaluation"], length, documents, seed=0).tokens
         return perplexity(by_document(token_nll(self._model, self._layout, self._params, factors, windows, length)))
 
 
 def mean_and_range(values, digits: int = 3) -> str:
-    """Over the seeds, as a cell of a table."""
+    """Mean and range over the seeds, as a cell of a table."""
     return f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"

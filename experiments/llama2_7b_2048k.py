@@ -5,20 +5,20 @@
         --config.data.folder=gs://BUCKET/redpajama --config.data_pg19.tfds_dir=gs://BUCKET/tfds \\
         --config.data_proofpile.folder=gs://BUCKET/proofpile --config.data_books.folder=gs://BUCKET/books
 
-Search factors for 128k and 256k on the pretrained model; tune 400 steps at 128k, put the factors of 256k on that and
-tune 600 more; search 2048k on the tuned model; search 4k and 8k with a smaller maximum of lambda, so that short inputs
-recover; a table of all of them; perplexity on Proof-pile and PG19 (sliding windows, stride 256) and on books of two
+The stages: search factors for 128k and 256k on the pretrained model; tune 400 steps at 128k, then 600 steps with the
+factors of 256k; search 2048k on the tuned model; search 4k and 8k with a smaller maximum of lambda, to recover short
+inputs; a table of all factors; perplexity on Proof-pile and PG19 (sliding windows, stride 256) and on books of two
 million tokens (stride 256k above that length); passkeys from 4k to 2048k; export.
 
-Slice: v5p:4x4x4 (64 chips) or v5e:8x16 (128), as it stands; what another one holds is said, without it, by
+Slice: v5p:4x4x4 (64 chips) or v5e:8x16 (128). This command checks any other slice, without the slice:
 
     python -m longrope_jax.main --config=experiments/llama2_7b_2048k.py --workdir=DIR \\
         --mode=compile --topology=v5p:4x4x4
 
-Expected time on v5p:4x4x4, from that report, not from a run (docs/results): 94 hours, of which the tuning is 39 (54 and
-197 s a step), the searches 48 (45 at 2048k), and the evaluation 7.
+Expected time on v5p:4x4x4, from that report, not from a run (docs/results): 94 hours, of which fine-tuning takes 39 (54
+and 197 s a step), the searches 48 (45 at 2048k), and the evaluation 7.
 
-Published figures to compare with, perplexity where nothing else is said:
+Published figures to compare with; perplexity unless stated otherwise:
 
 * Proof-pile at 64k, tuned (table 3): 2.36; with PI 2.44, with YaRN 2.42;
 * books, 8k to 2048k: 6.81 6.66 6.31 6.27 6.21 6.17 6.17 6.35 7.08; with YaRN for the second interpolation (table 9;
@@ -26,10 +26,10 @@ Published figures to compare with, perplexity where nothing else is said:
 * Proof-pile at 4k (table 10): 4.51 before the recovery of short inputs, 3.85 after it;
 * passkeys: 90 % and more at every length.
 
-Text: RedPajama's long documents for tuning, which fill sequences of 128k and 256k; PG19, whose validation split the
-searches up to 256k take and whose test split is judged; Proof-pile; and a folder like Books3, of books as long as 2048k
-tokens, a fifth of them for the search. Each can be text files, array_record files or a TFDS dataset, which
-brings its own splits (`DataSettings`).
+Text: RedPajama's long documents for fine-tuning, which fill sequences of 128k and 256k; PG19, with the validation split
+for searches up to 256k and the test split for evaluation; Proof-pile; and a folder like Books3, of books as long as
+2048k tokens, a fifth of them for the search. Each can be text files, array_record files or a TFDS dataset with its own
+splits (`DataSettings`).
 """
 
 from ml_collections import ConfigDict
@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
     config.data_proofpile = section(DataSettings(folder="gs://BUCKET/proofpile", shares=(0.0, 0.0, 1.0)))
     config.data_books = section(DataSettings(folder="gs://BUCKET/books", shares=(0.0, 0.2, 0.8)))
     _extend(config)
-    _judge(config)
+    _evaluate(config)
     return config
 
 
@@ -113,7 +113,7 @@ def _extend(config: ConfigDict) -> None:
             SearchSettings(
                 target_length=length * K,
                 model="finetune_256k",
-                upper_bound=4.0,  # of a model that was tuned with 80 times as much
+                upper_bound=4.0,  # the model was tuned with 80 times as much
                 documents=20,
                 documents_at_once=20,
                 evolution=PAPER,
@@ -130,7 +130,7 @@ def _extend(config: ConfigDict) -> None:
     )
 
 
-def _judge(config: ConfigDict) -> None:
+def _evaluate(config: ConfigDict) -> None:
     tuned = {"longrope": Method("table"), "without_short_recovery": Method("table_without_recovery")}
     original = {"original": Method("original", "load")}
     sliding = dict(stride=256, tokens_at_once=256 * K, methods=tuned | original, controls=("original",))

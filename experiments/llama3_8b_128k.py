@@ -4,24 +4,24 @@
         --workdir=gs://BUCKET/llama3-128k --config.load.path=gs://BUCKET/Meta-Llama-3-8B \\
         --config.data.folder=gs://BUCKET/redpajama --config.data_pg19.tfds_dir=gs://BUCKET/tfds
 
-Search factors for 128k on the pretrained model, by its perplexity on the digits of needles in ten books, above a
-critical dimension that is searched as well; tune 2250 steps, batch 64, learning rate 2e-5 with cosine decay, on
-sequences of 128k of which three in ten are short: packed with documents of at most 8k tokens, none of which sees
-another, under the original rotation. Then a table that has the original rotation up to 8k, perplexity, needles at five
-depths, and an export that loses nothing but start tokens.
+The stages: search factors for 128k and a critical dimension on the pretrained model, by the perplexity of the digits
+of needles in ten books; tune 2250 steps, batch 64, learning rate 2e-5 with cosine decay, on sequences of 128k. Three
+in ten sequences are packed with documents of at most 8k tokens, which do not attend to each other, under the original
+rotation. Then a table with the original rotation up to 8k, perplexity, needles at five depths, and an export that
+drops only start tokens.
 
-Slice: v5p:4x4x4 (64 chips).
-Expected time, from `--mode=compile` and not from a run (docs/results): 72 hours, of which the tuning is 70 (111 s a
-step, as if all sequences were long).
+Slice: v5p:4x4x4 (64 chips). Expected time, from `--mode=compile` and not from a run (docs/results): 72 hours, of
+which fine-tuning takes 70 (111 s a step, as if all sequences were long).
 
 Published figures to compare with (LongRoPE2): short benchmarks keep 98.6 % of the original model's scores (`python -m
 longrope_jax.commands.harness --model=WORKDIR/export`); RULER at 128k is 82.0 with its search on needles, and 78.7 with
 the same search on PG19's perplexity (`--config.search.objective.needle.kind=perplexity`; RULER is not part of this).
 
-The paper has 10B tokens: 3B short, 3B of up to 100k and 4B of 100k to 200k. These 2250 steps are 19B, as every sequence
-has 128k; `--config.finetune.steps=1190` makes 10B. Weight decay and warmup are not published; these are usual ones.
+The paper has 10B tokens: 3B short, 3B of up to 100k and 4B of 100k to 200k. These 2250 steps are 19B, as every
+sequence has 128k; `--config.finetune.steps=1190` makes 10B. Weight decay and warmup are not published; these are
+common values.
 
-Text: long documents and short ones to tune on, RedPajama for example; PG19 to search and to judge.
+Text: long and short documents for fine-tuning, for example RedPajama; PG19 for search and evaluation.
 """
 
 from ml_collections import ConfigDict
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
 
 
 def mixed_windows(load: LoadSettings, original: int) -> ConfigDict:
-    """The experiment for any model with an original length of so many tokens."""
+    """The experiment for a model with `original` tokens of original length."""
     config = ConfigDict()
     config.stages = ("load", "search", "finetune", "table", "evaluate", "retrieval", "export")
     config.mesh = section(MeshSettings(axes="tensor:4,seq:-1"))

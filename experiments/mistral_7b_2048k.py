@@ -5,14 +5,13 @@
         --config.data.folder=gs://BUCKET/long-data-collections --config.data_pg19.tfds_dir=gs://BUCKET/tfds \\
         --config.data_proofpile.folder=gs://BUCKET/proofpile --config.data_books.folder=gs://BUCKET/books
 
-As `llama2_7b_2048k`, which says what the stages are and what text they want, but for the tuning: 400 steps on sequences
-of only 16k tokens, with the factors of 256k, batch 64, at a constant learning rate of 1e-6, on Long-Data-Collections.
-The model claims 32k tokens, which it reads through a sliding window of 4k; here attention is full and the original
-length 8k, as in the paper.
+The stages and the text are those of `llama2_7b_2048k`, except the fine-tuning: 400 steps on sequences of only 16k
+tokens, with the factors of 256k, batch 64, at a constant learning rate of 1e-6, on Long-Data-Collections. The model
+claims 32k tokens with a sliding window of 4k. Here attention is full and the original length is 8k, as in the paper.
 
 Slice: v5p:4x4x4 (64 chips).
-Expected time, from `--mode=compile` and not from a run (docs/results): 55 hours, of which the search at 2048k is 45 and
-the tuning half an hour (4.1 s a step).
+Expected time, from `--mode=compile` and not from a run (docs/results): 55 hours, of which the search at 2048k takes 45
+and fine-tuning half an hour (4.1 s a step).
 
 Published figures to compare with: the paper's tables have a row of this model for Proof-pile, for books from 8k to
 2048k tokens, and for passkeys.
@@ -59,6 +58,6 @@ def get_config() -> ConfigDict:
             lengths=(L, 256 * K, 2048 * K), factors=("search_8k", "search_256k", "search_2048k"), model="finetune"
         )
     )
-    kept = [name for name in config.stages if name in config]
-    config.stages = tuple(["load", "search_256k", "finetune", *kept[kept.index("search_2048k") :]])
+    later = [name for name in config.stages if name in config]
+    config.stages = tuple(["load", "search_256k", "finetune", *later[later.index("search_2048k") :]])
     return config

@@ -1,10 +1,11 @@
-"""How far a mutation should reach: Algorithm 1 with several reaches, several seeds each, on the quickstart's model.
+"""Measures the effect of a mutation's reach: Algorithm 1 with several reaches and seeds, on the quickstart's model.
 
     python experiments/mutation_reach.py runs/quickstart
 
-Takes the pretrained model, the search documents and the evaluation documents of a finished quickstart and prints, for
-every reach, the best perplexity after 704 and after all 1344 candidates, and that of the best on the evaluation
-documents: mean and range over the seeds. About a minute a search on two cores; results in docs/results/ablations.md.
+Uses the pretrained model, the search documents and the evaluation documents of a finished quickstart. For every reach
+it prints the best perplexity after 704 and after all 1344 candidates, and the perplexity of the best on the
+evaluation documents: mean and range over the seeds. About a minute a search on two cores; results in
+docs/results/ablations.md.
 """
 
 import sys
@@ -19,7 +20,7 @@ from longrope_jax.search.settings import SearchSettings
 
 REACHES, SEEDS = (1, 2, 4), range(4)
 EARLY = 704
-SCALE, JUDGED = 8, 64
+SCALE, EVALUATED = 8, 64
 
 
 def main(workdir: str) -> None:
@@ -32,8 +33,8 @@ def main(workdir: str) -> None:
         rows = []
         for seed in tqdm(SEEDS, desc=f"reach {reach}", unit="search"):
             state = quickstart.search(replace(settings, seed=seed, evolution=EvolutionSettings.paper(reach=reach)))
-            judged = quickstart.judge(state.best(), target, JUDGED).ppl
-            rows.append([np.exp(state.nll[:EARLY].min()), np.exp(state.nll.min()), judged])
+            evaluated = quickstart.evaluate(state.best(), target, EVALUATED).ppl
+            rows.append([np.exp(state.nll[:EARLY].min()), np.exp(state.nll.min()), evaluated])
         cells = map(mean_and_range, zip(*rows, strict=True))
         print(f"| {reach} | {' | '.join(cells)} |", flush=True)
 

@@ -1,13 +1,13 @@
-"""A search driven by needles against one driven by perplexity, on a tiny model that retrieves at its original length.
+"""Compares a search by needles with one by perplexity, on a tiny model that retrieves at its original length.
 
     python -m longrope_jax.main --config=experiments/needle_tiny.py:64 --workdir=runs/needle/64_0
     python experiments/needle_tiny.py runs/needle/*
 
-The quickstart's model, with heads of 32 or 64 and L = 128, reads mostly needles (`PretrainSettings.needle_share`): for
-some hundred steps the digits of answers stay at 2.2 nats, then they fall, with some seeds sooner than with others. It
-is extended to 8L by three hybrid searches of the same budget, asked for perplexity, for needles (LongRoPE2 sec. 3.3)
-and for both. The second command prints the NLL of the digits at 8L on evaluation documents. Ten minutes a
-model on two cores; figures in docs/results/needles.md.
+The quickstart's model, with heads of 32 or 64 and L = 128, trains mostly on needles (`PretrainSettings.needle_share`).
+For some hundred steps the NLL of an answer's digits stays at 2.2 nats; then it falls, earlier with some seeds. Three
+hybrid searches of the same budget extend the model to 8L: by perplexity, by needles (LongRoPE2 sec. 3.3) and by both.
+The second command prints the NLL of the digits at 8L on evaluation documents. Ten minutes a model on two cores; figures
+in docs/results/needles.md.
 """
 
 import json
@@ -42,7 +42,7 @@ OBJECTIVES = {
     "needle": {"needle": TermSettings("needle_cloze")},
     "mix": {"perplexity": TermSettings(share=0.5), "needle": TermSettings("needle_cloze", share=0.5)},
 }
-JUDGED_ON, JUDGED_SEED = 128, 1  # needles in evaluation documents
+NEEDLES, NEEDLE_SEED = 128, 1  # needles in evaluation documents
 
 
 def get_config(head_dim: str = "32") -> ConfigDict:
@@ -89,7 +89,7 @@ def get_config(head_dim: str = "32") -> ConfigDict:
 
 
 def main(*workdirs: str) -> None:
-    """NLL of the digits of needles at 8L in every finished run, and paired differences between what was searched."""
+    """Prints the NLL of the digits of needles at 8L for every run, and paired differences between the searches."""
     rows = []
     for workdir in workdirs:
         nll = needle_nll(workdir)
@@ -103,19 +103,19 @@ def main(*workdirs: str) -> None:
 
 
 def needle_nll(workdir: str) -> dict[str, DocumentNll]:
-    """By what was searched: mean NLL of the digits of every needle."""
+    """Mean NLL of the digits of every needle, by search."""
     config = ConfigDict(json.loads((epath.Path(workdir) / "config.json").read_text()))
     _, carried = prepare(config, workdir)
     documents, found = carried.documents["data"]["evaluation"], reopen(config, workdir)
     asked = {"needle": TermSettings("needle_cloze")}
-    terms = make_terms(asked, documents, carried.tokenizer, TARGET, JUDGED_ON, JUDGED_SEED)
+    terms = make_terms(asked, documents, carried.tokenizer, TARGET, NEEDLES, NEEDLE_SEED)
     objective = Objective.of(found.model, found.layout, found.params("pretrain"), terms)
     methods = {name: f"search_{name}" for name in OBJECTIVES} | {"yarn": "yarn_without_temperature"}
     nll = {}
     for name, source in methods.items():
         factors = stack([found.source(source, "pretrain", TARGET)(TARGET)])
         losses = [objective.block_nll(block, factors)[0] for block in range(len(objective.blocks))]
-        nll[name] = DocumentNll(np.concatenate(losses), np.ones(JUDGED_ON, int))
+        nll[name] = DocumentNll(np.concatenate(losses), np.ones(NEEDLES, int))
     return nll
 
 

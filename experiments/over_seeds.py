@@ -1,10 +1,10 @@
-"""One table and one picture of several runs of an experiment that differ in their seeds.
+"""Makes one table and one figure of several runs of an experiment that differ in their seeds.
 
     python experiments/over_seeds.py PICTURE.png runs/p0 runs/p1 runs/p2
 
-Prints perplexity by window length, mean and range over the runs, and for the longest window and for L the difference
-between LongRoPE and every other method by run, with the run's own interval over documents. Mean and range of a few
-runs are not an interval; for three runs a t interval of the mean difference is given as well.
+Prints perplexity by window length, as mean and range over the runs. For the longest window and for L it also prints the
+difference between LongRoPE and every other method per run, with the run's interval over documents. Mean and range of a
+few runs are not an interval; for three or more runs the table has a t interval of the mean difference.
 """
 
 import json
@@ -18,7 +18,7 @@ from longrope_jax.report import plots
 
 
 def main(picture: str, *workdirs: str) -> None:
-    """Reads the runs' reports; each has to have the same methods and lengths."""
+    """Reads the runs' reports, which must have the same methods and lengths."""
     reports = [json.loads((Path(workdir) / "report.json").read_text()) for workdir in workdirs]
     results = [report["evaluations"]["evaluate"] for report in reports]
     original, first = reports[0]["original_length"], results[0]["perplexity"]

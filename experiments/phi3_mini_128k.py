@@ -5,11 +5,11 @@
         --config.data.folder=gs://BUCKET/redpajama --config.data_pg19.tfds_dir=gs://BUCKET/tfds
 
 The stages, the text and the numbers are those of `llama3_8b_128k`, on a model with heads of 96 and an original length
-of 4k. The export is of Phi-3's own class in Transformers, which reads its cache again where the factors change.
+of 4k. The export uses Phi-3's class in Transformers, which recomputes its cache where the factors change.
 
 Slice: v5p:2x4x4 (32 chips) or v5e:8x16 (128).
-Expected time on v5p:2x4x4, from `--mode=compile` and not from a run (docs/results): 100 hours, of which the tuning is
-97 (155 s a step, as if all sequences were long).
+Expected time on v5p:2x4x4, from `--mode=compile` and not from a run (docs/results): 100 hours, of which fine-tuning
+takes 97 (155 s a step, as if all sequences were long).
 
 Published figures to compare with: the factors of Phi-3-mini-128k-instruct, which LongRoPE found (`python -m
 longrope_jax.commands.export factors CONFIG.json long.csv --length=131072`); in LongRoPE2 the real critical

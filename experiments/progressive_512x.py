@@ -1,12 +1,11 @@
-"""From 128 bytes of context to 65,536: the model of `progressive_tiny`, searched once more and read to the end of long
-files.
+"""From 128 bytes of context to 65,536: a third search on the model of `progressive_tiny`, evaluated on long files.
 
     make progressive_512x
     python -m longrope_jax.main --config=experiments/progressive_512x.py --workdir=runs/progressive
 
-Give it the work directory of a finished `progressive_tiny` and only what is new is done: a search at 512L on one long
-document, the tables with one more boundary, and the evaluation on the files that are long enough. Nothing is trained;
-512L is 64 times what the model was fine-tuned at. Memory does not depend on the length but for the activations of one
+In the work directory of a finished `progressive_tiny` it runs only the new stages: a search at 512L on one long
+document, the tables with one more boundary, and the evaluation on the files that are long enough. It trains nothing;
+512L is 64 times the length of the fine-tuning. Memory does not depend on the length, except for the activations of one
 window.
 """
 

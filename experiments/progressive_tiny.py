@@ -1,15 +1,15 @@
-"""The whole of LongRoPE on two cores: 128 bytes of context become 8,192, and short inputs stay good.
+"""All of LongRoPE on two cores: extends 128 bytes of context to 8,192 and keeps short inputs good.
 
     make progressive
     python -m longrope_jax.main --config=experiments/progressive_tiny.py --workdir=runs/progressive
 
 LongRoPE's recipe (sec. 3.3) on a byte-level model of 0.57M parameters and the embedded corpus, L = 128: pretrain at L;
-search factors for 4L and 8L; fine-tune at 4L with its factors, put those of 8L on that model and tune on at 8L (the
-paper's intermediate step); search 64L on the tuned model, without further training; search L and 2L with a smaller
-maximum of lambda, so that short inputs recover; put all of them in a table by length; evaluate from L/2 to 64L; export.
+search factors for 4L and 8L; fine-tune at 4L with the factors for 4L, then at 8L with those for 8L (the paper's
+intermediate step); search 64L on the tuned model, without further training; search L and 2L with a smaller maximum of
+lambda, to recover short inputs; make a table of all factors by length; evaluate from L/2 to 64L; export.
 
-Beside it what it has to be compared with: YaRN with as much fine-tuning, all of it at 8L, and a second extension on
-effective wavelengths of its own; and the model fine-tuned at L with as many tokens.
+The baselines: YaRN with as much fine-tuning, all of it at 8L, and a second extension on its effective wavelengths; and
+the model fine-tuned at L with as many tokens.
 """
 
 from ml_collections import ConfigDict
@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
             target_length=64 * L,
             model="finetune_8x",
             documents=2,
-            # Halved, as in the paper above 512k tokens; and fewer iterations, for the clock's sake.
+            # Halved, as in the paper above 512k tokens; and fewer iterations, to save time.
             evolution=EvolutionSettings.paper(population=24, mutations=8, crossovers=8, iterations=10),
         )
     )
@@ -109,7 +109,7 @@ def get_config() -> ConfigDict:
             model="finetune_8x",
         )
     )
-    # What the second search adds: the same up to 8L, beyond it the best of what the search started from.
+    # Shows the gain of the second search: the same up to 8L, and the best seed of the second search beyond.
     config.table_best_seed = section(
         TableSettings(
             lengths=(L, 2 * L, 8 * L, 64 * L),

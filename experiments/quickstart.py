@@ -1,12 +1,13 @@
-"""The whole idea in minutes on two cores: a byte-level LLaMA learns at 128 bytes and is extended to 1024.
+"""LongRoPE in minutes on two cores: pretrains a byte-level LLaMA at 128 bytes and extends it to 1024.
 
     make quickstart
     python -m longrope_jax.main --config=experiments/quickstart.py --workdir=runs/quickstart
 
 Builds the embedded corpus (the standard library's sources), pretrains 0.57M parameters, searches factors for 8L and
-evaluates every method from L/2 to 8L on documents that neither training nor search has seen; `export/` in the work
-directory is then the extended model for Transformers. Three minutes on two cores. Expect a perplexity of about 4.0 at
-L. At 8L, not fine-tuned, LongRoPE is 9 to 19 % below the best YaRN, all but YaRN above 14 (three seeds, docs/results).
+evaluates every method from L/2 to 8L on documents that training and search have not seen. It exports the extended model
+for Transformers to `export/` in the work directory. Three minutes on two cores. Expect a perplexity of about 4.0 at L.
+At 8L without fine-tuning, LongRoPE is 9 to 19 % below the best YaRN; the other methods are above 14 (three seeds,
+docs/results).
 """
 
 from ml_collections import ConfigDict
@@ -45,7 +46,7 @@ def get_config() -> ConfigDict:
             lengths=(64, 128, 256, 512, 1024), methods={**published_methods(), "longrope": Method("search")}
         )
     )
-    # Up to L the original rotation, beyond it what was found: the two sets that a Hugging Face folder has room for.
+    # The original rotation up to L, the searched factors beyond: the two sets that a Hugging Face folder can store.
     config.table = section(TableSettings(lengths=(128, 1024), factors=("original", "search")))
     config.export = section(ExportSettings(factors="table", allow_dropping_start_tokens=True))
     config.mesh = section(MeshSettings())

@@ -1,16 +1,16 @@
-"""Which search finds better factors, and for how much: evolution, races, gradients and CMA-ES side by side.
+"""Compares the results and costs of searches: evolution, races, gradients and CMA-ES.
 
     python experiments/search_comparison.py runs/comparison
 
-pretrains the quickstart's model with heads of 32 and of 64, six seeds each, searches factors for 8L on every one of
-them in every way below, on the same five documents, and judges what was found on 64 documents that no search has seen.
-It prints the tables, writes them to runs/comparison/comparison.md, the picture beside it, and goes on where it was
-stopped. Two hours on two cores; results in docs/results/search.md. One model alone is an experiment like any other:
+It pretrains the quickstart's model with heads of 32 and of 64, six seeds each. On every model it runs every search
+below for 8L, on the same five documents, and evaluates the result on 64 documents that no search has seen. It prints
+the tables and writes them with the figure to runs/comparison/comparison.md. A stopped comparison resumes. Two hours
+on two cores; results in docs/results/search.md. One model is an experiment:
 
     python -m longrope_jax.main --config=experiments/search_comparison.py:64 --workdir=runs/comparison/64_0
 
-Cost is counted in forward equivalents: 1 for a candidate on all documents, and for a gradient `GRADIENT_COST` of them,
-which is measured by experiments/benchmarks/gradient.py.
+The unit of cost is the forward equivalent: 1 for a candidate on all documents, `GRADIENT_COST` for a gradient
+(measured by experiments/benchmarks/gradient.py).
 """
 
 import json
@@ -38,7 +38,7 @@ from longrope_jax.settings import section
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings
 
-HEAD_DIMS, SEEDS = ("32", "64"), (0, 1, 2, 5, 6, 7)  # 3 and 4 are those on which settings were chosen
+HEAD_DIMS, SEEDS = ("32", "64"), (0, 1, 2, 5, 6, 7)  # settings were chosen with seeds 3 and 4
 LENGTH = 1024
 GRADIENT_COST = 5.0
 BUDGET = 1344  # of Algorithm 1: P 64 and T 40
@@ -57,7 +57,7 @@ EVOLUTION = ("narrow", "released")
 
 
 def searches() -> dict[str, SearchSettings]:
-    """Every way to search, by name."""
+    """All searches by name."""
     racing = dict(racing=0.9, ramps=128)
 
     def descent(**numbers: int) -> GradientSettings:
@@ -107,7 +107,7 @@ def get_config(head_dim: str = "32") -> ConfigDict:
 
 
 def main(workdir: str) -> None:
-    """Runs whatever is missing, and writes the table and the picture."""
+    """Runs the missing experiments, and writes the tables and the figure."""
     folder = epath.Path(workdir)
     runs = {}
     for head_dim in HEAD_DIMS:
@@ -126,23 +126,23 @@ def main(workdir: str) -> None:
 
 
 def read_run(path: epath.Path) -> dict[str, dict]:
-    """Of one model, by way to search: its curve and costs, and the NLL of what it found on held-out documents."""
+    """Curve, cost and held-out NLL of every search on one model."""
     report = json.loads((path / "report.json").read_text())
     found = {summary["stage"].removeprefix("search_"): summary for summary in report["search"]}
-    judged = {r["method"]: recorded_nll(r) for r in records.read(path / "evaluation.jsonl")}
+    held_out = {r["method"]: recorded_nll(r) for r in records.read(path / "evaluation.jsonl")}
     return {
         name: {
             "curve": np.array(summary["curve"], float),
             "costs": np.array(summary["costs"]),
             "dropped": summary["dropped"],
-            "held_out": judged[name],
+            "held_out": held_out[name],
         }
         for name, summary in found.items()
     }
 
 
 def comparison_table(runs: dict[str, dict]) -> str:
-    """A row a way: what it cost and found, and its difference to the better Algorithm 1 of the same model."""
+    """A row per search: its cost, its result, and the difference to the better Algorithm 1 of the same model."""
     rows = []
     for name in next(iter(runs.values())):
         of_all = [run[name] for run in runs.values()]
@@ -169,7 +169,7 @@ def reference(run: dict[str, dict]) -> tuple[float, float]:
 
 
 def reached_table(runs: dict[str, dict]) -> str:
-    """When each way reached the final score of the better Algorithm 1, in forward equivalents, model by model."""
+    """Forward equivalents until a search reaches the final score of the better Algorithm 1, by model."""
 
     def when(run, name):
         reached = run[name]["curve"] <= reference(run)[0]

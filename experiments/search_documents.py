@@ -1,13 +1,13 @@
-"""How many documents a search needs: the same small budget on 1 to 20 of them, three seeds each.
+"""Measures how many documents a search needs: the same small budget on 1 to 20 documents, three seeds each.
 
     python experiments/search_documents.py runs/quickstart PICTURE.png [gradient | evolution]
 
-Takes the pretrained model of a finished quickstart and searches factors for 8L. A seed draws other search documents and
-other candidates; all are judged on the same 64 evaluation documents. Prints the perplexity of the best candidate on its
-search documents and on the evaluation documents, and the gap between them in nats per token, of which a part is that
-documents are not all as hard. The last columns are free of that: by how much the best candidate is below the best seed,
-on either kind of documents. Mean and range over the seeds. A budget is 100 gradient steps, each on one document however
-many there are, or 128 candidates of Algorithm 1; a minute or two on two cores.
+Searches factors for 8L on the pretrained model of a finished quickstart. Every seed draws other search documents and
+candidates; all use the same 64 evaluation documents. Prints the perplexity of the best candidate on its search
+documents and on the evaluation documents, and the gap between them in nats per token. A part of this gap is that some
+documents are harder than others. The last columns avoid that: they show the gain of the best candidate over the best
+seed, on either kind of documents. Cells are mean and range over the seeds. The budget is 100 gradient steps, each on
+one document, or 128 candidates of Algorithm 1; a minute or two on two cores.
 """
 
 import sys
@@ -23,7 +23,7 @@ from longrope_jax.search.gradient import GradientSettings
 from longrope_jax.search.settings import SearchSettings
 
 DOCUMENTS, SEEDS = (1, 2, 5, 10, 20), range(3)
-SCALE, JUDGED = 8, 64
+SCALE, EVALUATED = 8, 64
 COLUMNS = ("search perplexity", "evaluation perplexity", "gap", "gain on search documents", "on evaluation documents")
 BUDGETS = dict(
     evolution=EvolutionSettings.paper(reach=4, population=32, mutations=8, crossovers=8, parents=16, iterations=6),
@@ -52,7 +52,7 @@ def _measure(quickstart: Quickstart, method: str, documents: int, seed: int) -> 
     )
     state = quickstart.search(settings)
     seeds = state.take(np.flatnonzero(state.operator == 0))
-    found, before = (quickstart.judge(each.best(), target, JUDGED) for each in (state, seeds))
+    found, before = (quickstart.evaluate(each.best(), target, EVALUATED) for each in (state, seeds))
     searched = float(state.nll.min())
     return [
         np.exp(searched), found.ppl, found.nll - searched, float(seeds.nll.min()) - searched, before.nll - found.nll

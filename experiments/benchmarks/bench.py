@@ -1,11 +1,11 @@
-"""Every benchmark in a few minutes, as ratios in one table; and two such tables side by side.
+"""Runs every benchmark in a few minutes as ratios in one table; compares two such tables.
 
 make bench                                          runs them, and writes runs/bench/COMMIT.json
-make bench BEFORE=runs/bench/COMMIT.json            and says what has changed since
+make bench BEFORE=runs/bench/COMMIT.json            and compares with another commit
 python experiments/benchmarks/bench.py --compare BEFORE.json AFTER.json
 
-Competitors take turns within one process and medians are compared, so a ratio holds on a busy machine where seconds do
-not. Every benchmark is a process of its own: `ratios()` of a file here. The file's own command says more.
+Competitors take turns within one process, and a ratio compares medians. So ratios are stable on a busy machine where
+seconds are not. Every benchmark runs in its own process: `ratios()` of a file here. The file's command prints more.
 """
 
 import argparse

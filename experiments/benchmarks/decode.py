@@ -1,4 +1,4 @@
-"""Generation with a cache: a step's time by unused and by used slots, and prefill beside a forward pass without one.
+"""Measures generation with a KV cache: time per step by unused and used slots, and prefill against a forward pass.
 
 python experiments/benchmarks/decode.py
 """

@@ -1,9 +1,9 @@
-"""What a gradient with respect to lam costs, in forward passes over the same documents: what a search counts it as.
+"""Measures the cost of a gradient by lam in forward passes over the same documents (forward equivalents).
 
     python experiments/benchmarks/gradient.py
 
-The quickstart's models with heads of 32 and 64, random parameters, windows of 1,024 tokens: a step of a gradient search
-beside the score of a candidate on the same documents, in turn within one process.
+Compares a step of a gradient search with the score of a candidate on the same documents, alternating in one process.
+The models are the quickstart's with heads of 32 and 64 and random parameters; windows have 1,024 tokens.
 """
 
 import numpy as np

@@ -1,9 +1,9 @@
-"""Host memory while a checkpoint is read: its peak beside the parameters that are kept, by float, layout and devices.
+"""Measures peak host memory while a checkpoint is loaded, against its parameters, by dtype, layout and devices.
 
 python experiments/benchmarks/loading.py [model.gguf]
 
-Every row is a process of its own, watched by this one (Linux: by /proc). Anonymous memory is what counts: pages of the
-checkpoint, which is mapped, are the system's to drop at any moment. The last column has them too.
+Every row is its own process, which this one watches through /proc (Linux). It counts anonymous memory, because the
+system can drop pages of the memory-mapped checkpoint at any moment. The last column includes these pages.
 """
 
 import argparse

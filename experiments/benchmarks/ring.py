@@ -1,4 +1,4 @@
-"""What a device needs when several share a sequence: memory as the compiler plans it, and its part of the work.
+"""Measures ring attention per device: the compiler's memory, and the device's share of the work.
 
 python experiments/benchmarks/ring.py
 """

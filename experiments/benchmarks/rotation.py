@@ -1,4 +1,4 @@
-"""What exact angles cost: our cos/sin table beside the plain float32 product, and the error of both against float64.
+"""Measures the cost of exact angles: time and float64 error of our cos/sin table and of the standard float32 product.
 
 python experiments/benchmarks/rotation.py
 """

@@ -1,4 +1,4 @@
-"""Times competitors in turn within one process, so that a noisy machine is noisy for all of them."""
+"""Times competitors alternately within one process, so that noise of the machine affects all of them."""
 
 import statistics
 import time

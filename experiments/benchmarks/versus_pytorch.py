@@ -1,10 +1,10 @@
-"""One candidate's score, the NLL of a document, beside Transformers on PyTorch with its SDPA attention, same weights.
+"""Compares the speed of scoring a candidate with Transformers on PyTorch (SDPA attention, same weights).
 
 make versus_pytorch
 python experiments/benchmarks/versus_pytorch.py [TOKENS ...]
 
-The shape of SmolLM2-135M, float32, all cores, the two in turn. Transformers' backbone is followed by a loss over pieces
-of the sequence: its own would hold the logits of all tokens at once (1.6 GB at 8,192), and is slower for that.
+The shape of SmolLM2-135M, float32, all cores, alternating. For Transformers the loss runs over chunks of the sequence.
+Its own loss would hold the logits of all tokens at once (1.6 GB at 8,192) and would be slower.
 """
 
 import sys
