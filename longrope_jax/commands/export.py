@@ -1,10 +1,10 @@
-"""The command line for what is handed on to Hugging Face's world.
+"""Command line: exports models for Hugging Face, and converts files of factors.
 
 python -m longrope_jax.commands.export export --model=PATH --factors=FILE --output=FOLDER
 python -m longrope_jax.commands.export factors SOURCE DESTINATION
 
-`export` writes a pretrained model (a folder or a GGUF file) with other factors as a folder; the stage of that name
-does it for a model that an experiment has made. `factors` turns one kind of file with factors into another.
+`export` writes a pretrained model (a folder or a GGUF file) with other factors as a folder; the stage `export` does it
+for a model of an experiment. `factors` converts a file of factors.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from longrope_jax.runtime.mesh import Layout, MeshSettings
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs a command; what the user can mend is one line and exit status 2."""
+    """Runs a command; an error that the user can fix is one line and exit status 2."""
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
@@ -47,7 +47,7 @@ def export(options: argparse.Namespace) -> None:
     """Writes a model with other factors as a Hugging Face folder.
 
     Raises:
-        ValueError: the model or the factors can't be loaded, don't fit, or can't be carried whole.
+        ValueError: the model or the factors can't be loaded, do not fit, or the format does not support them.
         OSError: the folder can't be written.
     """
     output = _new_folder(options.output)
@@ -62,7 +62,7 @@ def export(options: argparse.Namespace) -> None:
     tokenizer = _tokenizer(options.model)
     documents = _documents(options.text, tokenizer)
     if dropped and changed_lengths(found, exported) and not documents:
-        raise ValueError("what is dropped has to be measured: give --text, two files or more")
+        raise ValueError("the cost of what is dropped has to be measured: give --text, two files or more")
     windows = cost_windows(found, exported, documents, options.cost_lengths or (), options.cost_documents)
 
     params = read_params(options.model, config, layout.mesh)
@@ -91,10 +91,10 @@ def export(options: argparse.Namespace) -> None:
 
 
 def factors(options: argparse.Namespace) -> None:
-    """Turns a file of factors into another kind of file.
+    """Converts a file of factors.
 
     Raises:
-        ValueError: the source can't be read, or its factors have no place in the destination.
+        ValueError: the source can't be read, or the destination's format does not support its factors.
         OSError: the destination can't be written.
     """
     kind = options.to or ("csv" if options.destination.endswith(".csv") else "longrope_jax")
@@ -106,7 +106,7 @@ def factors(options: argparse.Namespace) -> None:
         table, dropped = fit_to_format(found.table, original, _allowed(options))
         found = found._replace(table=table)
         if dropped:
-            logging.warning("dropped %s; what it costs is measured by export only", "; ".join(dropped.values()))
+            logging.warning("dropped %s; only the command export measures the cost", "; ".join(dropped.values()))
     write_factors(options.destination, found, kind, options.length)
     print(options.destination)
 
@@ -116,12 +116,12 @@ def _allowed(options: argparse.Namespace) -> list[str]:
 
 
 def _new_folder(path: str) -> epath.Path:
-    """The folder to be written, once it is sure that it can be; looked at before anything long."""
+    """The folder to write; raises ValueError or OSError if that is not possible, before anything slow starts."""
     folder = epath.Path(path)
     if not path or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise ValueError(f"output = {path!r} must be a new folder")
     if not folder.absolute().parent.is_dir():
-        raise ValueError(f"output = {path!r} lies in no directory that is there")
+        raise ValueError(f"output = {path!r}: its parent directory does not exist")
     existed = folder.exists()
     folder.mkdir(exist_ok=True)
     if not existed:
@@ -141,17 +141,17 @@ def _documents(paths: Sequence[str], tokenizer: SubwordTokenizer | None) -> list
     if not paths:
         return []
     if tokenizer is None:
-        raise ValueError("text can't be measured on: the model has no tokenizer")
+        raise ValueError("--text needs a tokenizer, which the model does not have")
     files = dict.fromkeys(epath.Path(path).resolve() for path in paths)
     texts = {str(file): file.read_bytes() for file in files}
     return [Document(name, tokenizer.encode(text), len(text)) for name, text in texts.items()]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line, as they are everywhere else."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; --help tells more", file=sys.stderr)
+        print(f"error: {message}; see --help", file=sys.stderr)
         sys.exit(2)
 
 
@@ -169,19 +169,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     exporter.set_defaults(command=export)
     exporter.add_argument("--model", required=True, help="a Hugging Face folder or a .gguf file")
-    exporter.add_argument("--factors", help="any file that the command factors reads; by default the model's own")
-    exporter.add_argument("--output", required=True, help="the folder to be made")
+    exporter.add_argument("--factors", help="any file that the command factors reads; by default the model's factors")
+    exporter.add_argument("--output", required=True, help="the new folder")
     exporter.add_argument("--architecture", choices=ARCHITECTURES, default=ARCHITECTURES[0])
-    exporter.add_argument("--dtype", choices=FLOAT_TYPES, help="of the tensors; by default one that loses nothing")
+    exporter.add_argument("--dtype", choices=FLOAT_TYPES, help="of the tensors; by default an exact one")
     exporter.add_argument("--mesh", default="data:1", help="devices, as in config.mesh.axes")
-    exporter.add_argument(
-        "--text", nargs="+", default=[], help="files on which the cost of what is dropped is measured"
-    )
-    exporter.add_argument(
-        "--cost_lengths", type=_positive, nargs="+", help="where, tokens; by default wherever it changes"
-    )
-    exporter.add_argument("--cost_documents", type=_positive, default=8, help="on how many windows of each length")
-    converter = commands.add_parser("factors", allow_abbrev=False, help="factors from one kind of file to another")
+    exporter.add_argument("--text", nargs="+", default=[], help="files on which the cost of dropping is measured")
+    exporter.add_argument("--cost_lengths", type=_positive, nargs="+", help="in tokens; by default all that change")
+    exporter.add_argument("--cost_documents", type=_positive, default=8, help="number of windows of each length")
+    converter = commands.add_parser("factors", allow_abbrev=False, help="convert a file of factors")
     converter.set_defaults(command=factors)
     converter.add_argument("source", help="our .json, a .csv, a config.json or its folder, a .gguf file")
     converter.add_argument("destination", help="a .json or .csv file")
@@ -190,16 +186,16 @@ def _parser() -> argparse.ArgumentParser:
     converter.add_argument(
         "--original_length",
         type=_positive,
-        help="context before any extension, tokens; instead of what the source says",
+        help="context before any extension, tokens; instead of the source's",
     )
-    converter.add_argument("--rope_theta", type=float, help="instead of what the source says")
-    converter.add_argument("--length", type=_positive, help="csv: the set for a sequence of so many tokens")
+    converter.add_argument("--rope_theta", type=float, help="instead of the source's")
+    converter.add_argument("--length", type=_positive, help="csv: the sequence length whose set is written, tokens")
     for command in (exporter, converter):
-        command.add_argument("--target_length", type=_positive, help="up to how many tokens one set of factors is good")
+        command.add_argument("--target_length", type=_positive, help="longest sequence for a single set of factors")
         for kind in DROPPABLE:
             what = kind.replace("_", " ")
             command.add_argument(
-                f"--allow_dropping_{kind}", action="store_true", help=f"{what} have no place in the format"
+                f"--allow_dropping_{kind}", action="store_true", help=f"drop {what}, which the format does not support"
             )
     return parser
 

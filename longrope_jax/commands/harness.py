@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from longrope_jax.evaluation.harness import HarnessModel, benchmark, find_tasks  # an optional extra
 
     if not epath.Path(options.output).parent.is_dir():
-        raise ValueError(f"output = {options.output!r} lies in no directory that is there")
+        raise ValueError(f"output = {options.output!r}: its parent directory does not exist")
     layout = Layout.of(MeshSettings(axes=options.mesh))
     config, table = describe_pretrained(options.model, dtype=options.dtype)
     if options.factors:

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json of a supported architecture -> ours; and which tensors make which leaf."""
+"""Supported architectures of Hugging Face: config.json -> `LlamaConfig`, and the tensor of every parameter."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ _SIZES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
-_MAX_HEAD_DIM = 2**16  # of a head: what is beyond is a damaged file
+_MAX_HEAD_DIM = 2**16  # anything larger is a damaged file
 _ORIGINAL = "original_max_position_embeddings"
 _WITH_ORIGINAL = ("llama3", "yarn", "longrope")
 
@@ -41,11 +41,11 @@ class Rotation(NamedTuple):
 
 
 class CheckpointTensor(NamedTuple):
-    """Where a leaf of the parameters, or one layer of it, comes from.
+    """The tensor of a checkpoint that holds a parameter, or one layer of it.
 
     Attributes:
         tensor: its name; "{}" stands for the number of the layer.
-        rows: (first, last) of its rows, where it is several leaves in one; None for all.
+        rows: (start, stop) of the parameter's rows if the tensor holds several parameters; None is all rows.
         shape: of the whole tensor.
     """
 
@@ -59,10 +59,10 @@ def parse_config(config: Mapping[str, Any], **changes: Any) -> tuple[LlamaConfig
 
     Args:
         config: config.json's content, with `rope_parameters` or the older `rope_theta` and `rope_scaling`.
-        changes: fields of `LlamaConfig` that no config.json knows: dtype, param_dtype, attention, remat.
+        changes: fields of `LlamaConfig` that config.json does not have: dtype, param_dtype, attention, remat.
 
     Raises:
-        ValueError: lists all that is unsupported, missing or makes no sense.
+        ValueError: lists everything that is unsupported, missing or wrong.
     """
     problems: list[str] = []
     architectures = config.get("architectures")
@@ -83,8 +83,8 @@ def parse_config(config: Mapping[str, Any], **changes: Any) -> tuple[LlamaConfig
         problems.append(f"tie_word_embeddings = {shortened(tied)} must be true or false")
     rotation = _rotation(config, problems)
     if rotation is None or problems:
-        raise _refusal(problems)
-    _tell_of_window(config.get("sliding_window"), int(rotation.table.boundaries[-1]))
+        raise _error(problems)
+    _warn_of_window(config.get("sliding_window"), int(rotation.table.boundaries[-1]))
     model = LlamaConfig(
         **sizes,
         head_dim=rotation.head_dim,
@@ -98,23 +98,23 @@ def parse_config(config: Mapping[str, Any], **changes: Any) -> tuple[LlamaConfig
 
 
 def parse_rotation(config: Mapping[str, Any]) -> Rotation:
-    """What config.json says of the rotation alone; any architecture will do.
+    """Reads only the rotation from config.json, of any architecture.
 
     Raises:
-        ValueError: lists all that is unsupported, missing or makes no sense.
+        ValueError: lists everything that is unsupported, missing or wrong.
     """
     problems: list[str] = []
     rotation = _rotation(config, problems)
     if rotation is None:
-        raise _refusal(problems)
+        raise _error(problems)
     return rotation
 
 
 def checkpoint_tensors(config: LlamaConfig, fused: bool) -> dict[str, CheckpointTensor]:
-    """Leaf of the parameters, as a path -> the tensor it comes from. Leaves below "layers" have one a layer.
+    """Path of a parameter -> its tensor in the checkpoint. Parameters below "layers" have one tensor per layer.
 
     Args:
-        fused: Phi-3's way: query, key and value are one tensor, gate and up another.
+        fused: as in Phi-3: query, key and value are one tensor, gate and up another.
     """
     hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     queries, keys = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
@@ -125,18 +125,17 @@ def checkpoint_tensors(config: LlamaConfig, fused: bool) -> dict[str, Checkpoint
         "mlp/gate": ("mlp.gate_proj", inner, "mlp.gate_up_proj"),
         "mlp/up": ("mlp.up_proj", inner, "mlp.gate_up_proj"),
     }
-    found = {"embed/embedding": CheckpointTensor("model.embed_tokens.weight", None, (vocab, hidden))}
-    starts: dict[str, int] = {}
-    totals = {"self_attn.qkv_proj": queries + 2 * keys, "mlp.gate_up_proj": 2 * inner}
-    for leaf, (alone, rows, together) in parts.items():
-        if fused:
-            start = starts.get(together, 0)
-            starts[together] = start + rows
-            stored = CheckpointTensor(_in_layer(together), (start, start + rows), (totals[together], hidden))
-        else:
-            stored = CheckpointTensor(_in_layer(alone), None, (rows, hidden))
-        found[f"layers/{leaf}/kernel"] = stored
-    found |= {
+    tensors = {"embed/embedding": CheckpointTensor("model.embed_tokens.weight", None, (vocab, hidden))}
+    sizes = {"self_attn.qkv_proj": queries + 2 * keys, "mlp.gate_up_proj": 2 * inner}
+    starts = dict.fromkeys(sizes, 0)
+    for leaf, (own, rows, shared) in parts.items():
+        tensors[f"layers/{leaf}/kernel"] = (
+            CheckpointTensor(_in_layer(shared), (starts[shared], starts[shared] + rows), (sizes[shared], hidden))
+            if fused
+            else CheckpointTensor(_in_layer(own), None, (rows, hidden))
+        )
+        starts[shared] += rows
+    tensors |= {
         "layers/attention/output/kernel": CheckpointTensor(_in_layer("self_attn.o_proj"), None, (hidden, queries)),
         "layers/mlp/down/kernel": CheckpointTensor(_in_layer("mlp.down_proj"), None, (hidden, inner)),
         "layers/attention_norm/scale": CheckpointTensor(_in_layer("input_layernorm"), None, (hidden,)),
@@ -144,8 +143,8 @@ def checkpoint_tensors(config: LlamaConfig, fused: bool) -> dict[str, Checkpoint
         "final_norm/scale": CheckpointTensor("model.norm.weight", None, (hidden,)),
     }
     if not config.tie_embeddings:
-        found["lm_head"] = CheckpointTensor("lm_head.weight", None, (vocab, hidden))
-    return found
+        tensors["lm_head"] = CheckpointTensor("lm_head.weight", None, (vocab, hidden))
+    return tensors
 
 
 def _in_layer(name: str) -> str:
@@ -153,19 +152,19 @@ def _in_layer(name: str) -> str:
 
 
 def _unsupported(config: Mapping[str, Any], name: str, wanted: Any) -> list[str]:
-    """What the model can't do otherwise: a problem where a config has another value."""
+    """A problem if a config has a value that the model does not support."""
     value = config.get(name)
     return [] if value in (None, wanted) else [f"{name} = {shortened(value)} is not supported, only {wanted!r} is"]
 
 
 def _rotation(config: Mapping[str, Any], problems: list[str]) -> Rotation | None:
-    """None, and more problems, where there are any (or were before)."""
+    """The rotation; None if there are problems, which are appended."""
     max_length = _size(config, "max_position_embeddings", problems)
     hidden, heads = (_size(config, name, problems) for name in ("hidden_size", "num_attention_heads"))
     head_dim = _size(config, "head_dim", problems, hidden // heads if hidden and heads else 2)
     if head_dim is not None and (head_dim % 2 or head_dim > _MAX_HEAD_DIM):
         problems.append(
-            f"head_dim = {head_dim} must be even, as rotary embedding turns pairs, and at most {_MAX_HEAD_DIM}"
+            f"head_dim = {head_dim} must be even (rotary embedding rotates pairs) and at most {_MAX_HEAD_DIM}"
         )
     rope = _rope(config)
     if not isinstance(rope, Mapping):
@@ -187,8 +186,8 @@ def _rotation(config: Mapping[str, Any], problems: list[str]) -> Rotation | None
 
 
 def _rope(config: Mapping[str, Any]) -> Any:
-    """Everything about the rotation in the new spelling: what was beside `rope_scaling` is inside. Where a number is at
-    both places, which one counts is as in Transformers.
+    """All settings of the rotation as `rope_parameters` has them, including those beside the older `rope_scaling`. If a
+    number is in both places, the one that Transformers takes is taken.
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
@@ -201,7 +200,7 @@ def _rope(config: Mapping[str, Any]) -> Any:
 
 
 def _size(config: Mapping[str, Any], name: str, problems: list[str], default: int | None = None) -> int:
-    """A positive whole number of a config; 0, and a problem more, where it is none."""
+    """A positive whole number of a config; else 0, and one more problem."""
     value = config.get(name)
     value = default if value is None else value
     if is_size(value):
@@ -210,14 +209,14 @@ def _size(config: Mapping[str, Any], name: str, problems: list[str], default: in
     return 0
 
 
-def _refusal(problems: list[str]) -> ValueError:
-    """Of all of them, each once."""
+def _error(problems: list[str]) -> ValueError:
+    """One error for all problems."""
     return ValueError("; ".join(dict.fromkeys(problems)))
 
 
-def _tell_of_window(window: Any, max_length: int) -> None:
+def _warn_of_window(window: Any, max_length: int) -> None:
     if isinstance(window, int) and 0 < window < max_length:
         logging.warning(
-            "sliding_window = %d of %d: attention is full here; up to %d tokens that is the same", window, max_length,
-            window,
+            "sliding_window = %d of %d is ignored: full attention is the same up to %d tokens",
+            window, max_length, window,
         )  # fmt: skip

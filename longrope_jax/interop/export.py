@@ -1,4 +1,4 @@
-"""A model and its factors -> a Hugging Face folder, which Transformers reads as it is."""
+"""Exports a model and its factors as a Hugging Face folder that Transformers reads."""
 
 import itertools
 import json
@@ -22,17 +22,19 @@ from longrope_jax.rope import FactorTable, to_huggingface, two_lengths, unsuppor
 from longrope_jax.runtime import processes
 
 SHARD_BYTES = 2**30
-"""A file's size at most, but for a tensor that is larger. Some three times as much is in the host's memory."""
+"""Maximum size of a file (unless one tensor is larger). The host needs about three times as much memory."""
+_BOS, _EOS = "<s>", "</s>"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 PARTIAL = ".partial"
-"""Ending of a folder that is being written: it gets its name when it is whole."""
+"""Suffix of a folder that is being written; it is renamed when it is complete."""
 
 
 class UnsupportedByFormat(ValueError):
-    """The format has no place for something of the factors, and nobody has allowed it to be dropped."""
+    """The format does not support a property of the factors, and dropping it was not allowed."""
 
 
 class _Tensor(NamedTuple):
-    """A tensor to be written: its name, shape, and the leaves that are its rows, with the layer of each."""
+    """A tensor to write: its name, its shape, and the parameters that are its rows, each with its layer."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,30 +50,29 @@ def fit_to_format(
     `unsupported_by_huggingface`.
 
     Args:
-        allowed: names in `DROPPABLE`, of what may be dropped.
+        allowed: names in `DROPPABLE` that may be dropped.
 
     Raises:
-        UnsupportedByFormat: lists what else would be dropped.
+        UnsupportedByFormat: lists what would be dropped without permission.
         ValueError: the factors end below the original length.
     """
     if table.boundaries[-1] < original_length:
         raise ValueError(
             f"factors that end at {table.boundaries[-1]} tokens, below the original length, {original_length}, would "
-            "make the context shorter; they must reach it"
+            "shorten the context; they must reach it"
         )
     table = _merged(table)
-    lost = unsupported_by_huggingface(table)
-    refused = [key for key in lost if key not in allowed]
-    if refused:
+    unsupported = unsupported_by_huggingface(table)
+    if refused := [key for key in unsupported if key not in allowed]:
         raise UnsupportedByFormat(
-            f"Hugging Face's rope_parameters can't carry {'; '.join(lost[key] for key in refused)}. Allow it to be "
-            f"dropped, at a cost that is then measured, with {', '.join(f'allow_dropping_{key}' for key in refused)}"
+            f"Hugging Face's rope_parameters does not support {'; '.join(unsupported[key] for key in refused)}. To "
+            f"drop it and measure the cost, set {', '.join(f'allow_dropping_{key}' for key in refused)}"
         )
-    return (two_lengths(table, original_length) if lost else table), lost
+    return (two_lengths(table, original_length) if unsupported else table), unsupported
 
 
 def _merged(table: FactorTable) -> FactorTable:
-    """Without boundaries at which nothing changes."""
+    """The table without boundaries where nothing changes."""
     entries = {int(boundary): table.select(int(boundary)) for boundary in table.boundaries}
     for boundary, following in itertools.pairwise(list(entries)):
         if all(map(np.array_equal, jax.tree.leaves(entries[boundary]), jax.tree.leaves(entries[following]))):
@@ -80,13 +81,13 @@ def _merged(table: FactorTable) -> FactorTable:
 
 
 def check_architecture(architecture: str, config: LlamaConfig) -> None:
-    """Raises ValueError if Transformers' class of that name can't be this model."""
+    """Raises ValueError if Transformers' class of that name can't represent this model."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture = {architecture!r} must be one of {', '.join(ARCHITECTURES)}")
     width = config.num_heads * config.head_dim
     if architecture == "Phi3ForCausalLM" and width != config.hidden_size:
         raise ValueError(
-            f"architecture = {architecture!r} has heads as wide as the model, together; here num_heads * head_dim = "
+            f"architecture = {architecture!r} needs num_heads * head_dim = hidden_size; here num_heads * head_dim = "
             f"{width} and hidden_size = {config.hidden_size}"
         )
 
@@ -94,13 +95,13 @@ def check_architecture(architecture: str, config: LlamaConfig) -> None:
 def huggingface_config(
     config: LlamaConfig, table: FactorTable, architecture: str, dtype: str, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """config.json's content. `rope_scaling` and `rope_theta` say the same as `rope_parameters` once more, to readers
-    older than Transformers 5, which would take the model for one without an extension (those refuse Phi-3 with it).
+    """The content of config.json. `rope_scaling` and `rope_theta` repeat `rope_parameters` for Transformers before 5,
+    which would otherwise ignore the extension (and refuses Phi-3 with it).
 
     Args:
-        table: of factors that the format can carry, see `fit_to_format`.
-        architecture: one of `ARCHITECTURES`. All are the same computation here; the converter of llama.cpp knows
-            factors by length of Phi-3 only.
+        table: supported by the format, see `fit_to_format`.
+        architecture: one of `ARCHITECTURES`. All compute the same here; llama.cpp's converter supports factors by
+            length only for Phi-3.
         dtype: of the tensors.
     """
     rope = to_huggingface(table, config.original_length)
@@ -124,7 +125,7 @@ def huggingface_config(
         "mlp_bias": False,
         "initializer_range": 0.02,
         "max_position_embeddings": int(table.boundaries[-1]),
-        # Transformers takes this one before the one inside, and its class for Phi-3 has a default.
+        # Transformers prefers this one to the one inside, and its class for Phi-3 has a default.
         "original_max_position_embeddings": rope["original_max_position_embeddings"],
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         "rope_scaling": rope,
@@ -153,21 +154,20 @@ def export_checkpoint(
 ) -> None:
     """Writes a folder with safetensors, config.json, tokenizer, generation_config.json and README.md.
 
-    It appears under its name when it is whole (on an object store, as whole as copying one by one can be); an older
-    export that was there is replaced. Parameters are fetched from their
-    devices tensor by tensor; of several processes, all have to call this, and the first writes. Memory of the host
-    O(shard_bytes), of a device one tensor more.
+    The folder is renamed when it is complete (an object store copies its files one by one), and replaces an older
+    export. Parameters are copied from their devices tensor by tensor. All processes have to call this; the first one
+    writes. The host needs O(shard_bytes) memory, a device one tensor more.
 
     Args:
         params: of `Llama(config)`, sharded or not.
         table: see `fit_to_format`.
         card: README.md.
         architecture: see `huggingface_config`.
-        dtype: of the tensors, "float32" or "bfloat16"; None keeps that of the parameters, so that nothing is lost.
+        dtype: of the tensors, "float32" or "bfloat16"; None is that of the parameters.
 
     Raises:
-        ValueError: the factors can't be carried whole, the architecture does not fit, or the folder is there and is no
-            model's.
+        ValueError: the format does not support the factors, the architecture does not fit, or the folder exists and
+            is no model's.
         OSError: the folder can't be written.
     """
     check_architecture(architecture, config)
@@ -202,10 +202,10 @@ def export_checkpoint(
 
 
 def _check_replaceable(folder: epath.Path) -> None:
-    """Raises ValueError if something is there that is neither empty nor a model's folder."""
+    """Raises ValueError if the folder exists and is neither empty nor a model's."""
     is_model = folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
     if folder.exists() and not is_model:
-        raise ValueError(f"{folder} is there, and is no model's folder that could be replaced")
+        raise ValueError(f"{folder} exists and is no model's folder; it is not replaced")
 
 
 def _generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def _tensors(config: LlamaConfig, architecture: str) -> list[_Tensor]:
-    """All tensors of the folder: the embedding, layer by layer, what comes after the layers."""
+    """All tensors of the folder in order: the embedding, the layers, the rest."""
     found: dict[str, _Tensor] = {}
     places: dict[str, int] = {}
     for leaf, stored in checkpoint_tensors(config, fused=architecture == "Phi3ForCausalLM").items():
@@ -234,7 +234,7 @@ def _tensors(config: LlamaConfig, architecture: str) -> list[_Tensor]:
 
 
 def _write_tensors(folder: epath.Path, tensors: list[_Tensor], params: dict, dtype: np.dtype, shard_bytes: int) -> None:
-    """safetensors, and their index where they are several files."""
+    """Writes the safetensors, and their index if there are several files."""
     leaves = {
         jax.tree_util.keystr(where, simple=True, separator="/"): leaf
         for where, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -265,11 +265,11 @@ def _write_tensors(folder: epath.Path, tensors: list[_Tensor], params: dict, dty
         (folder / "model.safetensors.index.json").write_bytes(_json(index))
 
 
-def _shards(tensors: list[_Tensor], size: Callable[[_Tensor], int], most: int) -> Iterator[list[_Tensor]]:
-    """Neighbouring tensors, as many as fit into a file."""
+def _shards(tensors: list[_Tensor], size: Callable[[_Tensor], int], max_bytes: int) -> Iterator[list[_Tensor]]:
+    """Groups consecutive tensors into files."""
     shard: list[_Tensor] = []
     for tensor in tensors:
-        if shard and sum(map(size, shard)) + size(tensor) > most:
+        if shard and sum(map(size, shard)) + size(tensor) > max_bytes:
             yield shard
             shard = []
         shard.append(tensor)
@@ -277,7 +277,7 @@ def _shards(tensors: list[_Tensor], size: Callable[[_Tensor], int], most: int) -
 
 
 def _as_stored(tensor: _Tensor, leaves: Mapping[str, Array], dtype: np.dtype) -> Float[np.ndarray, "..."]:
-    """A tensor in Hugging Face's layout, matrices [out, in]; ours are [in, out] but for the embedding."""
+    """A tensor in Hugging Face's layout: matrices are [out, in]; ours are [in, out], except the embedding."""
     parts = []
     for leaf, number in tensor.parts:
         part = np.asarray(_whole(leaves[leaf], 0 if number is None else number, is_stacked=number is not None))
@@ -288,32 +288,31 @@ def _as_stored(tensor: _Tensor, leaves: Mapping[str, Array], dtype: np.dtype) ->
 
 @jax.jit(static_argnames="is_stacked")
 def _whole(leaf: Array, number: int, is_stacked: bool) -> Array:
-    """A leaf, or one layer of it, on every device of the mesh that is set."""
+    """A parameter, or one layer of it, replicated to every device of the current mesh."""
     return constrain(leaf[number] if is_stacked else leaf)
 
 
-_BOS, _EOS = "<s>", "</s>"
-_CONFIG = "tokenizer_config.json"
-
-
 def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, bytes]:
-    """Name -> content of what Transformers needs to make the same tokens: those that a tokenizer was read from, or
-    for bytes a vocabulary of all of them.
+    """Name -> content of the files from which Transformers makes the same tokenizer: the files that it was read from,
+    or for bytes a vocabulary of 256.
 
     Args:
-        longest: tokens of the longest context. Where the files say that texts are cut at less, they say this.
+        longest: tokens of the longest context; a smaller `model_max_length` is raised to it.
     """
     files = tokenizer.files if isinstance(tokenizer, SubwordTokenizer) else _byte_files()
-    config = json.loads(files.get(_CONFIG, b"{}"))
+    config = json.loads(files.get(_TOKENIZER_CONFIG, b"{}"))
     limit = config.get("model_max_length")
     if isinstance(limit, int) and limit < longest:
-        files = {**files, _CONFIG: _tokenizer_json({**config, "model_max_length": longest})}
+        files = {**files, _TOKENIZER_CONFIG: _json({**config, "model_max_length": longest})}
     return files
 
 
 def _byte_files() -> dict[str, bytes]:
-    """BPE without merges over the characters that GPT-2 spells bytes with, in the order of `ByteTokenizer`'s ids."""
-    vocab = {character: byte for byte, character in enumerate(_spelling())}
+    """BPE without merges over GPT-2's characters for bytes, in the order of `ByteTokenizer`'s ids."""
+    # Bytes that are printable in Latin-1 are themselves; the others are characters from U+0100 on, in order.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = (character for character in alphabet if character > "\xff")
+    vocab = {chr(byte) if chr(byte) in alphabet else next(others): byte for byte in range(256)}
     made = tokenizers.Tokenizer(models.BPE(vocab | {_BOS: ByteTokenizer.bos, _EOS: ByteTokenizer.eos}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
@@ -327,15 +326,4 @@ def _byte_files() -> dict[str, bytes]:
         "bos_token": _BOS,
         "eos_token": _EOS,
     }
-    return {"tokenizer.json": made.to_str().encode(), _CONFIG: _tokenizer_json(config)}
-
-
-def _tokenizer_json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def _spelling() -> list[str]:
-    """One character for every byte: itself where it can be printed in Latin-1, else one from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    return {"tokenizer.json": made.to_str().encode(), _TOKENIZER_CONFIG: _json(config)}

@@ -1,4 +1,4 @@
-"""Factors by length from and to whatever files they are kept in: ours, CSV, and configs of Hugging Face."""
+"""Reads and writes factors by length in every supported file format: ours, CSV, and configs of Hugging Face."""
 
 import json
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 class LoadedFactors(NamedTuple):
-    """What a file of factors tells.
+    """The content of a file of factors.
 
     Attributes:
         table: factors by length.
-        base: rope_theta of the model that they are for; None where the file does not tell.
-        original_length: that model's context before any extension, tokens, or None.
+        base: rope_theta of their model; None if unknown.
+        original_length: the context of their model before any extension, tokens; None if unknown.
     """
 
     table: FactorTable
@@ -42,7 +42,7 @@ class LoadedFactors(NamedTuple):
     original_length: int | None
 
     def check(self) -> "LoadedFactors":
-        """Returns self; raises ValueError if a number makes no sense."""
+        """Returns self; raises ValueError if a number is out of range."""
         if self.base is not None and not (is_number(self.base, 1e30) and self.base > 1):
             raise ValueError(f"rope_theta = {shortened(self.base)} must be a number above 1")
         if self.original_length is not None and not is_size(self.original_length):
@@ -53,13 +53,13 @@ class LoadedFactors(NamedTuple):
 def read_factors(path: epath.PathLike, target_length: int | None = None, head_dim: int | None = None) -> LoadedFactors:
     """Reads factors from:
 
-    * a table of ours, or one set of ours (.json), or the released search's .csv;
-    * a config.json, the folder that holds one, or a GGUF file;
-    * `rope_parameters` of type longrope by themselves, or what `write_factors` makes of them (.json).
+    * our .json, a table or one set, or a .csv of the released search;
+    * a config.json, its folder, or a GGUF file;
+    * `rope_parameters` of type longrope alone, or with the lengths that `write_factors` adds (.json).
 
     Args:
-        target_length: up to how many tokens a single set of factors is good; by default what its file says.
-        head_dim: of the model they are for, where it is known; tells a CSV with n_hat from one without.
+        target_length: the longest sequence for a single set of factors, tokens; by default what the file says.
+        head_dim: of their model, if known; it tells a CSV with n_hat from one without.
 
     Raises:
         ValueError: names the file and what is wrong with it.
@@ -68,50 +68,50 @@ def read_factors(path: epath.PathLike, target_length: int | None = None, head_di
     if not path.exists():
         raise ValueError(f"factors = {str(path)!r} do not exist")
     try:
-        content = _content(path)
+        content = _read_content(path)
         if content is None or str(content.get("format", "")).startswith("longrope_jax."):
-            found = _ours(path, content or {}, target_length, head_dim)
+            loaded = _read_own(path, content or {}, target_length, head_dim)
         elif target_length is not None:
             raise ValueError(f"target_length = {target_length} is for a single set of factors; this file has its own")
         elif "hidden_size" in content or "head_dim" in content:
             rotation = parse_rotation(content)
-            found = LoadedFactors(rotation.table, rotation.base, rotation.original_length)
+            loaded = LoadedFactors(rotation.table, rotation.base, rotation.original_length)
         else:
-            found = _snippet(content)
-        found.table.factors.check(head_dim, monotone="warn")
-        return found.check()
+            loaded = _read_rope_parameters(content)
+        loaded.table.factors.check(head_dim, monotone="warn")
+        return loaded.check()
     except ValueError as error:
-        told = str(error)
-        raise ValueError(told if told.startswith(str(path)) else f"{path}: {told}") from None
+        message = str(error)
+        raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
 
 
 def factors_for(path: epath.PathLike, config: LlamaConfig, target_length: int | None = None) -> FactorTable:
-    """The factors in a file, for a model; a warning if they were made for another original length.
+    """The factors in a file, for a model; warns if they were made for another original length.
 
     Raises:
         ValueError: see `read_factors`; or they are for another head dimension or rope_theta.
     """
-    found = read_factors(path, target_length, config.head_dim)
-    if found.base is not None and found.base != config.rope_theta:
-        raise ValueError(f"{path}: factors for rope_theta = {found.base:g}; the model has {config.rope_theta:g}")
-    if found.original_length not in (None, config.original_length):
+    loaded = read_factors(path, target_length, config.head_dim)
+    if loaded.base is not None and loaded.base != config.rope_theta:
+        raise ValueError(f"{path}: factors for rope_theta = {loaded.base:g}; the model has {config.rope_theta:g}")
+    if loaded.original_length not in (None, config.original_length):
         logging.warning(
-            "%s: factors for a model of %d tokens; this one was pretrained for %d", path, found.original_length,
+            "%s: factors for a model of %d tokens; this one was pretrained for %d", path, loaded.original_length,
             config.original_length,
         )  # fmt: skip
-    return found.table
+    return loaded.table
 
 
-def write_factors(path: epath.PathLike, found: LoadedFactors, kind: str, length: int | None = None) -> None:
-    """Writes factors as one of `KINDS`, to a file that is not there yet.
+def write_factors(path: epath.PathLike, loaded: LoadedFactors, kind: str, length: int | None = None) -> None:
+    """Writes factors to a new file.
 
     Args:
-        kind: "longrope_jax" is a table; "huggingface" an object with `rope_parameters` and the lengths that go with it,
-            to be put into a config.json; "csv" one set.
-        length: for a CSV, which set: that of a sequence of so many tokens; the longest by default.
+        kind: one of `KINDS`: "longrope_jax" is a table; "huggingface" an object with `rope_parameters` and the lengths
+            that config.json needs with it; "csv" one set.
+        length: for a CSV, the sequence length whose set is written, tokens; None is the longest.
 
     Raises:
-        ValueError: says what the kind of file can't carry, or what has to be known for it.
+        ValueError: says what the kind of file does not support, or what must be known for it.
     """
     path = epath.Path(path)
     if kind not in KINDS:
@@ -124,16 +124,16 @@ def write_factors(path: epath.PathLike, found: LoadedFactors, kind: str, length:
     if length is not None and kind != "csv":
         raise ValueError(f"length = {length} chooses one set for a CSV; {kind} takes all")
     if kind == "longrope_jax":
-        told = {"original_length": found.original_length, "rope_theta": found.base}
-        save_table(path, found.table, **{name: value for name, value in told.items() if value is not None})
+        metadata = {"original_length": loaded.original_length, "rope_theta": loaded.base}
+        save_table(path, loaded.table, **{name: value for name, value in metadata.items() if value is not None})
     elif kind == "csv":
-        _write_csv(path, found.table, length)
+        _write_csv(path, loaded.table, length)
     else:
-        write_whole(path, (json.dumps(_for_config(found), indent=2, allow_nan=False) + "\n").encode())
+        write_whole(path, (json.dumps(_rope_parameters(loaded), indent=2, allow_nan=False) + "\n").encode())
 
 
-def _content(path: epath.Path) -> dict[str, Any] | None:
-    """The JSON object that a file is, or a model's config; None for a CSV."""
+def _read_content(path: epath.Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or a model's config; None for a CSV."""
     if path.suffix == ".csv":
         return None
     if path.is_dir() or path.suffix == ".gguf":
@@ -147,7 +147,9 @@ def _content(path: epath.Path) -> dict[str, Any] | None:
     return content
 
 
-def _ours(path: epath.Path, content: dict[str, Any], target_length: int | None, head_dim: int | None) -> LoadedFactors:
+def _read_own(
+    path: epath.Path, content: dict[str, Any], target_length: int | None, head_dim: int | None
+) -> LoadedFactors:
     metadata = _mapping(content.get("metadata"))
     model = _mapping(metadata.get("model"))
     base = metadata.get("rope_theta", model.get("rope_theta"))
@@ -158,15 +160,15 @@ def _ours(path: epath.Path, content: dict[str, Any], target_length: int | None, 
         return LoadedFactors(load_table(path, head_dim), base, original)
     boundary = metadata.get("target_length") if target_length is None else target_length
     if boundary is None:
-        raise ValueError("up to how many tokens are these factors good? Give a target_length")
+        raise ValueError("the longest sequence for these factors is unknown. Give a target_length")
     if not is_size(boundary):
         raise ValueError(f"target_length = {shortened(boundary)} must be a positive number of tokens")
     return LoadedFactors(FactorTable.of({boundary: load_factors(path, head_dim)}), base, original)
 
 
-def _snippet(content: Mapping[str, Any]) -> LoadedFactors:
-    """`rope_parameters` without a model, by themselves or beside the lengths that a config.json has; only factors in
-    full say how many pairs a head has.
+def _read_rope_parameters(content: Mapping[str, Any]) -> LoadedFactors:
+    """`rope_parameters` without a model, alone or beside the lengths of a config.json. Only type longrope can be read,
+    because its lists of factors give the head dimension.
     """
     rope = content.get("rope_scaling") or content.get("rope_parameters") or content
     if not isinstance(rope, Mapping):
@@ -182,9 +184,7 @@ def _snippet(content: Mapping[str, Any]) -> LoadedFactors:
     longest, factor = content.get("max_position_embeddings"), rope.get("factor")
     if longest is None:
         if not is_number(factor) or factor < 1:
-            raise ValueError(
-                f"factor = {shortened(factor)} must be 1 or more, where there is no max_position_embeddings"
-            )
+            raise ValueError(f"factor = {shortened(factor)} must be 1 or more, if there is no max_position_embeddings")
         longest = round(factor * original)
     if not is_size(longest) or longest < original:
         raise ValueError(
@@ -198,14 +198,14 @@ def _snippet(content: Mapping[str, Any]) -> LoadedFactors:
     return LoadedFactors(table, base, original)
 
 
-def _for_config(found: LoadedFactors) -> dict[str, Any]:
-    if found.original_length is None and len(found.table.boundaries) < 2:
-        raise ValueError("what context was the model pretrained for? Give an original_length")
-    rope = to_huggingface(found.table, found.original_length or int(found.table.boundaries[0]))
-    if found.base is not None:
-        rope = {**rope, "rope_theta": found.base}
+def _rope_parameters(loaded: LoadedFactors) -> dict[str, Any]:
+    if loaded.original_length is None and len(loaded.table.boundaries) < 2:
+        raise ValueError("the context that the model was pretrained for is unknown. Give an original_length")
+    rope = to_huggingface(loaded.table, loaded.original_length or int(loaded.table.boundaries[0]))
+    if loaded.base is not None:
+        rope = {**rope, "rope_theta": loaded.base}
     return {
-        "max_position_embeddings": int(found.table.boundaries[-1]),
+        "max_position_embeddings": int(loaded.table.boundaries[-1]),
         _ORIGINAL: rope[_ORIGINAL],
         "rope_parameters": rope,
     }
@@ -217,8 +217,8 @@ def _write_csv(path: epath.Path, table: FactorTable, length: int | None) -> None
         raise ValueError(f"length = {length!r} must be a positive number of tokens")
     save_factors(path, table.select(length))
     if len(table.boundaries) > 1:
-        told = ", ".join(str(boundary) for boundary in table.boundaries)
-        logging.warning("%s has the factors of %d tokens alone, of those for %s", path, length, told)
+        lengths = ", ".join(str(boundary) for boundary in table.boundaries)
+        logging.warning("%s has only the factors for %d tokens, of those for %s", path, length, lengths)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -28,20 +28,20 @@ from longrope_jax.rope import FactorTable
 from longrope_jax.runtime import processes
 
 _FLOATS = ("float32", "bfloat16", "float16")
-_BUFFER = "rotary_emb.inv_freq"  # computed, not learned; old files have it
+_BUFFER = "rotary_emb.inv_freq"  # in old files; it is computed, not learned
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_TOLD = 50  # names in a message
-_AT_ONCE = 1 << 22  # numbers that are read at a time, beside what they are put into
+_MAX_NAMES = 50  # in a message
+_BATCH = 1 << 22  # numbers to read and cast together
 
 
 class Pretrained(NamedTuple):
-    """A model as it was found.
+    """A pretrained model.
 
     Attributes:
-        config: the architecture; `original_length` is the context before any extension that it came with.
+        config: the architecture; `original_length` is the context before any extension.
         params: for `Llama(config)`.
-        tokenizer: None where there is none.
-        factors: by length, up to the longest that it was made for.
+        tokenizer: None if the model has none.
+        factors: by length, up to the longest context of the model.
     """
 
     config: LlamaConfig
@@ -51,18 +51,18 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(path: epath.PathLike, *, mesh: Mesh | None = None, **changes: str) -> Pretrained:
-    """A Hugging Face folder (config.json, .safetensors, tokenizer.json) or a .gguf file of the llama architecture, on
-    this machine or in an object store (gs://...), from where every machine copies it once.
+    """Loads a Hugging Face folder (config.json, .safetensors, tokenizer.json) or a .gguf file of the llama
+    architecture, local or in an object store (gs://...), from which every machine makes one local copy.
 
-    Tensor by tensor, each straight onto the devices that keep it: beyond the parameters the host holds no more than one
-    tensor, and reads only the part that its own devices need.
+    Tensors are placed on their devices one by one: beside the parameters the host holds at most one tensor. It reads
+    only the parts of its own devices.
 
     Args:
-        mesh: devices, with the axes of `model/sharding.py`; None for one.
+        mesh: devices, with the axes of `model/sharding.py`; None is one device.
         changes: fields of `LlamaConfig`: dtype, param_dtype (both float32 by default), attention, remat.
 
     Raises:
-        ValueError: one message with all that is unsupported, missing, unexpected or misshapen.
+        ValueError: lists everything that is unsupported, missing, unexpected or misshapen.
     """
     config, factors = describe_pretrained(path, **changes)
     try:
@@ -74,7 +74,7 @@ def load_pretrained(path: epath.PathLike, *, mesh: Mesh | None = None, **changes
 
 
 def describe_pretrained(path: epath.PathLike, **changes: str) -> tuple[LlamaConfig, FactorTable]:
-    """Architecture and rotation alone: no weight is read. Raises ValueError as `load_pretrained` does."""
+    """Only the architecture and the factors, without the weights. Raises ValueError as `load_pretrained` does."""
     try:
         return parse_config(read_config(path), **changes)
     except ValueError as error:
@@ -82,12 +82,12 @@ def describe_pretrained(path: epath.PathLike, **changes: str) -> tuple[LlamaConf
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any]:
-    """What a folder's config.json says, or would say of a GGUF file; raises ValueError where there is none."""
+    """The config.json of a folder, or its equivalent for a GGUF file; raises ValueError if there is none."""
     return _open(epath.Path(path))[0]
 
 
 def load_tokenizer(path: epath.PathLike) -> SubwordTokenizer:
-    """The tokenizer of a folder or a GGUF file; raises ValueError where there is none that can be read."""
+    """The tokenizer of a folder or a GGUF file; raises ValueError if there is none or it can't be read."""
     if not _is_gguf(path):
         return SubwordTokenizer.from_folder(path)
     tokenizer = gguf_tokenizer(cached_copy(epath.Path(path)))
@@ -97,10 +97,10 @@ def load_tokenizer(path: epath.PathLike) -> SubwordTokenizer:
 
 
 def stored_dtype(path: epath.PathLike) -> str:
-    """The `param_dtype` that keeps every number of a checkpoint: bfloat16 where all tensors are, else float32.
+    """The `param_dtype` that is exact for a checkpoint: bfloat16 if all its tensors are, else float32.
 
     Raises:
-        ValueError: there is none that can be read.
+        ValueError: there is no checkpoint, or it can't be read.
     """
     _, make_source = _open(epath.Path(path))
     tensors = make_source().shapes().items()
@@ -109,11 +109,11 @@ def stored_dtype(path: epath.PathLike) -> str:
 
 
 def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = None) -> dict:
-    """The parameters alone, for the config that `describe_pretrained` gives.
+    """Only the parameters, for the config from `describe_pretrained`.
 
     Raises:
-        ValueError: lists all tensors that are missing, unexpected, misshapen or of a type that is no float, or says why
-            the model does not fit the mesh.
+        ValueError: lists all tensors that are missing, unexpected, misshapen or of an unsupported type, or says why the
+            model does not fit the mesh.
     """
     path = epath.Path(path)
     content, make_source = _open(path)
@@ -121,7 +121,7 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
         check_mesh(config, dict(mesh.shape), mesh.devices.flat[0].platform)
     source = make_source()
     wanted = checkpoint_tensors(config, fused=(content.get("architectures") or [""])[0] == "Phi3ForCausalLM")
-    problems = _problems(config, wanted, source) or _other_head(config, source)
+    problems = _problems(config, wanted, source) or _check_tied_head(config, source)
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
     like = _params_like(config, wanted)
@@ -141,13 +141,13 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
             stored = wanted[jax.tree_util.keystr(where, simple=True, separator="/")]
             if "{}" not in stored.tensor:
                 bar.update()
-                return _place(source, stored.tensor, stored, leaf, sharding)
+                return _read_tensor(source, stored.tensor, stored, leaf, sharding)
             stack = _zeros(leaf.shape, leaf.dtype, sharding)
             layer = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
             for number in range(config.num_layers):
-                part = _place(source, stored.tensor.format(number), stored, layer, _of_one_layer(sharding))
+                part = _read_tensor(source, stored.tensor.format(number), stored, layer, _of_one_layer(sharding))
                 stack = _put(stack, part, number, sharding)
-                stack.block_until_ready()  # or the parts would wait in memory
+                stack.block_until_ready()  # or the parts would pile up in memory
                 bar.update()
             return stack
 
@@ -155,7 +155,7 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
 
 
 def _open(path: epath.Path) -> tuple[dict[str, Any], Any]:
-    """What config.json says, or would; and a function that opens the tensors."""
+    """The config (see `read_config`), and a function that opens the tensors."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a Hugging Face folder or a .gguf file")
     if _is_gguf(path):
@@ -175,36 +175,36 @@ def _is_gguf(path: epath.PathLike) -> bool:
 
 
 def _problems(config: LlamaConfig, wanted: dict[str, CheckpointTensor], source: TensorSource) -> list[str]:
-    """All that is wrong with the tensors of a checkpoint."""
-    there = {name: kind for name, kind in source.shapes().items() if not name.endswith(_BUFFER)}
-    if config.num_layers > len(there):
-        return [f"{config.num_layers} layers are more than the {len(there)} tensors"]
+    """Everything that is wrong with the tensors of a checkpoint."""
+    present = {name: kind for name, kind in source.shapes().items() if not name.endswith(_BUFFER)}
+    if config.num_layers > len(present):
+        return [f"{config.num_layers} layers are more than the {len(present)} tensors"]
     expected = {
         stored.tensor.format(number): stored.shape
         for stored in wanted.values()
         for number in range(config.num_layers if "{}" in stored.tensor else 1)
     }
-    unexpected = sorted(there.keys() - expected.keys())
+    unexpected = sorted(present.keys() - expected.keys())
     if config.tie_embeddings and _HEAD in unexpected:
-        unexpected.remove(_HEAD)  # some files repeat the embedding there
-    found = {"missing": sorted(expected.keys() - there.keys()), "unexpected": unexpected}
-    problems = [f"{len(names)} {kind} tensors: {_first_of(names)}" for kind, names in found.items() if names]
-    for name in sorted(expected.keys() & there.keys()):
-        shape, dtype = there[name]
+        unexpected.remove(_HEAD)  # some files store the tied embedding twice
+    differences = {"missing": sorted(expected.keys() - present.keys()), "unexpected": unexpected}
+    problems = [f"{len(names)} {kind} tensors: {_join_names(names)}" for kind, names in differences.items() if names]
+    for name in sorted(expected.keys() & present.keys()):
+        shape, dtype = present[name]
         if tuple(shape) != expected[name]:
             problems.append(f"{name} has shape {tuple(shape)}, not {expected[name]}")
         if str(dtype) not in _FLOATS:
-            problems.append(f"{name} has dtype {dtype}, which is none of {', '.join(_FLOATS)}")
+            problems.append(f"{name} has dtype {dtype}, not one of {', '.join(_FLOATS)}")
     return problems
 
 
-def _first_of(names: list[str]) -> str:
-    told = ", ".join(names[:_TOLD])
-    return told if len(names) <= _TOLD else f"{told} and {len(names) - _TOLD} more"
+def _join_names(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
-def _other_head(config: LlamaConfig, source: TensorSource) -> list[str]:
-    """A head that is there although it is tied has to be the embedding."""
+def _check_tied_head(config: LlamaConfig, source: TensorSource) -> list[str]:
+    """A problem if the model is tied but its checkpoint has a head that differs from the embedding."""
     shapes = source.shapes()
     if not config.tie_embeddings or _HEAD not in shapes:
         return []
@@ -217,7 +217,7 @@ def _other_head(config: LlamaConfig, source: TensorSource) -> list[str]:
 
 
 def _params_like(config: LlamaConfig, wanted: dict[str, CheckpointTensor]) -> dict:
-    """Shape and dtype of every parameter, from where it comes from: tracing the model for them takes a good while."""
+    """Shape and dtype of every parameter, from those of its tensor: tracing the model would take much longer."""
     like: dict = {}
     for leaf, stored in wanted.items():
         *above, last = leaf.split("/")
@@ -234,11 +234,11 @@ def _params_like(config: LlamaConfig, wanted: dict[str, CheckpointTensor]) -> di
 
 
 def _is_transposed(stored: CheckpointTensor) -> bool:
-    """Our matrices are [in, out], but for the embedding."""
+    """Our matrices are [in, out], except the embedding."""
     return len(stored.shape) == 2 and stored.tensor != _EMBEDDING
 
 
-def _place(
+def _read_tensor(
     source: TensorSource, name: str, stored: CheckpointTensor, like: jax.ShapeDtypeStruct, sharding: Sharding
 ) -> Array:
     """A tensor on its devices; each device reads only its part."""
@@ -247,11 +247,11 @@ def _place(
 
     def part(index):
         where = [slice(*axis.indices(size)) for axis, size in zip(index, like.shape, strict=True)]
-        found = _memory(tuple(axis.stop - axis.start for axis in where), like.dtype)
+        found = _allocate(tuple(axis.stop - axis.start for axis in where), like.dtype)
         as_stored = found.T if is_transposed else found
         rows, *columns = where[::-1] if is_transposed else where
         start = first_row + rows.start
-        # Cast and transposed a few rows at a time: in whole it would be in memory twice.
+        # Casts and transposes a few rows at a time: a whole tensor would be in memory twice.
         for block, *rest in _row_blocks((slice(start, first_row + rows.stop), *columns)):
             as_stored[block.start - start : block.stop - start] = source.read(name, (block, *rest))
         return found
@@ -259,18 +259,18 @@ def _place(
     return jax.make_array_from_callback(like.shape, sharding, part)
 
 
-def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Pages of its own: freed, they are the system's again at once (malloc holds on to tens of MB), and a CPU device
-    takes them over without a copy.
+def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array in its own memory pages: the system gets them back at once (malloc would keep tens of MB), and a CPU
+    device uses them without a copy.
     """
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def _row_blocks(slices: tuple[slice, ...]) -> Iterator[tuple[slice, ...]]:
-    """The same part of a tensor, a few rows after the other."""
+    """Splits a part of a tensor into blocks of a few rows."""
     rows, *rest = slices
-    step = max(1, _AT_ONCE // math.prod(axis.stop - axis.start for axis in rest))
+    step = max(1, _BATCH // math.prod(axis.stop - axis.start for axis in rest))
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop)), *rest
 
@@ -282,7 +282,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Array:
 
 @partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _put(stack: Array, part: Array, number: Array, sharding: Sharding) -> Array:
-    """One layer into its place; the memory of the stack is used again."""
+    """Writes one layer into the stack, in place."""
     return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_index_in_dim(stack, part, number, 0), sharding)
 
 

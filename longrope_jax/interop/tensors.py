@@ -1,6 +1,7 @@
-"""The tensors of a checkpoint, read part by part: what a source of them is, and the safetensors of a folder as one."""
+"""Reads tensors of a checkpoint in parts: the interface of a source, and the safetensors of a folder."""
 
 import contextlib
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -22,15 +23,15 @@ class TensorSource(Protocol):
     """Tensors under Hugging Face's names and in its layout: matrices [out, in]."""
 
     def shapes(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
-        """Name -> (shape, dtype), of every tensor."""
+        """Name -> (shape, dtype) of every tensor."""
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Float[np.ndarray, "..."]:
-        """The part of a tensor that the slices, one an axis, ask for."""
+        """The part of a tensor in the slices, one per axis."""
 
 
 class FolderTensors:
-    """The .safetensors files of a Hugging Face folder, those of an object store in copies on this machine. Files are
-    memory-mapped; only what is asked for is read.
+    """The .safetensors files of a Hugging Face folder (local copies if it is remote), memory-mapped: only the requested
+    parts are read.
     """
 
     def __init__(self, folder: epath.Path):
@@ -39,7 +40,7 @@ class FolderTensors:
         self._handles = {file: self._opened.enter_context(_open(file)) for file in sorted(set(self._files.values()))}
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """See `TensorSource`; a dtype that is no float of 16 or 32 bits keeps the name it has in the file."""
+        """See `TensorSource`; a dtype other than floats of 16 or 32 bits keeps its name in the file."""
         found = {}
         for name, file in self._files.items():
             part = self._handles[file].get_slice(name)
@@ -60,30 +61,24 @@ def _files_by_tensor(folder: epath.Path) -> dict[str, epath.Path]:
             pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
             also = f", only pickled weights ({', '.join(pickles)}), which can run code and are not read" * bool(pickles)
             raise ValueError(f"{folder} holds no .safetensors file{also}")
-        return _once(files)
+        return _index_files(files)
     try:
         files = json_files.read_object(index, {"weight_map": {str: str}})["weight_map"]
     except ValueError as error:
-        raise ValueError(f"{error}: no index of safetensors") from None
-    named = sorted(set(files.values()))
-    outside = [name for name in named if epath.Path(name).name != name or "\0" in name]
-    if outside:
-        raise ValueError(f"{index} names files outside of its folder: {beginning(', '.join(map(repr, outside)))}")
-    others = [name for name in named if not name.endswith(".safetensors")]
-    if others:
-        raise ValueError(f"{index} names {beginning(', '.join(others))}; only .safetensors files are read")
-    missing = [name for name in named if not (folder / name).exists()]
-    if missing:
+        raise ValueError(f"{error}: not an index of safetensors") from None
+    listed = sorted(set(files.values()))
+    if wrong := [name for name in listed if not re.fullmatch(r"[^/\0]+\.safetensors", name)]:
+        raise ValueError(f"{index} may only name .safetensors files of its folder, not {beginning(wrong)}")
+    if missing := [name for name in listed if not (folder / name).exists()]:
         raise ValueError(f"{folder} lacks {beginning(', '.join(missing))}, which its index names")
-    there = {name: set(_names(folder / name)) for name in named}
-    absent = [tensor for tensor, name in files.items() if tensor not in there[name]]
-    if absent:
+    names = {name: set(_names(folder / name)) for name in listed}
+    if absent := [tensor for tensor, name in files.items() if tensor not in names[name]]:
         raise ValueError(f"{index}: {len(absent)} tensors are not in the files it names, first {shortened(absent[0])}")
     return {tensor: folder / name for tensor, name in files.items()}
 
 
-def _once(files: list[epath.Path]) -> dict[str, epath.Path]:
-    """Tensor -> the file it is in; ValueError where it is in two, as nothing says which one is meant."""
+def _index_files(files: list[epath.Path]) -> dict[str, epath.Path]:
+    """Tensor -> its file; raises ValueError if a tensor is in two files."""
     found: dict[str, epath.Path] = {}
     for file in files:
         for name in _names(file):

@@ -1,4 +1,4 @@
-"""The model card of an exported model: what it is, how it was made, what of it the format could not hold."""
+"""The model card of an exported model: what it is, how it was made, what was dropped for the format."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,20 +19,20 @@ PAPER = "https://arxiv.org/abs/2402.13753"
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells.
+    """The content of a card.
 
     Attributes:
         title: the model's name.
         config: its architecture.
-        form: the class of Transformers that reads it, and the dtype of its tensors, in words.
+        form: Transformers' class for it and the dtype of its tensors, in words.
         factors: its factors by length.
         exported: the factors that are exported.
-        dropped: what of the former has no place in the latter, in words, by kind.
-        costs: what that costs, measured.
-        text: which text it was measured on, in words.
-        steps: how it was made: stages or sources by name, in order, with their settings or numbers.
-        perplexity: of methods by length, as far as it was evaluated.
-        exported_methods: those of them that are this model with the factors that were found.
+        dropped: properties of the factors that the exported ones lack, in words, by kind.
+        costs: the measured cost of this.
+        text: the text on which it was measured, in words.
+        steps: how it was made: stages or sources by name, in order, with their settings.
+        perplexity: of the evaluated methods, by length.
+        exported_methods: the methods that are this model with `factors`.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Card:
 
 
 def model_card(card: Card) -> str:
-    """README.md, with the metadata that the Hugging Face hub reads."""
+    """The content of README.md, with metadata for the Hugging Face hub."""
     config, original, longest = card.config, card.config.original_length, int(card.exported.boundaries[-1])
     layers = "1 layer" if config.num_layers == 1 else f"{config.num_layers} layers"
     parts = [
@@ -58,26 +58,25 @@ def model_card(card: Card) -> str:
         f"A language model of {layers}, width {config.hidden_size} and {config.vocab_size:,} tokens in its vocabulary, "
         f"pretrained for contexts of {original:,} tokens. Its rotary position embedding is rescaled for up to "
         f"{longest:,}, in the format of [LongRoPE]({PAPER}), by longrope_jax {version('longrope_jax')}. Tensors: "
-        f"{card.form}. What the model that it was made from says of licence and training data holds for this one.\n",
+        f"{card.form}. Licence and training data are those of the model that it was made from.\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained(".")  # or the name of this repository\n'
         'model = AutoModelForCausalLM.from_pretrained(".")\n```\n',
         "## Context\n",
-        _entries(card.exported),
+        _length_table(card.exported),
         *_switching(card),
         *_dropped(card),
         *_perplexity(card),
         *_steps(card),
         "## Rescale factors\n",
-        "One for every rotary pair, high frequencies first; a pair's wavelength is multiplied by it. In config.json "
-        "they are `rope_parameters.short_factor` and `long_factor`, and once more in `rope_scaling` for readers older "
-        "than Transformers 5.\n",
-        *(f"* {line}" for line in _lambdas(card.exported)),
+        "One per rotary pair, high frequencies first; it multiplies the pair's wavelength. In config.json they are "
+        "`rope_parameters.short_factor` and `long_factor`, repeated in `rope_scaling` for Transformers before 5.\n",
+        *(f"* {line}" for line in _factor_lists(card.exported)),
     ]
     return "\n".join(parts) + "\n"
 
 
-def _entries(table: FactorTable) -> str:
+def _length_table(table: FactorTable) -> str:
     rows = []
     after = 0
     leaves = map(np.asarray, (table.boundaries, table.factors.lam, table.factors.mscale))
@@ -89,25 +88,26 @@ def _entries(table: FactorTable) -> str:
 
 
 def _switching(card: Card) -> list[str]:
-    """What a user of two sets of factors should know; other programs than ours don't tell it."""
+    """What a user of two sets of factors should know, because other programs do not say it."""
     boundaries = [int(boundary) for boundary in card.exported.boundaries]
     if len(boundaries) < 2:
         return []
     notes = [
-        f"Sequences of up to {boundaries[0]:,} tokens have the short factors, longer ones the long; a batch has one "
-        f"set. Keys in a cache stay as they were rotated, so where a generated text grows beyond {boundaries[0]:,} "
-        "tokens, the classes of Transformers for Llama and Mistral need `use_cache=False`, or a fresh prompt, to stay "
-        "exact; its class for Phi-3 reads everything again. Serving engines may choose one set for all requests.\n"
+        f"Sequences of up to {boundaries[0]:,} tokens use the short factors, longer ones the long; a batch uses "
+        f"one set. Cached keys keep their rotation. So if a generated text grows beyond {boundaries[0]:,} tokens, "
+        "Transformers' classes for Llama and Mistral are only exact with `use_cache=False` or a new prompt; its class "
+        "for Phi-3 recomputes the cache. Serving engines may choose one set for all requests.\n"
     ]
     if boundaries[0] != card.config.original_length:
         notes.append(
             f"`original_max_position_embeddings` in config.json is where the factors change, {boundaries[0]:,} tokens, "
-            f"as the format has one number for both; the model was pretrained for {card.config.original_length:,}.\n"
+            "because the format has one number for both; the model was pretrained for "
+            f"{card.config.original_length:,}.\n"
         )
     return notes
 
 
-def _lambdas(table: FactorTable) -> list[str]:
+def _factor_lists(table: FactorTable) -> list[str]:
     return [
         f"up to {int(boundary):,} tokens: {', '.join(f'{value:.4g}' for value in lam)}"
         for boundary, lam in zip(table.boundaries, table.factors.lam, strict=True)
@@ -115,22 +115,22 @@ def _lambdas(table: FactorTable) -> list[str]:
 
 
 def _dropped(card: Card) -> list[str]:
-    heading = "## What the format could not carry\n"
+    heading = "## What the format does not support\n"
     if not card.dropped:
-        return [heading, "Nothing: the factors above are those that were found or given.\n"]
+        return [heading, "Nothing was dropped: the factors above are the original ones.\n"]
     what = "; ".join(card.dropped.values())
-    parts = [heading, f"Dropped, as was allowed: {what}. The factors before that:\n", _found(card.factors)]
+    parts = [heading, f"Dropped, as allowed: {what}. The original factors:\n", _original_factors(card.factors)]
     if card.costs:
         parts += [
-            f"What this costs, on {card.text}; nats per token, 95 % intervals over documents, paired:\n",
+            f"The cost of this on {card.text}; nats per token, paired 95 % intervals over documents:\n",
             cost_table(card.costs),
         ]
     else:
-        parts.append("No length of a sequence gets other factors for it.\n")
+        parts.append("This changes the factors of no sequence length.\n")
     return parts
 
 
-def _found(table: FactorTable) -> str:
+def _original_factors(table: FactorTable) -> str:
     factors = table.factors
     leaves = map(np.asarray, (table.boundaries, factors.lam, factors.n_hat, factors.mscale))
     rows = [
@@ -141,7 +141,7 @@ def _found(table: FactorTable) -> str:
 
 
 def cost_table(costs: Sequence[Cost]) -> str:
-    """Perplexity with the factors that were found and with those that are exported, by length."""
+    """Perplexity with the original factors and with the exported ones, by length."""
     rows = []
     for cost in costs:
         low, high = cost.difference.ci95
@@ -152,7 +152,7 @@ def cost_table(costs: Sequence[Cost]) -> str:
             f"{cost.difference.difference:+.2g} [{low:+.2g}, {high:+.2g}]",
             f"{cost.windows} from {cost.documents}",
         ])  # fmt: skip
-    return markdown_table(["tokens", "perplexity as found", "as exported", "difference", "windows, documents"], rows)
+    return markdown_table(["tokens", "perplexity, original", "exported", "difference", "windows, documents"], rows)
 
 
 def _perplexity(card: Card) -> list[str]:
@@ -168,7 +168,7 @@ def _perplexity(card: Card) -> list[str]:
     ]
     return [
         "## Perplexity\n",
-        "A token, by length of the window, on documents that neither training nor search has seen"
+        "Per token, by window length, on documents that neither training nor search used"
         f"{', before anything was dropped' if card.dropped else ''}.\n",
         markdown_table(["", *(f"{length:,}" for length in lengths)], rows),
     ]
@@ -176,14 +176,14 @@ def _perplexity(card: Card) -> list[str]:
 
 def _steps(card: Card) -> list[str]:
     lines = [
-        f"* **{name}**: " + ", ".join(f"{key} = {_told(key, value)}" for key, value in settings.items())
+        f"* **{name}**: " + ", ".join(f"{key} = {_format_setting(key, value)}" for key, value in settings.items())
         for name, settings in card.steps.items()
     ]
     return ["## How it was made\n", *lines, ""] if lines else []
 
 
-def _told(key: str, value: Any) -> str:
-    """A setting for strangers: numbers without noise, files without the folders of the machine they were on."""
+def _format_setting(key: str, value: Any) -> str:
+    """A setting for readers elsewhere: rounded numbers, and file names without folders."""
     if key == "path":
         return PurePath(str(value)).name
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,4 @@
-"""Factors in files: our JSON, which carries everything, and the CSV of the released search, which carries lam and
-n_hat.
-"""
+"""Files of factors: our JSON, which stores everything, and the CSV of the released search with lam and n_hat."""
 
 import contextlib
 import csv
@@ -24,11 +22,11 @@ def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) ->
 
     Args:
         path: local, or on any file system that etils knows (`gs://`).
-        metadata: anything JSON can hold; by custom `method`, `model`, `original_length`, `target_length`, `scores`,
+        metadata: JSON-able; usually `method`, `model`, `original_length`, `target_length`, `scores`,
             `provenance`.
 
     Raises:
-        ValueError: batched or nonsensical factors, an unknown ending, or something that a CSV can't carry.
+        ValueError: batched or invalid factors, an unknown suffix, or something that a CSV does not support.
     """
     path = epath.Path(path)
     factors.check()
@@ -38,7 +36,7 @@ def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) ->
     lam, n_hat, mscale = numbers.values()
     if path.suffix == ".json":
         content = {"format": _FORMAT, **numbers, "metadata": metadata}
-        write_whole(path, _dumped(content))
+        write_whole(path, _to_json(content))
     elif path.suffix == ".csv":
         if len(lam) % 2:
             raise ValueError(
@@ -54,15 +52,15 @@ def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) ->
 def load_factors(path: epath.PathLike, head_dim: int | None = None) -> RopeFactors:
     """Reads factors from our .json or from a .csv of the released search.
 
-    A CSV has one factor a line, or one row of factors a layer as older tools wrote them (all rows must then be the
-    same), and n_hat first where there is one number more than rotary pairs. Without `head_dim` an odd count is taken
-    to mean that, as no common model has an odd number of pairs. Factors that fall somewhere only cause a warning.
+    A CSV has one factor per line, or, from older tools, one row of factors per layer (all rows must then be equal). If
+    there is one number more than rotary pairs, the first is n_hat. Without `head_dim` an odd count means this, because
+    no common model has an odd number of pairs. Factors that decrease somewhere only cause a warning.
 
     Raises:
         ValueError: names the file and what is wrong with it.
     """
     path = epath.Path(path)
-    with _naming(path):
+    with _name_file(path):
         if path.suffix == ".json":
             factors = _from_content(_read_json(path))
         elif path.suffix == ".csv":
@@ -76,7 +74,7 @@ def save_table(path: epath.PathLike, table: FactorTable, **metadata: Any) -> Non
     """Writes a table of factors by sequence length to a .json file; `load_table` gives the same numbers.
 
     Raises:
-        ValueError: another ending.
+        ValueError: another suffix.
     """
     path = epath.Path(path)
     if path.suffix != ".json":
@@ -88,7 +86,7 @@ def save_table(path: epath.PathLike, table: FactorTable, **metadata: Any) -> Non
         for boundary, *entry in zip(*leaves, strict=True)
     ]
     content = {"format": _TABLE_FORMAT, "entries": entries, "metadata": metadata}
-    write_whole(path, _dumped(content))
+    write_whole(path, _to_json(content))
 
 
 def load_table(path: epath.PathLike, head_dim: int | None = None) -> FactorTable:
@@ -98,7 +96,7 @@ def load_table(path: epath.PathLike, head_dim: int | None = None) -> FactorTable
         ValueError: names the file and what is wrong with it.
     """
     path = epath.Path(path)
-    with _naming(path):
+    with _name_file(path):
         entries = _read_json(path, _TABLE_FORMAT).get("entries")
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError("entries must be a list of objects")
@@ -114,15 +112,15 @@ def load_table(path: epath.PathLike, head_dim: int | None = None) -> FactorTable
 
 
 def load_metadata(path: epath.PathLike) -> dict[str, Any]:
-    """What `save_factors` was told beside the factors in a .json file; raises ValueError where it can't be read."""
+    """The metadata that `save_factors` wrote to a .json file; raises ValueError if it can't be read."""
     path = epath.Path(path)
-    with _naming(path):
+    with _name_file(path):
         return _read_json(path).get("metadata", {})
 
 
 @contextlib.contextmanager
-def _naming(path: epath.Path):
-    """Whatever is wrong with a file's content becomes a ValueError that names the file."""
+def _name_file(path: epath.Path):
+    """Turns errors in a file's content into a ValueError that names the file."""
     try:
         yield
     # ValueError includes JSON and Unicode errors; nesting too deep for the JSON reader is a RecursionError.
@@ -137,7 +135,7 @@ def _read_json(path: epath.Path, wanted: str = _FORMAT) -> dict[str, Any]:
     return content
 
 
-def _dumped(content: dict[str, Any]) -> bytes:
+def _to_json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 

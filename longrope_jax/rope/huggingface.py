@@ -13,24 +13,24 @@ from longrope_jax.rope.factors import FactorTable, RopeFactors
 from longrope_jax.rope.methods import linear, llama3, longrope_mscale, unscaled, yarn
 
 DROPPABLE = ("start_tokens", "lengths", "temperatures")
-"""What factors may have and `rope_parameters` have no place for."""
+"""Properties of factors that `rope_parameters` does not support."""
 TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def from_huggingface(parameters: Mapping[str, Any] | None, head_dim: int, base: float, max_length: int) -> FactorTable:
-    """The factors that a config's `rope_parameters`, or the older `rope_scaling`, stands for.
+    """The factors of a config's `rope_parameters`, or of the older `rope_scaling`.
 
     Types as Transformers defines them: default, linear, llama3, yarn, and longrope (once "su"), which has two entries:
-    the short factors up to and including `original_max_position_embeddings`, the long ones beyond (where there is any).
+    the short factors up to and including `original_max_position_embeddings`, the long ones beyond it (if there is any).
 
     Args:
-        parameters: None, or with "rope_type" (once "type") and what that type needs.
+        parameters: None, or an object with "rope_type" (once "type") and the numbers of that type.
         head_dim: D.
         base: rope_theta.
         max_length: the config's max_position_embeddings, tokens; the last boundary of the table.
 
     Raises:
-        ValueError: an unknown type, or a number that is missing or makes no sense.
+        ValueError: an unknown type, or a number that is missing or out of range.
     """
     parameters = parameters or {}
     if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
@@ -58,18 +58,17 @@ def from_huggingface(parameters: Mapping[str, Any] | None, head_dim: int, base: 
 
 
 def to_huggingface(table: FactorTable, original_length: int) -> dict[str, Any]:
-    """`rope_parameters` of type longrope, but for rope_theta, which is the model's.
+    """`rope_parameters` of type longrope, without rope_theta, which belongs to the model.
 
     Args:
         table: of one or two entries; see `two_lengths` for others.
-        original_length: L, used where the table has one entry: it then serves as the short and as the long one.
+        original_length: L, used if the table has one entry, which then gives both the short and the long factors.
 
     Raises:
-        ValueError: says all that the format can't carry (see `unsupported_by_huggingface`).
+        ValueError: lists everything that the format does not support (see `unsupported_by_huggingface`).
     """
-    lost = unsupported_by_huggingface(table)
-    if lost:
-        raise ValueError(f"Hugging Face's rope_parameters can't carry {'; '.join(lost.values())}")
+    if unsupported := unsupported_by_huggingface(table):
+        raise ValueError(f"Hugging Face's rope_parameters does not support {'; '.join(unsupported.values())}")
     lam = np.asarray(table.factors.lam, np.float32)
     boundaries = np.asarray(table.boundaries)
     original = int(boundaries[0]) if len(boundaries) > 1 else min(original_length, int(boundaries[0]))
@@ -83,31 +82,31 @@ def to_huggingface(table: FactorTable, original_length: int) -> dict[str, Any]:
         "attention_factor": mscale,
     }
     if np.float32(mscale) != np.float32(longrope_mscale(scale, original)):
-        # vLLM and mlx-lm know the temperature by these names only, and have a default where they are missing.
+        # vLLM and mlx-lm read the temperature only from these names, and have a default if they are missing.
         parameters |= {"short_mscale": mscale, "long_mscale": mscale}
     return parameters
 
 
 def unsupported_by_huggingface(table: FactorTable) -> dict[str, str]:
-    """What of a table has no place in `rope_parameters`: in words, by the names in `DROPPABLE`; nothing if it can be
-    carried whole. Position 0 is not turned by any factors, so a single start token is none.
+    """The properties of a table that `rope_parameters` does not support: names in `DROPPABLE` -> descriptions; empty if
+    it supports all. A single start token is no such property: position 0 is never rotated.
     """
-    lost = {}
+    unsupported = {}
     n_hat, mscale = np.asarray(table.factors.n_hat), np.asarray(table.factors.mscale, np.float32)
     is_rescaled = (np.asarray(table.factors.lam) != 1).any(-1)
     if ((n_hat > 1) & is_rescaled).any():
-        lost["start_tokens"] = f"start tokens (n_hat = {', '.join(map(str, n_hat))})"
+        unsupported["start_tokens"] = f"start tokens (n_hat = {', '.join(map(str, n_hat))})"
     if len(table.boundaries) > 2:
-        lost["lengths"] = f"more than two lengths ({', '.join(map(str, np.asarray(table.boundaries)))})"
+        unsupported["lengths"] = f"more than two lengths ({', '.join(map(str, np.asarray(table.boundaries)))})"
     if len(set(mscale.tolist())) > 1:
-        told = ", ".join(f"{value:g}" for value in mscale)
-        lost["temperatures"] = f"temperatures that differ by length (mscale = {told})"
-    return lost
+        values = ", ".join(f"{value:g}" for value in mscale)
+        unsupported["temperatures"] = f"temperatures that differ by length (mscale = {values})"
+    return unsupported
 
 
 def two_lengths(table: FactorTable, original_length: int) -> FactorTable:
-    """The nearest table that `rope_parameters` can carry: what the longest sequences get, and those of the original
-    length; no start tokens, and the temperature of the longest everywhere.
+    """The nearest table that `rope_parameters` supports: the factors of the longest sequences and those of the original
+    length, without start tokens, and with the temperature of the longest everywhere.
     """
     last = int(table.boundaries[-1])
     lengths = {int(table.boundaries[0])} if len(table.boundaries) == 2 else {min(original_length, last)}
@@ -120,10 +119,10 @@ def two_lengths(table: FactorTable, original_length: int) -> FactorTable:
 
 
 def rope_type(parameters: Mapping[str, Any]) -> str:
-    """The type under its present name."""
+    """The type by its current name."""
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "su" or (kind == "yarn" and parameters.get("short_factor") is not None):
-        return "longrope"  # as Phi-3's first files called it
+        return "longrope"  # the names in Phi-3's first files
     return kind
 
 
@@ -131,19 +130,19 @@ def _longrope(parameters: Mapping[str, Any], head_dim: int, max_length: int) -> 
     original = _original(parameters)
     scale = _number(parameters, "factor", max_length / original)
     mscale = np.float32(_number(parameters, "attention_factor", longrope_mscale(scale, original)))
-    found = {}
+    factors = {}
     for name in ("short_factor", "long_factor"):
         lam = parameters.get(name)
         if not isinstance(lam, list | tuple) or len(lam) != head_dim // 2 or not all(map(is_number, lam)):
             raise ValueError(f"{name} must be a list of {head_dim // 2} numbers, half of the head dimension")
-        found[name] = RopeFactors(np.asarray(lam, np.float32), np.int32(0), mscale)
+        factors[name] = RopeFactors(np.asarray(lam, np.float32), np.int32(0), mscale)
     if original >= max_length:  # no sequence is long
-        return FactorTable.of({max_length: found["short_factor"]})
-    return FactorTable.of({original: found["short_factor"], max_length: found["long_factor"]})
+        return FactorTable.of({max_length: factors["short_factor"]})
+    return FactorTable.of({original: factors["short_factor"], max_length: factors["long_factor"]})
 
 
 def _yarn_mscale(parameters: Mapping[str, Any], scale: float) -> float:
-    """Transformers' rules for the temperature: given, or a ratio of two (DeepSeek's), or 0.1 ln s + 1."""
+    """The temperature by Transformers' rules: given, or a ratio of two (DeepSeek), or 0.1 ln s + 1."""
 
     def temperature(weight):
         return 0.1 * weight * math.log(scale) + 1 if scale > 1 else 1.0

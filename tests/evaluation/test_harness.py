@@ -171,7 +171,7 @@ def test_the_command_line(command, capsys):
     [
         ({"tasks": "local_choices,nonsense"}, "tasks = 'local_choices,nonsense': the harness has no nonsense"),
         ({"include_path": "nowhere"}, "include_path = 'nowhere' is not a directory"),
-        ({"output": "nowhere/results.json"}, "output = 'nowhere/results.json' lies in no directory that is there"),
+        ({"output": "nowhere/results.json"}, "output = 'nowhere/results.json': its parent directory does not exist"),
         ({"factors": "nowhere.json"}, "nowhere.json"),
         ({"mesh": "rows:2"}, "axes = 'rows:2'"),
     ],

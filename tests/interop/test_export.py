@@ -185,7 +185,7 @@ def test_boundaries_at_which_nothing_changes_are_none():
 def test_only_a_model_s_folder_is_replaced(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="is there, and is no model's folder"):
+    with pytest.raises(ValueError, match="exists and is no model's folder"):
         export_checkpoint(tmp_path / "a", WIDE, random_params(WIDE), TABLE, None, "")
     assert (tmp_path / "a" / "thesis.tex").read_text() == "years of work"
 

@@ -61,7 +61,7 @@ def test_a_csv_of_one_of_the_sets_and_back(tmp_path, caplog):
     save_table(tmp_path / "table.json", plain)
     run(tmp_path / "table.json", tmp_path / "long.csv")
     run(tmp_path / "table.json", tmp_path / "short.csv", "--length=64")
-    assert "long.csv has the factors of 512 tokens alone, of those for 64, 512" in caplog.text
+    assert "long.csv has only the factors for 512 tokens, of those for 64, 512" in caplog.text
     for name, wanted in (("long", LONG), ("short", SHORT)):
         found = read_factors(tmp_path / f"{name}.csv", target_length=512, head_dim=8)
         np.testing.assert_array_equal(found.table.select(512).lam, wanted.lam)

@@ -65,7 +65,7 @@ def test_an_experiment_ends_with_a_folder_that_holds_its_model_and_factors(check
     assert_same(found.params, lr.load_pretrained(checkpoint).params)
     assert_same_table(found.factors, load_table(tmp_path / "factors" / "table.json"))
     card = (tmp_path / "export" / "README.md").read_text()
-    assert "# 32 to 128 tokens" in card and "Nothing: the factors above" in card
+    assert "# 32 to 128 tokens" in card and "Nothing was dropped: the factors above" in card
     assert "* **load**: path = model" in card and "* **table**: lengths = [32, 128]" in card
     perplexity = json.loads((tmp_path / "report.json").read_text())["perplexity"]
     assert f"{perplexity['128']['longrope']['ppl']:.2f}" in card and "longrope (this model)" in card
@@ -99,7 +99,7 @@ def test_what_was_found_stops_the_export_until_it_may_be_dropped_and_then_its_co
     assert cost["length"] == TARGET and cost["found"]["ppl"] != cost["others"]["ppl"]
     told = f"{cost['found']['ppl']:.4f}"
     card, report = ((tmp_path / name).read_text() for name in ("export/README.md", "report.md"))
-    assert told in card and "Dropped, as was allowed: start tokens (n_hat = 0, 8)" in card
+    assert told in card and "Dropped, as allowed: start tokens (n_hat = 0, 8)" in card
     assert told in report and "before anything was dropped" in card
     assert f"dropped start tokens (n_hat = 0, 8); perplexity {told} becomes" in caplog.text
 
@@ -157,7 +157,7 @@ BEFORE = {
         ({"factors": "nothing"}, "factors = 'nothing' is neither a search"),
         ({"model": "search"}, "model = 'search' is no stage before"),
         ({"factors": "short"}, "factors = 'short' end at 16 tokens, below the original length, 32"),
-        ({"architecture": "Phi3ForCausalLM"}, "heads as wide as the model"),
+        ({"architecture": "Phi3ForCausalLM"}, "needs num_heads"),
         ({"cost_lengths": (4 * TARGET,)}, r"cost_lengths = \(512,\) goes beyond 128, where table ends"),
         ({"cost_lengths": (0,)}, r"cost_lengths = \(0,\) must be positive"),
         ({"cost_documents": 1}, "cost_documents = 1 must be at least 2"),
@@ -193,7 +193,7 @@ def test_the_command_line_exports_a_model_with_other_factors(checkpoint, text, f
     texts = [text / "1.txt", text / "2.txt"]
     run(checkpoint, tmp_path / "new", factors, "--allow_dropping_start_tokens", "--cost_documents=2", "--text", *texts)
     shown = capsys.readouterr().out
-    assert shown.startswith("| tokens | perplexity as found |") and shown.strip().endswith(str(tmp_path / "new"))
+    assert shown.startswith("| tokens | perplexity, original |") and shown.strip().endswith(str(tmp_path / "new"))
     found = lr.load_pretrained(tmp_path / "new")
     assert_same(found.params, lr.load_pretrained(checkpoint).params)
     np.testing.assert_array_equal(found.factors.select(TARGET).lam, 4)
@@ -213,9 +213,9 @@ def test_the_command_line_exports_a_model_with_other_factors(checkpoint, text, f
         (["--allow_dropping_start_tokens", "--text", "1.txt", "./1.txt"], "intervals need two documents"),
         (["--target_length=64"], "this is a table"),
         (["--arch=Phi3ForCausalLM"], "unrecognized arguments: --arch"),
-        (["--architecture=Phi3ForCausalLM"], "heads as wide as the model"),
+        (["--architecture=Phi3ForCausalLM"], "needs num_heads"),
         (["--factors=/nowhere"], "'/nowhere' do not exist"),
-        (["--output=/nowhere/new"], "lies in no directory that is there"),
+        (["--output=/nowhere/new"], "its parent directory does not exist"),
         (["--output={full}"], "must be a new folder"),
         (["--output="], "output = '' must be a new folder"),
     ],

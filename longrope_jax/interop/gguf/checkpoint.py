@@ -1,5 +1,5 @@
-"""GGUF files of the llama architecture, seen as if they were Hugging Face checkpoints: the same config, and a source of
-tensors with the same names, layout and order of rows.
+"""GGUF files of the llama architecture as Hugging Face checkpoints: the same config, and tensors with the same names,
+layout and order of rows.
 """
 
 import math
@@ -31,29 +31,29 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Numbers that are dequantised at a time, so that a tensor is in memory once and not twice.
+# Numbers to dequantise together, so that a tensor is not in memory twice.
 _CHUNK = 1 << 22
-# How llama.cpp calls the tensors that a frequency is divided by: on their own (Llama 3), or by length (LongRoPE).
+# llama.cpp's tensors of factors that divide a frequency: one set (Llama 3), or two by length (LongRoPE).
 _ROPE_FREQS = "rope_freqs.weight"
 _ROPE_LONG = "rope_factors_long.weight"
 _ROPE_SHORT = "rope_factors_short.weight"
 _ROPE_TENSORS = (_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT)
 
 _ROPE_TYPES = ("none", "linear", "yarn", "longrope")
-# What a file may say about YaRN that Hugging Face's config has no word for, with the values that change nothing.
+# Settings of YaRN that Hugging Face's config does not have, with the values that change nothing.
 _NEUTRAL = {"yarn_ext_factor": 1, "yarn_attn_factor": 1, "yarn_log_multiplier": 0}
 
 
 def open_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], "GgufTensors"]:
-    """A config like Hugging Face's config.json, and the tensors it belongs to, without reading any weight.
+    """A config like Hugging Face's config.json, and its tensors, without reading any weight.
 
-    Rotary factors that the file keeps as tensors (`rope_freqs` of Llama 3, `rope_factors_long` and `_short`) are in the
-    config's `rope_parameters`, as type longrope, and not among the tensors.
+    Rotary factors that the file stores as tensors (`rope_freqs` of Llama 3, `rope_factors_long` and `_short`) are in
+    the config's `rope_parameters`, as type longrope, and not among the tensors.
 
     Raises:
-        ValueError: names the file and what is wrong with it: no sound GGUF file, not of the llama architecture,
-            missing or nonsensical metadata, experts, a partial or unknown rotary embedding, or tensors of a type that
-            the gguf package can't dequantise (all of them).
+        ValueError: names the file and what is wrong with it: a damaged file, another architecture than llama, missing
+            or invalid metadata, experts, a partial or unknown rotary embedding, or tensors of a type that the gguf
+            package can't dequantise (it lists them all).
     """
     file = read_gguf(path)
     try:
@@ -69,8 +69,8 @@ def open_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], "GgufTensors"]:
 
 
 class GgufTensors:
-    """A source of tensors (see `interop/tensors.py`) over those of a GGUF file: memory-mapped, dequantised to float32
-    as they are read. A tensor that no LLaMA has keeps the name it has in the file.
+    """The tensors of a GGUF file as a `TensorSource`: memory-mapped, and dequantised to float32 when they are read.
+    Unknown tensors keep their names in the file.
     """
 
     def __init__(self, stored: Mapping[str, StoredTensor], num_heads: int, num_kv_heads: int):
@@ -78,35 +78,34 @@ class GgufTensors:
         self._heads = {"q_proj.weight": num_heads, "k_proj.weight": num_kv_heads}
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Name -> (shape, float32), of every tensor."""
+        """Name -> (shape, float32) of every tensor."""
         return {name: (tensor.shape, np.dtype(np.float32)) for name, tensor in self._stored.items()}
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Float32[np.ndarray, "..."]:
-        """The part of a vector or matrix that the slices, one an axis, ask for (all of it without any). Only the rows
-        asked for are dequantised.
-        """
+        """The part of a vector or matrix in the slices, one per axis (by default all); dequantises only these rows."""
         tensor = self._stored[name]
         slices = tuple(slices) or (slice(None),) * len(tensor.shape)
         if len(tensor.shape) == 1:
             return _dequantize(tensor.rows, tensor)[0, slices[0]]
         rows, columns = slices
         if heads := self._heads.get(".".join(name.split(".")[-2:])):
-            return _dequantize(tensor.rows[_order_of_rows(tensor.shape[0], heads)[rows]], tensor, columns)
+            return _dequantize(tensor.rows[_row_order(tensor.shape[0], heads)[rows]], tensor, columns)
         return _dequantize(tensor.rows[rows], tensor, columns)
 
 
 def huggingface_name(name: str) -> str:
-    """The name that Hugging Face has for a tensor of llama.cpp; the same name where it has none."""
+    """Hugging Face's name for a tensor of llama.cpp; the same name if there is none."""
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if layer and layer[2] in _LAYER_NAMES:
         return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
     return _NAMES.get(name, name)
 
 
-def _order_of_rows(rows: int, heads: int) -> Int64[np.ndarray, "rows"]:
-    """Where llama.cpp's converter has put every row of a query or key projection.
+def _row_order(rows: int, heads: int) -> Int64[np.ndarray, "rows"]:
+    """The row in the file of every row of a query or key projection.
 
-    It rotates neighbouring pairs, so within each head it moves row `half * D/2 + pair` to row `2 * pair + half`.
+    llama.cpp rotates adjacent pairs, so within each head its converter moves row `half * D/2 + pair` to row
+    `2 * pair + half`.
     """
     return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
@@ -114,7 +113,7 @@ def _order_of_rows(rows: int, heads: int) -> Int64[np.ndarray, "rows"]:
 def _dequantize(
     rows: UInt8[np.ndarray, "rows bytes"], tensor: StoredTensor, columns: slice = slice(None)
 ) -> Float32[np.ndarray, "rows columns"]:
-    """Some rows of a tensor, some at a time: the gguf package has what it works on in memory twice."""
+    """Some rows of a tensor, in blocks: the gguf package holds its input in memory twice."""
     width = tensor.shape[-1]
     out = np.empty((len(rows), len(range(*columns.indices(width)))), np.float32)
     step = max(1, _CHUNK // max(1, width))
@@ -124,7 +123,7 @@ def _dequantize(
 
 
 def _check_types(tensors: Mapping[str, StoredTensor]) -> None:
-    """Tries every type that occurs on one block."""
+    """Raises ValueError if a type can't be dequantised, by trying one block of each."""
     unknown = set()
     for kind in {tensor.type for tensor in tensors.values()}:
         try:
@@ -141,12 +140,12 @@ def _read_config(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]
 
     Args:
         metadata: of the file.
-        shapes: of its tensors, by the names of llama.cpp.
-        read: gives a tensor's numbers; called for the few in `_ROPE_TENSORS` only.
+        shapes: of its tensors, by their llama.cpp names.
+        read: returns a tensor's numbers; called only for those in `_ROPE_TENSORS`.
 
     Raises:
-        ValueError: another architecture, experts, a rotary embedding of part of the head, what else a LLaMA can't be,
-            or a number that is missing or makes no sense.
+        ValueError: another architecture, experts, a partial rotary embedding, anything else that the model does not
+            support, or a number that is missing or out of range.
     """
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
@@ -158,7 +157,7 @@ def _read_config(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]
             f"llama.expert_count = {shortened(metadata.get('llama.expert_count'))}: experts are not supported"
         )
     if not metadata.get("llama.attention.causal", True):
-        raise ValueError("llama.attention.causal = False is not supported: tokens see what is before them only")
+        raise ValueError("llama.attention.causal = False is not supported: tokens attend only to earlier ones")
     if "token_embd.weight" not in shapes:
         raise ValueError("tensor 'token_embd.weight' is missing: no model, or only a part of one")
     hidden_size = _size(metadata, "llama.embedding_length")
@@ -217,7 +216,7 @@ def _read_rope(metadata: Mapping[str, Any], context_length: int, factors: Mappin
     for key, neutral in _NEUTRAL.items():
         if metadata.get(prefix + key, neutral) != neutral:
             raise ValueError(f"{prefix}{key} = {shortened(metadata[prefix + key])} is not supported, only {neutral} is")
-    # A scale of 0 stands for none. Old files have a key of their own for it.
+    # A scale of 0 means none. Old files have another key for it.
     scale = _number(metadata, prefix + "factor", _number(metadata, "llama.rope.scale_linear", 0.0)) or 1.0
     kind = metadata.get(prefix + "type", "linear" if scale != 1 else "none")
     if kind not in _ROPE_TYPES:
@@ -258,7 +257,7 @@ def _read_rope(metadata: Mapping[str, Any], context_length: int, factors: Mappin
 def _size(metadata: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = metadata.get(key, default)
     if isinstance(value, list) and value and all(item == value[0] for item in value):
-        value = value[0]  # one number a layer
+        value = value[0]  # one number per layer
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
         raise ValueError(
             f"{key} = {value} must be one whole number, at least 1" if key in metadata else f"{key} is missing"
@@ -270,4 +269,4 @@ def _number(metadata: Mapping[str, Any], key: str, default: float | None = None)
     value = metadata.get(key, default)
     if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{key} = {value} must be a number, not negative" if key in metadata else f"{key} is missing")
-    return float(str(np.float32(value)))  # 1e-05, and not the digits that float32 adds to it
+    return float(str(np.float32(value)))  # 1e-05 without the extra digits of float32
