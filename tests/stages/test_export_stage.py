@@ -161,7 +161,7 @@ BEFORE = {
         ({"cost_lengths": (4 * TARGET,)}, r"cost_lengths = \(512,\) goes beyond 128, where table ends"),
         ({"cost_lengths": (0,)}, r"cost_lengths = \(0,\) must be positive"),
         ({"cost_documents": 1}, "cost_documents = 1 must be at least 2"),
-        ({"dtype": "float16"}, "dtype = 'float16' must be one of float32, bfloat16, or empty"),
+        ({"dtype": "float16"}, "dtype = 'float16' must be one of float32, bfloat16, ''"),
     ],
 )
 def test_bad_settings_are_told_before_anything_starts(changes, told):
