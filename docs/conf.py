@@ -1,10 +1,10 @@
-"""How the documentation is built: `make docs`, into docs/_build/html."""
+"""Sphinx configuration: `make docs` builds docs/_build/html."""
 
 import importlib.metadata
 import pathlib
 import typing
 
-typing.GENERATING_DOCUMENTATION = "longrope_jax"  # jaxtyping's switch: types are then shown as they are written
+typing.GENERATING_DOCUMENTATION = "longrope_jax"  # jaxtyping's switch: the pages show types as written
 
 project = "longrope_jax"
 author = "the longrope_jax authors"
@@ -39,7 +39,7 @@ python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 add_module_names = False
 
-# Every name of ours has to resolve. Those of others are not looked up: their inventories are on the internet.
+# Every name of this package must resolve. Other packages' names are not looked up, because that needs the internet.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r"typing\..*"),
@@ -49,7 +49,7 @@ nitpick_ignore_regex = [
 
 
 def skip_field_numbers(app, kind, name, member, skip, options):
-    """Fields of a NamedTuple are described under Attributes; what Python says of them is "Alias for field number 0"."""
+    """Skips Python's "Alias for field number 0": Attributes already describe a NamedTuple's fields."""
     return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
@@ -69,6 +69,6 @@ def write_api_pages(app):
 
 
 def setup(app):
-    """Connects the functions of this file to Sphinx."""
+    """Registers the functions of this file with Sphinx."""
     app.connect("builder-inited", write_api_pages)
     app.connect("autodoc-skip-member", skip_field_numbers)

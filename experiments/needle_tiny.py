@@ -105,10 +105,10 @@ def main(*workdirs: str) -> None:
 def needle_nll(workdir: str) -> dict[str, DocumentNll]:
     """Mean NLL of the digits of every needle, by search."""
     config = ConfigDict(json.loads((epath.Path(workdir) / "config.json").read_text()))
-    _, carried = prepare(config, workdir)
-    documents, found = carried.documents["data"]["evaluation"], reopen(config, workdir)
-    asked = {"needle": TermSettings("needle_cloze")}
-    terms = make_terms(asked, documents, carried.tokenizer, TARGET, NEEDLES, NEEDLE_SEED)
+    _, context = prepare(config, workdir)
+    documents, found = context.documents["data"]["evaluation"], reopen(config, workdir)
+    objective = {"needle": TermSettings("needle_cloze")}
+    terms = make_terms(objective, documents, context.tokenizer, TARGET, NEEDLES, NEEDLE_SEED)
     objective = Objective.of(found.model, found.layout, found.params("pretrain"), terms)
     methods = {name: f"search_{name}" for name in OBJECTIVES} | {"yarn": "yarn_without_temperature"}
     nll = {}

@@ -1,4 +1,4 @@
-"""From 128 bytes of context to 65,536: a third search on the model of `progressive_tiny`, evaluated on long files.
+"""From 128 bytes of context to 65,536: one more search on the model of `progressive_tiny`, evaluated on long files.
 
     make progressive_512x
     python -m longrope_jax.main --config=experiments/progressive_512x.py --workdir=runs/progressive

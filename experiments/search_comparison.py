@@ -60,16 +60,16 @@ def searches() -> dict[str, SearchSettings]:
     """All searches by name."""
     racing = dict(racing=0.9, ramps=128)
 
-    def descent(**numbers: int) -> GradientSettings:
+    def gradient_steps(**numbers: int) -> GradientSettings:
         return GradientSettings(cost=GRADIENT_COST, remat="none", **numbers)
 
-    few_steps = descent(rounds=1, starts=3, steps=20)
+    few_steps = gradient_steps(rounds=1, starts=3, steps=20)
     return {
         "narrow": _search(evolution=EvolutionSettings.paper()),
         "released": _search(evolution=EvolutionSettings.released()),
         "narrow_racing": _search(racing=0.9, evolution=EvolutionSettings.paper()),
         "cma_es": _search(method="cma_es", cma_es=CmaEsSettings(population=32, iterations=14)),
-        "gradient": _search(**racing, method="gradient", gradient=descent(rounds=2, starts=4, steps=40)),
+        "gradient": _search(**racing, method="gradient", gradient=gradient_steps(rounds=2, starts=4, steps=40)),
         "modelled": _search(**racing, evolution=EvolutionSettings(iterations=22)),
         "hybrid_third": _search(
             **racing, method="hybrid", gradient=few_steps, evolution=EvolutionSettings(iterations=19)

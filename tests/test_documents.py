@@ -1,4 +1,4 @@
-"""README and docs: what they name is there, and their code runs."""
+"""README and docs: the files, targets and modules that they name exist, and their code runs."""
 
 import ast
 import re
@@ -19,8 +19,8 @@ MODULES = {
     for path in (ROOT / "longrope_jax").rglob("*.py")
 }
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# What a run makes, and what readers have or choose themselves.
-NOT_OURS = re.compile(
+# Paths that a run creates or a reader chooses.
+EXTERNAL = re.compile(
     r"^(runs|path|to|DIR|WORKDIR|export|stages|data|tokens|checkpoints|profile|factors|figures|tensorboard|descents|"
     r"compilation_cache|docs/_build|docs/api/generated|roles)/|^~|^/|[<>*{]|://|^\.venv"
 )
@@ -28,24 +28,24 @@ FILE = re.compile(r"^[\w.-]+(/[\w.-]+)*/?$")
 
 
 def prose(path: Path) -> str:
-    """The text without blocks of code."""
+    """The text without code blocks."""
     return re.sub(r"^(    |\t).*$", "", FENCED.sub("", path.read_text()), flags=re.MULTILINE)
 
 
 def code(path: Path) -> str:
-    """Blocks of code alone."""
+    """Only the code blocks."""
     text = path.read_text()
     return "\n".join([block for _, block in FENCED.findall(text)] + re.findall(r"^    .*$", text, re.MULTILINE))
 
 
 def anchors(path: Path) -> set[str]:
-    """What headings can be linked by, as GitHub and MyST make it."""
+    """Anchors of the headings, as GitHub and MyST make them."""
     headings = re.findall(r"^#+ (.*)$", FENCED.sub("", path.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def is_there(name: str, document: Path) -> bool:
-    """Whether a path is one from the root, from the document, or from the package."""
+    """Whether a path exists, relative to the root, the document, or the package."""
     return any((base / name).exists() for base in (ROOT, document.parent, ROOT / "longrope_jax"))
 
 
@@ -71,7 +71,7 @@ def test_files_that_are_named_exist(document):
     paths = [name for name in named if re.search(r"/|\.(py|md|toml|txt|sh|yaml|cff|ipynb)$", name)]
     paths += re.findall(r"(?<![\w/.])((?:experiments|tests|docs|notebooks)/[\w./-]+\.\w+)", code(document))
     paths += re.findall(r"\b(requirements[\w-]*\.txt)", document.read_text())
-    missing = {name for name in paths if not NOT_OURS.search(name) and not is_there(name, document)}
+    missing = {name for name in paths if not EXTERNAL.search(name) and not is_there(name, document)}
     made = {"report.md", "report.json", "compile_report.md", "README.md", "run.log"}
     assert not missing - made
 
@@ -90,7 +90,7 @@ def test_modules_that_are_named_exist(document):
 
 
 def test_references_are_spelled_out(document):
-    """Sphinx looks up all of ours and none of others; a name that is not spelled out would pass for another's."""
+    """Sphinx checks only references that start with the package's name."""
     assert all(name.startswith("longrope_jax") for name in re.findall(r"\{py:\w+\}`([^`]+)`", document.read_text()))
 
 
@@ -127,7 +127,7 @@ def test_configs_that_are_named_are_configs():
     [("docs/extending.md", None, ("found.json", "work_directory/report.md")), ("README.md", 1, ("factors.json",))],
 )
 def test_code_runs(page, blocks, made, tmp_path):
-    """All blocks of the page, or the first ones: the others need what readers have."""
+    """All blocks of the page, or only the first ones, because the others need a reader's files."""
     found = [block for language, block in FENCED.findall((ROOT / page).read_text()) if language == "python"]
     (tmp_path / "page.py").write_text("\n".join(found[:blocks]))
     environment = hurry.environment(devices=1) | {"PYTHONPATH": str(ROOT)}
