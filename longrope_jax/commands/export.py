@@ -18,7 +18,7 @@ from etils import epath
 
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.tokenizer import SubwordTokenizer
-from longrope_jax.evaluation.factor_switching import changed_lengths, cost_windows, substitution_cost
+from longrope_jax.evaluation.factor_switching import changed_lengths, cost_windows, replacement_cost
 from longrope_jax.interop.architectures import ARCHITECTURES
 from longrope_jax.interop.export import check_architecture, export_checkpoint, fit_to_format
 from longrope_jax.interop.factor_files import KINDS, factors_for, read_factors, write_factors
@@ -67,7 +67,7 @@ def export(options: argparse.Namespace) -> None:
 
     params = read_params(options.model, config, layout.mesh)
     with layout.active():
-        costs = substitution_cost(Llama(config), layout, params, found, exported, windows)
+        costs = replacement_cost(Llama(config), layout, params, found, exported, windows)
         if costs:
             print(cost_table(costs))
         if dropped:

@@ -90,7 +90,7 @@ class EvaluationSettings(Settings):
                 raise ValueError(f"compared: {pair} must be a pair of methods; those are {', '.join(self.methods)}")
 
 
-class Subject(NamedTuple):
+class EvaluatedMethod(NamedTuple):
     """A method, resolved.
 
     Attributes:
@@ -105,7 +105,7 @@ class Subject(NamedTuple):
 def run_evaluation(
     model: Llama,
     layout: Layout,
-    subjects: dict[str, Subject],
+    subjects: dict[str, EvaluatedMethod],
     settings: EvaluationSettings,
     documents: Sequence[Document],
     workdir: epath.Path,

@@ -19,7 +19,7 @@ from longrope_jax.rope import FactorTable, RopeFactors
 from longrope_jax.runtime.mesh import Layout
 
 
-def nll_after_crossing(
+def nll_after_switch(
     model: Llama,
     params: dict,
     before: RopeFactors,
@@ -158,7 +158,7 @@ def cost_windows(
     return windows
 
 
-def substitution_cost(
+def replacement_cost(
     model: Llama,
     layout: Layout,
     params: dict,

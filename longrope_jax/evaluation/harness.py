@@ -12,7 +12,7 @@ from etils import epath
 from tqdm import tqdm
 
 from longrope_jax.data.tokenizer import Tokenizer
-from longrope_jax.evaluation.scoring import likelihoods
+from longrope_jax.evaluation.scoring import log_likelihoods
 from longrope_jax.model import Llama
 from longrope_jax.model.decode import ENDED, Sampling, generate
 from longrope_jax.rope import FactorTable
@@ -117,10 +117,10 @@ class HarnessModel(TemplateLM):
         """For `loglikelihood`: (texts, context, continuation) in tokens -> log-probability in nats, is it greedy."""
         pairs = [(context, continuation) for _, context, continuation in requests]
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        made = likelihoods(
+        made = log_likelihoods(
             self._model, self._layout, self._params, self._table, pairs, tokens_at_once=self._tokens_at_once
         )
-        for index, likelihood in self._progress(made, len(pairs), "likelihoods", disable_tqdm):
+        for index, likelihood in self._progress(made, len(pairs), "log-likelihoods", disable_tqdm):
             answers[index] = tuple(likelihood)
             if requests[index][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])

@@ -5,7 +5,7 @@ counts are reduced from there apart, never means of means.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,10 +17,13 @@ from jaxtyping import Array, Float, Int
 from longrope_jax.data.windows import Windows
 from longrope_jax.model import Llama
 from longrope_jax.model.sharding import constrain
-from longrope_jax.rope import RopeFactors
+from longrope_jax.rope import FactorTable, RopeFactors
 from longrope_jax.runtime.mesh import Layout
 
 _RESAMPLES = 4000
+
+Methods = Mapping[str, RopeFactors | FactorTable]
+"""By name: factors for all lengths, or a table of them, from which every length takes its own."""
 
 
 @partial(jax.jit, static_argnames="model")
@@ -136,6 +139,42 @@ def nll_by_file(
 ) -> DocumentNll:
     """`token_nll` of windows of text, cut into disjoint ones of `length` tokens, summed by the files they are from."""
     return by_file(by_document(token_nll(model, layout, params, factors, windows.tokens, length)), windows.names)
+
+
+def nll_by_length(
+    model: Llama,
+    params: dict,
+    methods: Methods,
+    windows: Windows,
+    lengths: Sequence[int],
+    *,
+    layout: Layout | None = None,
+) -> dict[int, dict[str, DocumentNll]]:
+    """Length (tokens) -> method -> NLL by document, the input of `perplexity` and `compare`.
+
+    All lengths score the same tokens, cut into disjoint windows of each.
+
+    Args:
+        windows: of at least the longest of the lengths, see `data.windows.fixed_windows`.
+        layout: of the devices.
+
+    Raises:
+        ValueError: a length is above that of the windows, or beyond the end of a table.
+    """
+    layout = layout or Layout()
+    with layout.active():
+        return {
+            length: {
+                name: nll_by_file(model, layout, params, factors_at(method, length), windows, length)
+                for name, method in methods.items()
+            }
+            for length in lengths
+        }
+
+
+def factors_at(method: RopeFactors | FactorTable, length: int) -> RopeFactors:
+    """The factors that a method has for a sequence of `length` tokens."""
+    return method.select(length) if isinstance(method, FactorTable) else method
 
 
 def by_position(nll: Float[np.ndarray, "N T"], buckets: int) -> Float[np.ndarray, "buckets"]:

@@ -1,9 +1,11 @@
 """Retrieval tests: does a model find a number that it read a long time ago? Scored from what it generates."""
 
 import re
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,8 +15,9 @@ from tqdm import tqdm
 
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.needles import Prompt, max_answer_tokens, needle, needle_cloze, passkey
-from longrope_jax.data.tokenizer import Tokenizer
-from longrope_jax.evaluation.evaluate import Method, Subject, by_model, published_methods
+from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from longrope_jax.evaluation.evaluate import EvaluatedMethod, Method, by_model, published_methods
+from longrope_jax.evaluation.perplexity import Methods, factors_at
 from longrope_jax.model import Llama
 from longrope_jax.model.decode import complete
 from longrope_jax.rope import FactorTable
@@ -102,7 +105,7 @@ def is_found(text: str, answer: str) -> bool:
 def run_retrieval(
     model: Llama,
     layout: Layout,
-    subjects: dict[str, Subject],
+    subjects: dict[str, EvaluatedMethod],
     settings: RetrievalSettings,
     tokenizer: Tokenizer,
     documents: Sequence[Document],
@@ -162,6 +165,38 @@ def run_retrieval(
             records.append(path, [record])
             done[name, length, depth] = record
     return [done[key] for key in wanted]
+
+
+def find_numbers(
+    model: Llama,
+    params: dict,
+    methods: Methods,
+    documents: Sequence[Document],
+    settings: RetrievalSettings,
+    *,
+    tokenizer: Tokenizer | None = None,
+    layout: Layout | None = None,
+) -> tuple[RetrievalSettings, list[dict[str, Any]]]:
+    """Hides numbers in text and asks the model for them, as `run_retrieval` does, but writes no records; for notebooks.
+
+    Args:
+        documents: to hide them in.
+        settings: its `methods` and `data` are ignored.
+        tokenizer: of the documents; without it bytes.
+        layout: of the devices.
+
+    Returns:
+        The settings with these methods, and the records, as `report.retrieval.summarize_retrieval` wants them.
+
+    Raises:
+        ValueError: a length is too short for the prompts, too long for the documents, or beyond the end of a table.
+    """
+    layout, tokenizer = layout or Layout(), tokenizer or ByteTokenizer()
+    settings = replace(settings, methods={name: Method(name) for name in methods})
+    subjects = {name: EvaluatedMethod(lambda: params, partial(factors_at, method)) for name, method in methods.items()}
+    with layout.active(), tempfile.TemporaryDirectory() as folder:
+        made = run_retrieval(model, layout, subjects, settings, tokenizer, documents, epath.Path(folder), "retrieval")
+    return settings, made
 
 
 def _answers(

@@ -20,7 +20,7 @@ from longrope_jax.runtime.mesh import Layout
 _SHORTEST = 16  # tokens; rows are filled up to it at least, so that few shapes occur
 
 
-class Likelihood(NamedTuple):
+class LogLikelihood(NamedTuple):
     """Of one continuation.
 
     Attributes:
@@ -40,14 +40,14 @@ class _Row(NamedTuple):
     requests: list[int]
 
 
-def likelihoods(
+def log_likelihoods(
     model: Llama,
     layout: Layout,
     params: dict,
     table: FactorTable,
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
     tokens_at_once: int = 8192,
-) -> Iterator[tuple[int, Likelihood]]:
+) -> Iterator[tuple[int, LogLikelihood]]:
     """(index of a request, its likelihood) for every request, a context and its continuation in tokens, longest first.
 
     A context that is too long for the table loses its beginning. Factors are those of the number of tokens that are
@@ -96,7 +96,7 @@ def _rows(requests, max_length: int) -> list[_Row]:
     return sorted(rows.values(), key=lambda row: (-row.scored, -len(row.requests)))
 
 
-def _read(model, layout, params, table, rows, requests, size, width) -> Iterator[tuple[int, Likelihood]]:
+def _read(model, layout, params, table, rows, requests, size, width) -> Iterator[tuple[int, LogLikelihood]]:
     """One batch: at most `size` rows of at most `width` tokens, filled up to that."""
     scored = _power_of_two(max(row.scored for row in rows))
     answers = _power_of_two(max(len(row.requests) for row in rows))
@@ -115,7 +115,7 @@ def _read(model, layout, params, table, rows, requests, size, width) -> Iterator
     for i, row in enumerate(rows):
         for j, request in enumerate(row.requests):
             total = log_probabilities[i, : row.scored, j].sum(dtype=np.float64)
-            yield request, Likelihood(float(total), bool(best[i, : row.scored, j].all()))
+            yield request, LogLikelihood(float(total), bool(best[i, : row.scored, j].all()))
 
 
 @partial(jax.jit, static_argnames="model")

@@ -10,7 +10,7 @@ from longrope_jax.data.corpus import Document
 from longrope_jax.data.needles import max_answer_tokens
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.evaluation import retrieval
-from longrope_jax.evaluation.evaluate import Method, Subject
+from longrope_jax.evaluation.evaluate import EvaluatedMethod, Method
 from longrope_jax.evaluation.retrieval import RetrievalSettings, accuracy, is_found, make_prompts, run_retrieval
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.decode import complete
@@ -26,7 +26,7 @@ METHODS = {"good": Method("linear"), "short-sighted": Method("unscaled")}
 SETTINGS = RetrievalSettings(lengths=(500, 700), methods=METHODS, tries=5, prompts_at_once=2)
 FACTORS = {"good": rope.linear(8, 4.0), "short-sighted": rope.unscaled(8)}
 SUBJECTS = {
-    name: Subject(lambda name=name: {"name": name}, lambda length, name=name: FACTORS[name]) for name in METHODS
+    name: EvaluatedMethod(lambda name=name: {"name": name}, lambda length, name=name: FACTORS[name]) for name in METHODS
 }
 SIGHT = 300  # tokens that the short-sighted one looks back
 
@@ -162,7 +162,7 @@ def test_with_a_model_on_a_mesh(tmp_path):
     factors = FACTORS["good"]
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((2, 4), np.int32), factors)["params"]
     settings = RetrievalSettings(lengths=(300,), methods={"good": Method("linear")}, tries=3, prompts_at_once=2)
-    subject = Subject(lambda: params, lambda length: factors)
+    subject = EvaluatedMethod(lambda: params, lambda length: factors)
     [record] = run(tmp_path, settings, {"good": subject}, model, Layout.of(MeshSettings("data:2")))
     prompts = [prompt.tokens for prompt in make_prompts(settings, TOKENIZER, DOCUMENTS, 300, None)]
     new = 300 - len(prompts[0])

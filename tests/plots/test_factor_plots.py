@@ -74,7 +74,7 @@ def test_sensitivities_are_bars_side_by_side(tmp_path):
 
 def test_losses_after_a_crossing_are_means_by_bucket_of_position(tmp_path):
     nll = {"read again": np.tile(np.arange(32.0), (3, 1)), "old keys": np.ones((3, 32))}
-    figure = plots.nll_after_crossing(nll, 128, bucket=8)
+    figure = plots.nll_after_switch(nll, 128, bucket=8)
     figure.savefig(tmp_path / "figure.png")
     positions, means = panels(figure)[0].get_lines()[0].get_data()
     assert np.array_equal(positions, [132, 140, 148, 156])

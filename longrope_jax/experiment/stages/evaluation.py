@@ -8,7 +8,7 @@ from etils import epath
 
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.windows import fixed_windows
-from longrope_jax.evaluation.evaluate import EVALUATION_RECORD, EvaluationSettings, Subject, run_evaluation
+from longrope_jax.evaluation.evaluate import EVALUATION_RECORD, EvaluatedMethod, EvaluationSettings, run_evaluation
 from longrope_jax.evaluation.retrieval import RETRIEVAL_RECORD, RetrievalSettings, make_prompts, run_retrieval
 from longrope_jax.experiment.context import DYNAMIC, RunContext
 from longrope_jax.experiment.programs import evaluate_programs, retrieval_programs
@@ -41,11 +41,13 @@ def method_inputs(settings: Settings, before: Before) -> list[str]:
     return sorted(models | set(sources(tuple(method.factors for method in settings.methods.values()), before)))
 
 
-def subjects(settings: Settings, context: RunContext) -> dict[str, Subject]:
+def subjects(settings: Settings, context: RunContext) -> dict[str, EvaluatedMethod]:
     """The methods with their parameters and factors; methods extend to the longest of the lengths."""
     longest = max(settings.lengths)
     return {
-        name: Subject(partial(context.params, method.model), context.source(method.factors, method.model, longest))
+        name: EvaluatedMethod(
+            partial(context.params, method.model), context.source(method.factors, method.model, longest)
+        )
         for name, method in settings.methods.items()
     }
 

@@ -9,7 +9,7 @@ from absl import logging
 
 from longrope_jax import json_files
 from longrope_jax.evaluation.evaluate import recorded_nll
-from longrope_jax.evaluation.factor_switching import Cost, cost_windows, substitution_cost
+from longrope_jax.evaluation.factor_switching import Cost, cost_windows, replacement_cost
 from longrope_jax.evaluation.perplexity import perplexity
 from longrope_jax.experiment.context import RunContext
 from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, nothing, sources
@@ -175,7 +175,7 @@ def _costs(settings: ExportSettings, context: RunContext, found: FactorTable, ex
         raise UnsupportedByFormat(str(error)) from None
     if not windows:
         return []
-    return substitution_cost(context.model, context.layout, context.params(settings.model), found, exported, windows)
+    return replacement_cost(context.model, context.layout, context.params(settings.model), found, exported, windows)
 
 
 def _evaluated(settings: ExportSettings, context: RunContext) -> dict[str, Any]:

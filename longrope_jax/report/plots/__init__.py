@@ -1,7 +1,7 @@
 """Pictures for reports and notebooks; each function draws one figure from plain numbers and returns it."""
 
 from longrope_jax.report.plots.evaluation import (
-    nll_after_crossing,
+    nll_after_switch,
     nll_by_position,
     perplexity_by_length,
     retrieval_by_length,
@@ -26,7 +26,7 @@ __all__ = [
     "factors_by_length",
     "factors_by_pair",
     "label",
-    "nll_after_crossing",
+    "nll_after_switch",
     "nll_by_changed_factor",
     "nll_by_position",
     "ordered",

@@ -82,13 +82,13 @@ def nll_by_position(
     return figure
 
 
-def nll_after_crossing(nll: Mapping[str, Float[np.ndarray, "N T"]], boundary: int, bucket: int = 8) -> Figure:
+def nll_after_switch(nll: Mapping[str, Float[np.ndarray, "N T"]], boundary: int, bucket: int = 8) -> Figure:
     """The loss just beyond the length at which factors change, a line a way to deal with it.
 
     Args:
-        nll: name -> nats of the tokens from the boundary on, see `evaluation.crossing`; means over the N texts are
-            shown.
-        boundary, bucket: tokens; of so many a point is the mean.
+        nll: name -> NLL (nats) of the N texts' tokens from the boundary on, see `evaluation.factor_switching`.
+        boundary: tokens; the length at which factors change.
+        bucket: tokens; every point is the mean of so many, over all texts.
     """
     figure, (axes,) = new_figure(1, 2.8)
     for (name, losses), color in zip(nll.items(), ("#d62728", "#1f77b4", "#7f7f7f", "#2ca02c"), strict=False):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from longrope_jax import rope
-from longrope_jax.evaluation.factor_switching import nll_after_crossing
+from longrope_jax.evaluation.factor_switching import nll_after_switch
 from longrope_jax.evaluation.perplexity import token_nll
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.runtime.mesh import Layout
@@ -28,7 +28,7 @@ def losses(reader, factors):
 
 def crossed(reader, before, after, read_again):
     model, params, tokens = reader
-    return nll_after_crossing(model, params, before, after, tokens, L, read_again=read_again)
+    return nll_after_switch(model, params, before, after, tokens, L, read_again=read_again)
 
 
 def test_reading_again_gives_what_a_forward_pass_gives(reader):
@@ -50,4 +50,4 @@ def test_a_boundary_outside_of_the_text_is_refused(reader, boundary):
     model, params, tokens = reader
     factors = rope.unscaled(8)
     with pytest.raises(ValueError, match=f"boundary = {boundary} must lie between 1 and {TEXT - 1}"):
-        nll_after_crossing(model, params, factors, factors, tokens, boundary, read_again=True)
+        nll_after_switch(model, params, factors, factors, tokens, boundary, read_again=True)

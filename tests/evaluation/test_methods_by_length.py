@@ -6,9 +6,8 @@ from longrope_jax import rope
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.data.windows import fixed_windows
-from longrope_jax.evaluation.paired import find_numbers, nll_by_length
-from longrope_jax.evaluation.perplexity import token_nll
-from longrope_jax.evaluation.retrieval import RetrievalSettings
+from longrope_jax.evaluation.perplexity import nll_by_length, token_nll
+from longrope_jax.evaluation.retrieval import RetrievalSettings, find_numbers
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.report.retrieval import summarize_retrieval
 from longrope_jax.rope import FactorTable
@@ -28,7 +27,7 @@ def reader():
     return model, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), SHORT)["params"]
 
 
-def test_every_length_scores_the_same_tokens_with_the_factors_that_an_method_has_for_it(reader):
+def test_every_length_scores_the_same_tokens_with_the_factors_that_a_method_has_for_it(reader):
     windows = fixed_windows(DOCUMENTS, 4 * L, 4, seed=0)
     nll = nll_by_length(*reader, {"table": TABLE, "long": LONG}, windows, (L, 4 * L))
     assert {length: list(row) for length, row in nll.items()} == {L: ["table", "long"], 4 * L: ["table", "long"]}

@@ -7,7 +7,7 @@ import reference
 
 from longrope_jax import rope
 from longrope_jax.evaluation import scoring
-from longrope_jax.evaluation.scoring import likelihoods
+from longrope_jax.evaluation.scoring import log_likelihoods
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.rope import FactorTable
 from longrope_jax.runtime.mesh import Layout, MeshSettings
@@ -41,7 +41,9 @@ def make_params():
 
 
 def collect(requests, model=None, params=None, table=TABLE, layout=None, **options):
-    made = list(likelihoods(model or MODEL, layout or Layout(), params or make_params(), table, requests, **options))
+    made = list(
+        log_likelihoods(model or MODEL, layout or Layout(), params or make_params(), table, requests, **options)
+    )
     assert sorted(index for index, _ in made) == list(range(len(requests)))
     return [result for _, result in sorted(made)]
 

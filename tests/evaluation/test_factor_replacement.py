@@ -9,7 +9,7 @@ import pytest
 
 import longrope_jax as lr
 from longrope_jax.data.corpus import Document
-from longrope_jax.evaluation.factor_switching import Cost, changed_lengths, cost_windows, substitution_cost
+from longrope_jax.evaluation.factor_switching import Cost, changed_lengths, cost_windows, replacement_cost
 from longrope_jax.evaluation.perplexity import Comparison, Perplexity
 from longrope_jax.report.model_card import cost_table
 from longrope_jax.runtime.mesh import Layout, MeshSettings
@@ -38,7 +38,7 @@ def test_the_cost_is_that_of_the_same_tokens_with_both():
     params = init_params(model, 0)
     others = lr.FactorTable.of({16: PLAIN, 64: lr.rope.linear(8, 64.0)})
     windows = cost_windows(FOUND, others, documents, (64,), 4)
-    (cost,) = substitution_cost(model, Layout.of(MeshSettings()), params, FOUND, others, windows)
+    (cost,) = replacement_cost(model, Layout.of(MeshSettings()), params, FOUND, others, windows)
     assert (cost.length, cost.windows, cost.documents) == (64, 4, 3)
 
     def nll(table, tokens):
