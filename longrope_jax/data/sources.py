@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import grain
 from array_record.python.array_record_module import ArrayRecordReader
@@ -53,11 +54,8 @@ def open_source(settings: DataSettings, data_dir: epath.PathLike) -> dict[str, T
     """
     if settings.tfds:
         return _dataset_splits(open_by_name(settings.tfds, settings.tfds_dir, settings.text_feature), settings)
-    if not settings.folder:
-        return _dataset_splits(open_built(corpus.stdlib_config(settings.shares), data_dir), settings, from_files=True)
-    if is_built(settings, data_dir):
-        return _dataset_splits(open_built(_folder_config(settings), data_dir), settings, from_files=True)
-    kind, files = _kind(settings.folder)
+    is_read = settings.folder and not is_built(settings, data_dir)
+    kind, files = _kind(settings.folder) if is_read else ("texts", [])
     if kind != "texts" and settings.suffix:
         raise ValueError(f"suffix = {settings.suffix!r} is for text files; {settings.folder} holds {kind}")
     if kind == "a TFDS dataset":
@@ -66,7 +64,8 @@ def open_source(settings: DataSettings, data_dir: epath.PathLike) -> dict[str, T
         raise ValueError(f"text_feature = {settings.text_feature!r} is for TFDS; {settings.folder} holds {kind}")
     if kind == "array_record files":
         return _record_splits(files, settings)
-    return _dataset_splits(open_built(_folder_config(settings), data_dir), settings, from_files=True)
+    config = _folder_config(settings) if settings.folder else corpus.stdlib_config(settings.shares)
+    return _dataset_splits(OpenDataset(corpus.build(config, data_dir), "text"), settings, from_files=True)
 
 
 def read_documents(
@@ -86,11 +85,6 @@ def read_documents(
         split: [corpus.Document(name, tokenizer.encode(text), len(text)) for name, text in texts.read(0, len(texts))]
         for split, texts in open_source(settings, data_dir).items()
     }
-
-
-def open_built(config: corpus.TextFolderConfig, data_dir: epath.PathLike) -> OpenDataset:
-    """The dataset made from a folder of text files."""
-    return OpenDataset(corpus.build(config, data_dir), "text")
 
 
 def is_built(settings: DataSettings, data_dir: epath.PathLike) -> bool:
@@ -141,14 +135,14 @@ def _dataset_splits(dataset: OpenDataset, settings: DataSettings, from_files: bo
     if not from_files and len(counts) == 1:
         (only,) = counts
         documents = [f"{only}/{number}" for number in range(counts[only])]
-        return _split(documents, settings.shares, dataset.size(only), lambda numbers: dataset.read(only, numbers))
+        return _split(documents, settings.shares, dataset.size(only), partial(dataset.read, only))
     if not from_files and settings.shares != SHARES:
         raise ValueError(f"shares = {settings.shares}: the dataset has its own splits, {', '.join(counts)}")
 
-    def fetch(name: str) -> Callable:
-        return lambda numbers: dataset.read(name, numbers)
-
-    return {split: Texts(range(counts.get(name, 0)), dataset.size(name), fetch(name)) for split, name in names.items()}
+    return {
+        split: Texts(range(counts.get(name, 0)), dataset.size(name), partial(dataset.read, name))
+        for split, name in names.items()
+    }
 
 
 def _record_splits(files: Sequence[epath.Path], settings: DataSettings) -> dict[str, Texts]:
@@ -160,20 +154,24 @@ def _record_splits(files: Sequence[epath.Path], settings: DataSettings) -> dict[
         [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True)]
     )
 
-    def read(numbers: list[int]) -> Sequence[bytes]:
-        try:
-            return records.__getitems__(numbers)
-        except RuntimeError as error:  # the hash of a record does not match
-            between = f"{files[0].parent}: of {names[numbers[0]]} to {names[numbers[-1]]}"
-            raise ValueError(f"{between} one is damaged: {error}") from None
-
-    if names:
-        _check_text(read([0])[0], f"{files[0].parent / names[0]}")
-
     def fetch(numbers: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         for start in range(0, len(numbers), _BATCH):
             some = list(numbers[start : start + _BATCH])
-            yield from zip((names[number] for number in some), read(some), strict=True)
+            try:
+                texts = records.__getitems__(some)
+            except RuntimeError as error:  # the hash of a record does not match
+                between = f"{files[0].parent}: of {names[some[0]]} to {names[some[-1]]}"
+                raise ValueError(f"{between} one is damaged: {error}") from None
+            yield from zip((names[number] for number in some), texts, strict=True)
+
+    for name, text in fetch([0] if names else []):
+        try:
+            text.decode()
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{files[0].parent / name}: the record is no text in UTF-8; for a TFDS dataset, give the directory "
+                "that has features.json"
+            ) from None
 
     return _split(names, settings.shares, sum(size_of(file) for file in files), fetch)
 
@@ -186,15 +184,6 @@ def _count(file: epath.Path) -> int:
     except RuntimeError as error:
         raise ValueError(f"{file} can't be read as array_record: {error}") from None
     return count
-
-
-def _check_text(record: bytes, name: str) -> None:
-    try:
-        record.decode()
-    except UnicodeDecodeError:
-        raise ValueError(
-            f"{name}: the record is no text in UTF-8; for a TFDS dataset, give the directory that has features.json"
-        ) from None
 
 
 def _split(names: Sequence[str], shares: Sequence[float], size: int, fetch: Callable) -> dict[str, Texts]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import tokenizers
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 from safetensors.numpy import save
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -235,10 +236,7 @@ def _tensors(config: LlamaConfig, architecture: str) -> list[_Tensor]:
 
 def _write_tensors(folder: epath.Path, tensors: list[_Tensor], params: dict, dtype: np.dtype, shard_bytes: int) -> None:
     """Writes the safetensors, and their index if there are several files."""
-    leaves = {
-        jax.tree_util.keystr(where, simple=True, separator="/"): leaf
-        for where, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves = flatten_dict(params, sep="/")
     shards = list(_shards(tensors, lambda tensor: int(np.prod(tensor.shape)) * dtype.itemsize, shard_bytes))
     names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     names = ["model.safetensors"] if len(shards) == 1 else names

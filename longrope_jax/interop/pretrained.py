@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 from tqdm import tqdm
@@ -220,17 +221,13 @@ def _params_like(config: LlamaConfig, wanted: dict[str, CheckpointTensor]) -> di
     """Shape and dtype of every parameter, from those of its tensor: tracing the model would take much longer."""
     like: dict = {}
     for leaf, stored in wanted.items():
-        *above, last = leaf.split("/")
         rows, *columns = stored.shape
         if stored.rows is not None:
             rows = stored.rows[1] - stored.rows[0]
         shape = (*columns[::-1], rows) if _is_transposed(stored) else (rows, *columns)
         layers = (config.num_layers,) * ("{}" in stored.tensor)
-        node = like
-        for name in above:
-            node = node.setdefault(name, {})
-        node[last] = jax.ShapeDtypeStruct(layers + shape, jnp.dtype(config.param_dtype))
-    return like
+        like[leaf] = jax.ShapeDtypeStruct(layers + shape, jnp.dtype(config.param_dtype))
+    return unflatten_dict(like, sep="/")
 
 
 def _is_transposed(stored: CheckpointTensor) -> bool:

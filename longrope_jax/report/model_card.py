@@ -63,7 +63,7 @@ def model_card(card: Card) -> str:
         'tokenizer = AutoTokenizer.from_pretrained(".")  # or the name of this repository\n'
         'model = AutoModelForCausalLM.from_pretrained(".")\n```\n',
         "## Context\n",
-        _length_table(card.exported),
+        _factor_table(card.exported),
         *_switching(card),
         *_dropped(card),
         *_perplexity(card),
@@ -76,15 +76,14 @@ def model_card(card: Card) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _length_table(table: FactorTable) -> str:
-    rows = []
-    after = 0
-    leaves = map(np.asarray, (table.boundaries, table.factors.lam, table.factors.mscale))
-    for boundary, lam, mscale in zip(*leaves, strict=True):
-        span = f"up to {int(boundary):,} tokens" if not after else f"{after + 1:,} to {int(boundary):,} tokens"
-        rows.append([span, f"{np.min(lam):.3g} to {np.max(lam):.3g}", f"{float(mscale):.4g}"])
-        after = int(boundary)
-    return markdown_table(["sequences of", "factors", "attention temperature"], rows)
+def _factor_table(table: FactorTable) -> str:
+    factors = table.factors
+    leaves = map(np.asarray, (table.boundaries, factors.lam, factors.mscale, factors.n_hat))
+    rows = [
+        [f"{int(boundary):,}", f"{np.min(lam):.3g} to {np.max(lam):.3g}", f"{float(mscale):.4g}", str(int(n_hat))]
+        for boundary, lam, mscale, n_hat in zip(*leaves, strict=True)
+    ]
+    return markdown_table(["up to tokens", "factors", "attention temperature", "start tokens"], rows)
 
 
 def _switching(card: Card) -> list[str]:
@@ -119,7 +118,7 @@ def _dropped(card: Card) -> list[str]:
     if not card.dropped:
         return [heading, "Nothing was dropped: the factors above are the original ones.\n"]
     what = "; ".join(card.dropped.values())
-    parts = [heading, f"Dropped, as allowed: {what}. The original factors:\n", _original_factors(card.factors)]
+    parts = [heading, f"Dropped, as allowed: {what}. The original factors:\n", _factor_table(card.factors)]
     if card.costs:
         parts += [
             f"The cost of this on {card.text}; nats per token, paired 95 % intervals over documents:\n",
@@ -128,16 +127,6 @@ def _dropped(card: Card) -> list[str]:
     else:
         parts.append("This changes the factors of no sequence length.\n")
     return parts
-
-
-def _original_factors(table: FactorTable) -> str:
-    factors = table.factors
-    leaves = map(np.asarray, (table.boundaries, factors.lam, factors.n_hat, factors.mscale))
-    rows = [
-        [f"{int(boundary):,}", str(int(n_hat)), f"{float(mscale):.4g}", f"{np.min(lam):.3g} to {np.max(lam):.3g}"]
-        for boundary, lam, n_hat, mscale in zip(*leaves, strict=True)
-    ]
-    return markdown_table(["up to tokens", "start tokens", "temperature", "factors"], rows)
 
 
 def cost_table(costs: Sequence[Cost]) -> str:
