@@ -8,27 +8,33 @@ documents. Every table uses evaluation documents that training and search have n
 lengths:
 
     evaluate_table1_methods            search against the published methods, not fine-tuned, at 2L, 4L and 8L
-    evaluate_table2_start_tokens       PI and NTK with and without their best start tokens, at 2L and 4L
     evaluate_table11_forms             lambda alone, and lambda with start tokens, against PI, at 4L and 8L
     evaluate_table10_recovery          a model fine-tuned at 8L, on short inputs, with and without recovery
     evaluate_table9_second_extension   the same model extended to 16L, 32L and 64L without more tuning
+
+Table 2, PI and NTK with and without their best start tokens, is a search over seeds alone, on the same model:
+
+    python experiments/ablations_tiny.py runs/ablations
 
 It takes half an hour on two busy cores, half of it for pretraining. Every method has its own factors at every length
 and the original rotation up to L, so the column of L is the control.
 """
 
+import sys
 from functools import partial
 
+import numpy as np
 from ml_collections import ConfigDict
 
+import longrope_jax as lr
 from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.experiment import DataSettings
 from longrope_jax.experiment.stages import TableSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.settings import EvolutionSettings, SearchSettings
+from longrope_jax.search.space import N_HAT
 from longrope_jax.settings import section
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.pretrain import PretrainSettings
@@ -89,16 +95,6 @@ def _first_searches() -> dict[str, SearchSettings]:
         searches[f"search_lambda_{scale}x"] = SearchSettings(
             target_length=scale * L, n_hat=(0,), evolution=_as_published(iterations=iterations[scale]), **common
         )
-    for method in ("linear", "ntk"):
-        for scale in (2, 4):
-            searches[f"search_{method}_{scale}x"] = SearchSettings(
-                target_length=scale * L,
-                model="pretrain",
-                documents=20,
-                documents_at_once=20,
-                method="start_tokens",
-                published=(method,),
-            )
     return searches
 
 
@@ -107,8 +103,6 @@ def _first_tables() -> dict[str, TableSettings]:
     tables = {method: _from_original((2, 4, 8), [method] * 3) for method in METHODS}
     tables["searched"] = _from_original((2, 4, 8), ["search_2x", "search_4x", "search_8x"])
     tables["lambda"] = _from_original((4, 8), ["search_lambda_4x", "search_lambda_8x"])
-    for method in ("linear", "ntk"):
-        tables[f"start_{method}"] = _from_original((2, 4), [f"search_{method}_2x", f"search_{method}_4x"])
     return {f"table_{name}": table for name, table in tables.items()}
 
 
@@ -133,18 +127,6 @@ def _first_evaluations() -> dict[str, EvaluationSettings]:
                 "longrope": searched,
             },
             compared=(("longrope", "yarn"), ("longrope", "ntk")),
-        ),
-        "evaluate_table2_start_tokens": EvaluationSettings(
-            lengths=(L, 2 * L, 4 * L),
-            documents=DOCUMENTS,
-            methods={
-                "linear": linear,
-                "linear_with_start_tokens": Method("table_start_linear", "pretrain"),
-                "ntk": ntk,
-                "ntk_with_start_tokens": Method("table_start_ntk", "pretrain"),
-                "unscaled": unscaled,
-            },
-            compared=(("linear_with_start_tokens", "linear"), ("ntk_with_start_tokens", "ntk")),
         ),
         "evaluate_table11_forms": EvaluationSettings(
             lengths=(L, 4 * L, 8 * L),
@@ -211,3 +193,26 @@ def _second_extension() -> dict[str, SearchSettings | TableSettings | Evaluation
         compared=tuple(("longrope", method) for method in others),
     )
     return stages
+
+
+def start_tokens(workdir: str) -> None:
+    """Table 2: PI and NTK with the best n_hat on search documents, on evaluation documents."""
+    from finished_quickstart import Quickstart  # beside this file, which a config need not find
+
+    quickstart = Quickstart(workdir)
+    print("| method | length | n_hat | without | with |\n| --- | --- | --- | --- | --- |")
+    for method, make in (("linear", lr.rope.linear), ("ntk", lr.rope.ntk)):
+        for scale in (2, 4):
+            factors = make(quickstart.config.head_dim, scale)
+            seeds = {f"n_hat_{n}": factors.replace(n_hat=np.int32(n)) for n in N_HAT if n <= L}
+            only_seeds = EvolutionSettings(population=len(seeds), iterations=0)
+            settings = SearchSettings(
+                target_length=scale * L, documents=20, documents_at_once=20, published=(method,), evolution=only_seeds
+            )
+            best = quickstart.search(settings, seeds).best()
+            without, found = (quickstart.evaluate(which, scale * L, DOCUMENTS).ppl for which in (factors, best))
+            print(f"| {method} | {scale * L} | {int(best.n_hat)} | {without:.2f} | {found:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    start_tokens(sys.argv[1])

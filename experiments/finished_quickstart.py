@@ -1,6 +1,7 @@
 """Reads the model and documents of a finished quickstart, for experiments that call the search as a library."""
 
 import json
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
@@ -35,9 +36,9 @@ class Quickstart:
             split: corpus.documents(builder, split, ByteTokenizer()) for split in ("search", "evaluation")
         }
 
-    def search(self, settings: SearchSettings) -> SearchState:
+    def search(self, settings: SearchSettings, seeds: Mapping[str, RopeFactors] | None = None) -> SearchState:
         """Runs a search on the search documents; returns all its candidates."""
-        return find_factors(self._model, self._params, self._documents["search"], settings)
+        return find_factors(self._model, self._params, self._documents["search"], settings, seeds=seeds)
 
     def evaluate(self, factors: RopeFactors, length: int, documents: int) -> Perplexity:
         """Perplexity on windows of `length` tokens of evaluation documents."""

@@ -15,8 +15,7 @@ import numpy as np
 from finished_quickstart import Quickstart, mean_and_range
 from tqdm import tqdm
 
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.settings import EvolutionSettings, SearchSettings
 
 REACHES, SEEDS = (1, 2, 4), range(4)
 EARLY = 704

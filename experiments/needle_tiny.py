@@ -26,11 +26,8 @@ from longrope_jax.report.tables import table
 from longrope_jax.rope import stack
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.gradient import GradientSettings
-from longrope_jax.search.objective import Objective
-from longrope_jax.search.settings import SearchSettings
-from longrope_jax.search.terms import TermSettings, make_terms
+from longrope_jax.search.objective import Objective, TermSettings, make_terms
+from longrope_jax.search.settings import EvolutionSettings, GradientSettings, SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings

@@ -15,8 +15,7 @@ from experiments import progressive_tiny
 from experiments.progressive_tiny import L
 from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.experiment.stages import TableSettings
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.settings import EvolutionSettings, SearchSettings
 from longrope_jax.settings import section
 
 

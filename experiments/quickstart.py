@@ -18,8 +18,7 @@ from longrope_jax.experiment.stages import ExportSettings, TableSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.settings import EvolutionSettings, SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings

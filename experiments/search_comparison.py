@@ -30,10 +30,7 @@ from longrope_jax.report.tables import table
 from longrope_jax.runtime import records
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
-from longrope_jax.search.cma_es import CmaEsSettings
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.gradient import GradientSettings
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.settings import CmaEsSettings, EvolutionSettings, GradientSettings, SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import OptimizerSettings

@@ -18,9 +18,7 @@ from finished_quickstart import Quickstart, mean_and_range
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.gradient import GradientSettings
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.settings import EvolutionSettings, GradientSettings, SearchSettings
 
 DOCUMENTS, SEEDS = (1, 2, 5, 10, 20), range(3)
 SCALE, EVALUATED = 8, 64

@@ -27,8 +27,7 @@ from longrope_jax.experiment import DataSettings
 from longrope_jax.experiment.stages import ExportSettings, LoadSettings, TableSettings
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.settings import EvolutionSettings, SearchSettings
 from longrope_jax.settings import section
 
 L = 8192

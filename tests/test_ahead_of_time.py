@@ -27,10 +27,8 @@ from longrope_jax.runtime.ahead_of_time import described
 from longrope_jax.runtime.estimate import Chip
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.search import gradient, objective
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.gradient import GradientSettings
-from longrope_jax.search.settings import SearchSettings
-from longrope_jax.search.terms import TermSettings
+from longrope_jax.search.objective import TermSettings
+from longrope_jax.search.settings import EvolutionSettings, GradientSettings, SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.training import loop
 from longrope_jax.training.finetune import FinetuneSettings
@@ -177,10 +175,10 @@ PROGRAMS = [
     ("search_wide", "score of candidates at 256", 3 * 2),
     # Population 0, an iteration, and two ends with each of ten numbers of start tokens: two at once.
     ("search_hybrid", "score of candidates at 128", 13 * 4),
-    ("search_hybrid", "step of a descent at 128", 3 * 4 // 6),  # of both candidates at once
+    ("search_hybrid", "step of gradient refinement at 128", 3 * 4 // 6),  # of both candidates at once
     ("search_hybrid", "score of candidates at 64", 13 * 2),
-    ("search_hybrid", "step of a descent at 64", 3 * 2 // 6),
-    ("search_hybrid", "judging the best", 4),
+    ("search_hybrid", "step of gradient refinement at 64", 3 * 2 // 6),
+    ("search_hybrid", "held-out documents", 4),
     ("finetune", "step at 512", 2),
     ("finetune", "held-out evaluation", 2),
     ("finetune_whole", "step at 256", 2),

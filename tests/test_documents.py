@@ -21,7 +21,7 @@ MODULES = {
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Paths that a run creates or a reader chooses.
 EXTERNAL = re.compile(
-    r"^(runs|path|to|DIR|WORKDIR|export|stages|data|tokens|checkpoints|profile|factors|figures|tensorboard|descents|"
+    r"^(runs|path|to|DIR|WORKDIR|export|stages|data|tokens|checkpoints|profile|factors|figures|tensorboard|refinements|"
     r"compilation_cache|docs/_build|docs/api/generated|roles)/|^~|^/|[<>*{]|://|^\.venv"
 )
 FILE = re.compile(r"^[\w.-]+(/[\w.-]+)*/?$")

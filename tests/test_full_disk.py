@@ -21,8 +21,7 @@ from longrope_jax.interop.factor_files import LoadedFactors, write_factors
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, linear, load_factors, save_factors, save_table
 from longrope_jax.runtime import records
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.settings import EvolutionSettings, SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.training.pretrain import PretrainSettings
 

@@ -24,8 +24,7 @@ from longrope_jax.experiment.stages import LoadSettings, TableSettings
 from longrope_jax.model.config import PRESETS
 from longrope_jax.model.decode import Sampling, complete
 from longrope_jax.runtime.mesh import MeshSettings
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.settings import EvolutionSettings, SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.training.step import init_params
 

@@ -17,10 +17,8 @@ from longrope_jax.experiment import DataSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime import preemption
 from longrope_jax.search import gradient
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.gradient import GradientSettings
-from longrope_jax.search.settings import SearchSettings, SeedSettings
-from longrope_jax.search.terms import TermSettings
+from longrope_jax.search.objective import TermSettings
+from longrope_jax.search.settings import EvolutionSettings, GradientSettings, SearchSettings, SeedSettings
 from longrope_jax.settings import section
 from longrope_jax.training.pretrain import PretrainSettings
 
@@ -128,7 +126,7 @@ def begun(finished, tmp_path):
     """As before the hybrid search."""
     workdir = Path(shutil.copytree(finished, tmp_path / "begun"))
     shutil.rmtree(workdir / "checkpoints" / "search")
-    shutil.rmtree(workdir / "descents", ignore_errors=True)
+    shutil.rmtree(workdir / "refinements", ignore_errors=True)
     for name in ("stages/search.json", "stages/evaluate.json", "factors/search.json", "scores.jsonl"):
         (workdir / name).unlink(missing_ok=True)
     log = (workdir / "search.jsonl").read_text().splitlines(keepends=True)
@@ -138,7 +136,7 @@ def begun(finished, tmp_path):
 
 @pytest.mark.parametrize("is_asked", [True, False], ids=["asked to stop", "killed"])
 @pytest.mark.parametrize("after", [4, 9])
-def test_a_search_that_ends_in_a_descent_goes_on_as_if_nothing_had_happened(
+def test_a_search_that_ends_in_a_gradient_refinement_goes_on_as_if_nothing_had_happened(
     config, finished, begun, monkeypatch, after, is_asked
 ):
     steps, take = [], gradient.step
@@ -153,7 +151,9 @@ def test_a_search_that_ends_in_a_descent_goes_on_as_if_nothing_had_happened(
     with monkeypatch.context() as patch, pytest.raises(preemption.Preempted if is_asked else Killed) as caught:
         patch.setattr(preemption, "requested", lambda: is_asked and len(steps) == after)
         experiment.run(config, begun)
-    assert not is_asked or f"search: asked to stop, step {(after - 1) % 6 + 1} of descent" in str(caught.value)
+    assert not is_asked or f"search: asked to stop, step {(after - 1) % 6 + 1} of gradient refinement" in str(
+        caught.value
+    )
     experiment.run(config, begun)
     # Who was asked has saved its last step; a kill costs what the last minute made.
     assert len(steps) == (12 if is_asked else 12 + (after - 1) % 6 + 1)

@@ -11,7 +11,7 @@ from speeds import SPEEDS
 from longrope_jax.experiment import DataSettings
 from longrope_jax.experiment.stages import evaluation, search, training
 from longrope_jax.model import LlamaConfig
-from longrope_jax.search.evolution import EvolutionSettings
+from longrope_jax.search.settings import EvolutionSettings
 from longrope_jax.settings import section
 from longrope_jax.training.pretrain import PretrainSettings
 

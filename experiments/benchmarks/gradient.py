@@ -15,8 +15,8 @@ from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.rope import RopeFactors, Trained, unscaled
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.find import prepare
-from longrope_jax.search.gradient import GradientSettings, make_optimizer, row_shares, step, variables_of
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.gradient import make_optimizer, row_shares, step, variables_of
+from longrope_jax.search.settings import GradientSettings, SearchSettings
 from longrope_jax.training.step import init_params
 
 LENGTH, HEAD_DIMS = 1024, (32, 64)

@@ -23,8 +23,8 @@ from longrope_jax.rope import FactorTable, RopeFactors, unscaled
 from longrope_jax.runtime.ahead_of_time import Program, bytes_on_device
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.candidates import Genes
-from longrope_jax.search.gradient import make_optimizer as make_descent_optimizer
-from longrope_jax.search.gradient import step as descent_step
+from longrope_jax.search.gradient import make_optimizer as make_refinement_optimizer
+from longrope_jax.search.gradient import step as refinement_step
 from longrope_jax.search.gradient import variables_of
 from longrope_jax.search.objective import fitting_candidates, rows_nll
 from longrope_jax.search.settings import SearchSettings
@@ -60,7 +60,7 @@ def finetune_programs(settings: FinetuneSettings, config: LlamaConfig, layout: L
 
 def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layout) -> Programs:
     """For every length of the objective the score of the candidates that are taken at once, on the documents that are,
-    and a step of their descent; and what judges the best.
+    a step of gradient refinement, and the evaluation of the best on held-out documents.
     """
     together = fitting_candidates(layout, settings.candidates_at_once, settings.documents_at_once)
     rows = together * settings.documents_at_once
@@ -71,7 +71,7 @@ def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layou
         counts[length] = counts.get(length, 0) + blocks
     every = sum(counts.values())
     space = settings.search_space(config)
-    descents = settings.method in ("gradient", "hybrid")
+    has_gradient = settings.method in ("gradient", "hybrid")
     steps = settings.gradient.rounds * -(-settings.gradient.starts // together) * settings.gradient.steps
     candidates = settings.candidates(len(space.n_hat))
     programs = []
@@ -85,12 +85,12 @@ def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layou
         flops = count_flops(config, rows, length)
         calls = -(-candidates // together) * blocks
         programs.append(Program(f"score of candidates at {length}", lower, calls, rows * length, flops, flops))
-        if descents:
-            programs.append(_descent(settings, config, layout, together, length, steps * blocks // every))
+        if has_gradient:
+            programs.append(_refinement(settings, config, layout, together, length, steps * blocks // every))
     if settings.held_out_documents:
-        times = settings.moves
+        times = settings.steps
         count = settings.held_out_documents
-        programs.append(_windows(config, layout, settings.target_length, count, "judging the best", times))
+        programs.append(_windows(config, layout, settings.target_length, count, "held-out documents", times))
     return programs
 
 
@@ -161,7 +161,7 @@ def _step(
     return Program(f"step at {length}", lower, settings.steps, settings.batch * length, needed, executed)
 
 
-def _descent(
+def _refinement(
     settings: SearchSettings, config: LlamaConfig, layout: Layout, together: int, length: int, calls: int
 ) -> Program:
     """A step of a gradient search: the parameters take part, but have no gradient."""
@@ -173,19 +173,19 @@ def _descent(
         np.ones(together, np.float32),
         np.zeros(together, np.int32),
     )
-    variables, optimizer = variables_of(genes, space), make_descent_optimizer(settings.gradient)
+    variables, optimizer = variables_of(genes, space), make_refinement_optimizer(settings.gradient)
     small = layout.abstract_replicated((variables, optimizer.init(variables), genes, np.float32(1)))
 
     def lower():
         shares, text = layout.abstract_rows(rows, dtype=np.float32), _text(layout, rows, length)
         options = model, space, optimizer, settings.documents_at_once
-        return descent_step.lower(*options, _params(config, layout), *small, shares, *text)
+        return refinement_step.lower(*options, _params(config, layout), *small, shares, *text)
 
     once = count_flops(config, rows, length)
     again, attention_again = _computed_again(remat)
     needed = Flops(2 * once.matrices, once.attention * (1 + _ATTENTION_BACKWARD))  # no gradient of the parameters
     executed = Flops(needed.matrices + again * once.matrices, needed.attention + attention_again * once.attention)
-    return Program(f"step of a descent at {length}", lower, calls, rows * length, needed, executed)
+    return Program(f"step of gradient refinement at {length}", lower, calls, rows * length, needed, executed)
 
 
 def _computed_again(remat: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What a search has scored so far: every candidate with its genes, its score, where it came from and what it cost."""
+"""What a search has scored so far: every candidate with its genes, its score, its origin and its cost."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from longrope_jax.rope import RopeFactors
-from longrope_jax.search.racing import Standing
 
-OPERATORS = ("seed", "mutation", "crossover", "gradient", "cma_es", "start_tokens", "ramp")
+OPERATORS = ("seed", "mutation", "crossover", "gradient", "cma_es", "ramp")
 
-_COMPARED = 16  # candidates read in full that a race compares with
+_MIN_INCUMBENTS = 4  # read in full; fewer do not tell the error of a difference
+_MAX_INCUMBENTS = 16
 
 
 class Genes(NamedTuple):
@@ -24,7 +24,7 @@ class Genes(NamedTuple):
         lam: rescale factors.
         n_hat: start tokens.
         mscale: attention temperature.
-        critical: the pair from which on lam is free, see `SearchSpace`; 0 where all are.
+        critical: the first pair whose lam is free, see `SearchSpace`; 0 where all are.
     """
 
     lam: Float[Array | np.ndarray, "half"]
@@ -33,14 +33,33 @@ class Genes(NamedTuple):
     critical: Int[Array | np.ndarray, ""]
 
 
-class Scores(NamedTuple):
-    """What an objective says of P candidates on D documents.
+class Incumbents(NamedTuple):
+    """What new candidates race against.
 
     Attributes:
-        nll: the score, nats per token, smaller is better; inf where it is not a number, an estimate where a race had
-            seen enough.
-        documents: by document; nan where a race had no need for it.
-        cost: of every candidate in forward equivalents, 1 for all documents read once.
+        documents: NLL by document (nats per token) of the best F candidates that were read in full.
+        threshold: score of the last of the k best, nats per token; inf where there are fewer than k.
+        best: score of the best.
+    """
+
+    documents: Float[np.ndarray, "F D"]
+    threshold: float
+    best: float
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether there are enough candidates for a race."""
+        return len(self.documents) >= _MIN_INCUMBENTS and np.isfinite(self.threshold)
+
+
+class Scores(NamedTuple):
+    """The scores of P candidates on D documents.
+
+    Attributes:
+        nll: the score, nats per token, smaller is better; inf where it is not a number, an estimate where a race
+            decided early.
+        documents: by document; nan where a race did not read it.
+        cost: of every candidate in forward equivalents; all documents read once cost 1.
     """
 
     nll: Float[np.ndarray, "P"]
@@ -48,8 +67,8 @@ class Scores(NamedTuple):
     cost: Float[np.ndarray, "P"]
 
 
-Score = Callable[[RopeFactors, Standing | None], Scores]
-"""(a population of any size, what it may race against, if it may) -> scores."""
+Score = Callable[[RopeFactors, Incumbents | None], Scores]
+"""(a population of any size, what it may race against; None for no race) -> scores."""
 
 
 @flax.struct.dataclass
@@ -58,11 +77,12 @@ class SearchState:
 
     Attributes:
         lam, n_hat, mscale, critical: their genes.
-        nll, documents, cost: their scores, see `Scores`; what a gradient round spent is the cost of what it found.
-        parents: rows of the candidates that each was made of, -1 for none; a mutation has one, a crossover two.
+        nll, documents, cost: their scores, see `Scores`; the first candidate of a gradient round also has the cost of
+            the round's steps.
+        parents: rows of the parents, -1 for none; a mutation has one, a crossover two.
         operator: index into `OPERATORS`.
-        iteration: that each was born in, 0 for what a search starts with.
-        restart: the start of the search that each belongs to, 0 for the first.
+        iteration: the iteration that made each candidate, 0 for the seeds.
+        restart: the restart of the search that each belongs to, 0 for the first.
     """
 
     lam: Float[np.ndarray, "N half"]
@@ -80,6 +100,28 @@ class SearchState:
     def __len__(self) -> int:
         return len(self.n_hat)
 
+    def __repr__(self) -> str:
+        return "SearchState(" + ", ".join(f"{name}: {value}" for name, value in self._overview()) + ")"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in self._overview())
+        return f"<table>{rows}</table>"
+
+    def _overview(self) -> list[tuple[str, str]]:
+        """What a notebook shows."""
+        table = [("candidates", str(len(self)))]
+        if len(self):
+            best = self.best()
+            nll, ends = float(self.nll.min()), [*best.lam[:3], *best.lam[-3:]]
+            table += [
+                ("best score", f"{nll:.4f} nats per token (perplexity {np.exp(nll):.3f})"),
+                ("lam, first and last three pairs", " ".join(f"{factor:.2f}" for factor in ends)),
+                ("n_hat", str(int(best.n_hat))),
+                ("mscale", f"{float(best.mscale):.3f}"),
+                ("cost", f"{self.cost.sum():.1f} forward equivalents"),
+            ]
+        return table
+
     @property
     def genes(self) -> Genes:
         """Of all candidates."""
@@ -91,37 +133,37 @@ class SearchState:
         return RopeFactors(self.lam, self.n_hat, self.mscale)
 
     def take(self, rows: Int[np.ndarray, "R"]) -> "SearchState":
-        """Some candidates, in the order asked for."""
+        """Some candidates, in the order of `rows`."""
         return jax.tree.map(lambda leaf: leaf[rows], self)
 
     def top(self, k: int) -> Int[np.ndarray, "k"]:
-        """Rows of the k best, best first, of equals the older one: over all history, Algorithm 1's elitist top-k."""
+        """Rows of the k best, best first; of equal ones the older first. This is Algorithm 1's top-k over history."""
         return np.argsort(self.nll, kind="stable")[:k]
 
-    def own(self, restart: int) -> Int[np.ndarray, "R"]:
-        """Rows of what one start of the search may use: its own candidates, and the seeds."""
+    def candidates_of_restart(self, restart: int) -> Int[np.ndarray, "R"]:
+        """Rows that a restart may use: its own candidates, and the seeds."""
         return np.flatnonzero((self.restart == restart) | (self.operator == OPERATORS.index("seed")))
 
-    def standing(self, bar: float) -> Standing:
-        """What newcomers race against who want to come under a score, nats per token."""
+    def incumbents(self, threshold: float) -> Incumbents:
+        """What candidates race against that must score below a threshold, nats per token."""
         order = self.top(len(self))
         is_read = ~np.isnan(self.documents).any(1) & np.isfinite(self.nll)
-        rows = [row for row in order if is_read[row]][:_COMPARED]
-        return Standing(self.documents[rows], float(bar), float(self.nll.min()))
+        rows = [row for row in order if is_read[row]][:_MAX_INCUMBENTS]
+        return Incumbents(self.documents[rows], float(threshold), float(self.nll.min()))
 
     def best(self) -> RopeFactors:
-        """The best candidate so far; one that was read in full."""
+        """The best candidate so far. It was read in full."""
         return jax.tree.map(lambda leaf: leaf[self.top(1)[0]], self.factors)
 
 
-def unscored(
+def new_candidates(
     genes: Genes,
     operator: str,
     documents: int,
     parents: Int[np.ndarray, "P 2"] | None = None,
     restart: int | Int[np.ndarray, "P"] = 0,
 ) -> SearchState:
-    """New candidates (leaves of `genes` have a leading axis P) that have no score yet on so many documents."""
+    """Candidates without scores. Leaves of `genes` have a leading axis P; `documents` is the number of documents."""
     count = len(genes.n_hat)
     return SearchState(
         np.asarray(genes.lam, np.float32),
@@ -138,11 +180,11 @@ def unscored(
     )
 
 
-def scored(candidates: SearchState, score: Score, standing: Standing | None, iteration: int) -> SearchState:
-    """The same candidates with their scores, born in `iteration`; they race if there is a standing."""
+def evaluate(candidates: SearchState, score: Score, incumbents: Incumbents | None, iteration: int) -> SearchState:
+    """The same candidates with their scores, as candidates of `iteration`; with incumbents they race."""
     if not len(candidates):
         return candidates
-    scores = score(candidates.factors, standing)
+    scores = score(candidates.factors, incumbents)
     return dataclasses.replace(
         candidates,
         nll=scores.nll,
@@ -152,31 +194,31 @@ def scored(candidates: SearchState, score: Score, standing: Standing | None, ite
     )
 
 
-def joined(*states: SearchState) -> SearchState:
-    """One after the other."""
+def concatenate(*states: SearchState) -> SearchState:
+    """One state after the other."""
     return jax.tree.map(lambda *rows: np.concatenate(rows), *states)
 
 
-def identities(genes: Genes) -> list[tuple]:
-    """Of a population: two candidates are the same if all their genes are, to a millionth."""
+def gene_keys(genes: Genes) -> list[tuple]:
+    """A hashable key for every candidate. Two candidates are the same if all their genes are, to a millionth."""
     lam, mscale = (np.round(np.asarray(leaf, np.float64), 6).tolist() for leaf in (genes.lam, genes.mscale))
     rest = zip(np.asarray(genes.n_hat).tolist(), np.asarray(genes.critical).tolist(), strict=True)
     return [(*pair, temperature, *row) for pair, temperature, row in zip(rest, mscale, lam, strict=True)]
 
 
-def without_known(candidates: SearchState, *known: SearchState) -> SearchState:
-    """Those that are in none of the known ones, each once: nothing is scored twice."""
-    seen = {identity for state in known for identity in identities(state.genes)}
+def remove_duplicates(candidates: SearchState, *known: SearchState) -> SearchState:
+    """The candidates that are in none of the known states, each once: nothing is scored twice."""
+    seen = {key for state in known for key in gene_keys(state.genes)}
     rows = []
-    for row, identity in enumerate(identities(candidates.genes)):
-        if identity not in seen:
-            seen.add(identity)
+    for row, key in enumerate(gene_keys(candidates.genes)):
+        if key not in seen:
+            seen.add(key)
             rows.append(row)
     return candidates.take(np.array(rows, int))
 
 
 def describe(state: SearchState, seed_names: Iterable[str], first: int = 0) -> list[dict[str, Any]]:
-    """One JSON-able entry a candidate from row `first` on: where it came from, its genes, its score and its cost."""
+    """One JSON-able entry per candidate from row `first` on: its origin, genes, score and cost."""
     names = list(seed_names)
     return [
         {

@@ -1,34 +1,36 @@
 """A search as one function, for notebooks: model, documents and settings in, all candidates out."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from tqdm import tqdm
 
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.rope import RopeFactors, Trained, unscaled
+from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.candidates import Genes, SearchState
-from longrope_jax.search.methods import plan, search
-from longrope_jax.search.objective import Objective
-from longrope_jax.search.progress import open_bar
-from longrope_jax.search.scores import score_with
+from longrope_jax.search.methods import search, search_steps
+from longrope_jax.search.objective import Objective, Term, make_terms
+from longrope_jax.search.racing import score_with
 from longrope_jax.search.seeds import as_genes, critical_seeds, paper_seeds
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.search.space import SearchSpace
-from longrope_jax.search.terms import Term, make_terms
 
 
 class Prepared(NamedTuple):
-    """What a search needs before its first move.
+    """What a search needs before its first step.
 
     Attributes:
         space: all candidates.
-        names, seeds: what it starts from.
-        terms: what candidates are asked.
-        objective: the same on the devices.
+        names, seeds: the first candidates.
+        terms: of the objective.
+        objective: the terms on the devices.
     """
 
     space: SearchSpace
@@ -49,14 +51,14 @@ def find_factors(
     tokenizer: Tokenizer | None = None,
     layout: Layout | None = None,
 ) -> SearchState:
-    """Searches as the settings say, in memory; `.best()` of what comes out are the factors.
+    """Runs a search in memory. `.best()` of the result are the factors.
 
     Args:
         documents: to search on, each with a name and its tokens.
-        settings: its `model`, `data`, `seeds` and `held_out_documents` are about an experiment and mean nothing here.
-        trained: what the model was last trained with; without it that it was pretrained, and nothing else.
-        seeds: of one's own, for the target length.
-        tokenizer: of the documents, for needles; without it bytes.
+        settings: its `model`, `data`, `seeds` and `held_out_documents` are for an experiment and are not used here.
+        trained: what the model was last trained with; by default it was only pretrained.
+        seeds: of your own, for the target length.
+        tokenizer: of the documents, for needles; bytes by default.
         layout: of the devices.
 
     Raises:
@@ -72,10 +74,10 @@ def find_factors(
         prepared = prepare(model, layout, params, trained, settings, documents, tokenizer or ByteTokenizer(), seeds)
         objective, key = prepared.objective, jax.random.key(settings.seed)
         total = settings.forward_equivalents(len(objective.blocks), len(prepared.space.n_hat))
-        with open_bar("search", total) as bar:
+        with progress_bar("search", total) as bar:
             score = score_with(objective, settings.racing, progress=bar.advance)
-            moves = plan(settings, key, prepared.seeds, prepared.space, objective, score, progress=bar.advance)
-            return search(moves, save=lambda state: bar.tell_best(state.nll.min()))
+            steps = search_steps(settings, key, prepared.seeds, prepared.space, objective, score, progress=bar.advance)
+            return search(steps, save=lambda state: bar.show_best(state.nll.min()))
 
 
 def prepare(
@@ -88,29 +90,55 @@ def prepare(
     tokenizer: Tokenizer,
     own_seeds: Mapping[str, RopeFactors],
 ) -> Prepared:
-    """Space, seeds and objective of a search; raises ValueError where the text or the space does not suffice."""
+    """Space, seeds and objective of a search; raises ValueError where the text is too short or the space is empty."""
     space = settings.search_space(model.config, float(trained.factors.mscale))
-    names, seeds = starting_genes(model.config, settings, trained, space, own_seeds)
+    names, seeds = first_candidates(model.config, settings, trained, space, own_seeds)
     terms = make_terms(settings.terms, documents, tokenizer, settings.target_length, settings.documents, settings.seed)
     objective = Objective.of(model, layout, params, terms, settings.candidates_at_once, settings.documents_at_once)
     return Prepared(space, names, seeds, terms, objective)
 
 
-def starting_genes(
+def first_candidates(
     config: LlamaConfig,
     settings: SearchSettings,
     trained: Trained,
     space: SearchSpace,
-    own: Mapping[str, RopeFactors],
+    own_seeds: Mapping[str, RopeFactors],
 ) -> tuple[list[str], Genes]:
-    """Names and genes of what a search starts from; `own` are the seeds that the settings name, as they are used."""
+    """Names and genes of the seeds: those of the space, and `own_seeds`, at the target length."""
     if settings.space == "critical_dimension":
         constants, critical = critical_seeds(
             space, config.head_dim, settings.evolution.population, float(trained.factors.mscale), settings.seed
         )
-        return as_genes(dict(own) | constants, space, [space.critical[-1]] * len(own) + critical)
+        return as_genes(dict(own_seeds) | constants, space, [space.critical[-1]] * len(own_seeds) + critical)
     published = paper_seeds(
         *(config.head_dim, settings.target_length, config.rope_theta, config.original_length, trained, space),
         settings.published,
     )
-    return as_genes(published | dict(own), space)
+    return as_genes(published | dict(own_seeds), space)
+
+
+class ProgressBar:
+    """Shows whole candidates; a race and a gradient step advance it by fractions."""
+
+    def __init__(self, bar: tqdm, done: float):
+        self._bar, self._done = bar, done
+
+    def advance(self, candidates: float) -> None:
+        """Adds finished candidates."""
+        self._done += candidates
+        self._bar.update(int(self._done + 1e-6) - self._bar.n)
+
+    def show_best(self, nll: float) -> None:
+        """Shows the best score so far, nats per token, as a perplexity."""
+        self._bar.set_postfix(best_perplexity=f"{np.exp(nll):.3f}")
+
+
+@contextlib.contextmanager
+def progress_bar(name: str, total: float, done: float = 0.0) -> Iterator[ProgressBar]:
+    """On the first process, of `total` candidates, of which `done` are finished."""
+    with tqdm(
+        desc=name, total=round(total), initial=int(done), unit="candidate", dynamic_ncols=True,
+        disable=not processes.is_first(),
+    ) as bar:  # fmt: skip
+        yield ProgressBar(bar, done)

@@ -1,104 +1,141 @@
-"""The methods of searching, as plans: a list of moves, each (state, iteration) -> state with more candidates.
+"""The methods of a search, as lists of steps. Each step is (state, iteration) -> state with more candidates.
 
-The first move scores what a search starts with. The number of a move is the iteration that its candidates are born in,
-so a search goes on from its candidates alone.
+The first step scores the seeds. The number of a step is the iteration of its candidates, so a search continues from its
+candidates alone.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import cmaes
 import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from longrope_jax.search import cma_es, evolution, gradient, ramps
-from longrope_jax.search.candidates import Genes, Score, SearchState, joined, scored, unscored, without_known
+from longrope_jax.search import algorithm1, gradient
+from longrope_jax.search.candidates import (
+    Genes,
+    Score,
+    SearchState,
+    concatenate,
+    evaluate,
+    gene_keys,
+    new_candidates,
+    remove_duplicates,
+)
 from longrope_jax.search.objective import Objective
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.seeds import scan_ramps
+from longrope_jax.search.settings import CmaEsSettings, SearchSettings
 from longrope_jax.search.space import SearchSpace
 
-Move = Callable[[SearchState | None, int], SearchState]
+SearchStep = Callable[[SearchState | None, int], SearchState]
+
+_CMA_ES_SIGMA = 0.2  # step size of the first generation, in logarithms of lam, see `gradient.to_lam`
 
 
-def plan(
+def search_steps(
     settings: SearchSettings,
     key: PRNGKeyArray,
     seeds: Genes,
     space: SearchSpace,
     objective: Objective,
     score: Score,
-    kept: gradient.Kept | None = None,
+    checkpoint: gradient.RefinementCheckpoint | None = None,
     progress: Callable[[float], Any] = lambda candidates: None,
-) -> list[Move]:
-    """All moves of a search by `settings.method`, in order.
+) -> list[SearchStep]:
+    """All steps of a search by `settings.method`, in order.
 
     Args:
-        seeds: what to start with, a leading axis over them.
-        kept: where a descent under way is kept; nowhere without it.
-        progress: is told what a gradient step costs, in candidates scored; what scoring costs `score` tells itself.
+        seeds: the first candidates, on a leading axis.
+        checkpoint: of a gradient refinement; without it a stopped one starts again.
+        progress: is called with the cost of each gradient step, in candidates; `score` reports its own.
     """
     common: dict[str, Any] = dict(space=space, score=score)
-    begin = partial(_begin, seeds=seeds, documents=len(objective.weights), score=score)
-    scan = [partial(ramps.scan, key, count=settings.ramps, **common)] * (settings.ramps > 0)
-    populate: Move = partial(evolution.populate, key, settings=settings.evolution, **common)
-    advance = [partial(evolution.advance, key, settings=settings.evolution, **common)] * settings.evolution.iterations
-    descend = partial(
-        gradient.descend, key, settings=settings.gradient, objective=objective, kept=kept, progress=progress, **common
+    score_seeds = partial(_score_seeds, seeds=seeds, documents=len(objective.weights), score=score)
+    ramps = [partial(scan_ramps, key, count=settings.ramps, **common)] * (settings.ramps > 0)
+    populate: SearchStep = partial(algorithm1.populate, key, settings=settings.evolution, **common)
+    advance = [partial(algorithm1.advance, key, settings=settings.evolution, **common)] * settings.evolution.iterations
+    refine = partial(
+        gradient.refine,
+        key,
+        settings=settings.gradient,
+        objective=objective,
+        checkpoint=checkpoint,
+        progress=progress,
+        **common,
     )
-    descents = [descend] * settings.gradient.rounds
+    refinements = [refine] * settings.gradient.rounds
 
-    def every_start(*moves: Callable[..., SearchState]) -> list[Move]:
-        return [partial(move, restart=restart) for restart in range(settings.evolution.restarts) for move in moves]
+    def every_restart(*steps: Callable[..., SearchState]) -> list[SearchStep]:
+        return [partial(step, restart=restart) for restart in range(settings.evolution.restarts) for step in steps]
 
-    if settings.method == "evolution" and not scan:
-        first, *others = every_start(populate, *advance)
-        return [lambda state, iteration: first(begin(state, iteration), iteration), *others]
+    if settings.method == "evolution" and not ramps:
+        first, *others = every_restart(populate, *advance)
+        return [lambda state, iteration: first(score_seeds(state, iteration), iteration), *others]
     if settings.method == "evolution":
-        return [begin, *every_start(*scan, populate, *advance)]
+        return [score_seeds, *every_restart(*ramps, populate, *advance)]
     if settings.method == "hybrid":
-        return [begin, *every_start(*scan, *descents, populate, *advance)]
+        return [score_seeds, *every_restart(*ramps, *refinements, populate, *advance)]
     if settings.method == "gradient":
-        return [begin, *scan, *descents]
-    if settings.method == "cma_es":
-        generation = partial(cma_es.generation, key, settings=settings.cma_es, **common)
-        return [begin, *[generation] * settings.cma_es.iterations]
-    return [begin, partial(_sweep_start_tokens, space=space, score=score)]
+        return [score_seeds, *ramps, *refinements]
+    generation = partial(cma_es_generation, key, settings=settings.cma_es, **common)
+    return [score_seeds, *[generation] * settings.cma_es.iterations]
 
 
 def search(
-    moves: list[Move], state: SearchState | None = None, save: Callable[[SearchState], Any] = lambda state: None
+    steps: list[SearchStep], state: SearchState | None = None, save: Callable[[SearchState], Any] = lambda state: None
 ) -> SearchState:
-    """All moves that `state` has not seen, from the first one if there is none; `save` hears of each that found new
-    candidates.
+    """Runs all steps that `state` does not contain yet, and calls `save` after each that found new candidates.
 
     Raises:
-        ValueError: there are no moves.
+        ValueError: there are no steps.
         FloatingPointError: no candidate has a finite score.
     """
     done = -1 if state is None else int(state.iteration[-1])
-    for iteration, move in enumerate(moves):
+    for iteration, step in enumerate(steps):
         if iteration <= done:
             continue
         before = 0 if state is None else len(state)
-        state = move(state, iteration)
+        state = step(state, iteration)
         if len(state) > before:
             save(state)
     if state is None:
-        raise ValueError("moves is empty; there is nothing to search with")
+        raise ValueError("steps is empty; there is nothing to search with")
     if not np.isfinite(state.nll.min()):
         raise FloatingPointError(f"not one of {len(state)} candidates has a finite score")
     return state
 
 
-def _begin(_: SearchState | None, iteration: int, seeds: Genes, documents: int, score: Score) -> SearchState:
-    return scored(unscored(seeds, "seed", documents), score, None, iteration)
+def _score_seeds(_: SearchState | None, iteration: int, seeds: Genes, documents: int, score: Score) -> SearchState:
+    return evaluate(new_candidates(seeds, "seed", documents), score, None, iteration)
 
 
-def _sweep_start_tokens(state: SearchState, iteration: int, space: SearchSpace, score: Score) -> SearchState:
-    rows = np.repeat(np.arange(len(state)), len(space.n_hat))
-    genes = jax.tree.map(lambda leaf: leaf[rows], state.genes)._replace(n_hat=np.tile(space.n_hat, len(state)))
-    parents = np.stack([rows, np.full(len(rows), -1)], axis=1)
-    documents = state.documents.shape[1]
-    new = without_known(unscored(genes, "start_tokens", documents, parents), state)
-    return joined(state, scored(new, score, None, iteration))
+def cma_es_generation(
+    key: PRNGKeyArray, state: SearchState, iteration: int, space: SearchSpace, settings: CmaEsSettings, score: Score
+) -> SearchState:
+    """One generation of CMA-ES, a baseline, on the monotone parametrisation of lam (Hansen and Ostermeier, "Completely
+    derandomized self-adaptation in evolution strategies", 2001; the `cmaes` package).
+
+    It starts at the best seed, and keeps the seed's n_hat, mscale and critical pair. The optimizer's state is rebuilt
+    from all earlier generations, which takes milliseconds, so a search continues from its candidates alone.
+    """
+    start = state.take(np.flatnonzero(state.iteration == 0))
+    start = start.take(start.top(1))
+    seed = int(np.random.default_rng(np.asarray(jax.random.key_data(key))).integers(2**31))
+    mean = gradient.from_lam(start.lam, space)[0].astype(np.float64)
+    optimizer = cmaes.CMA(mean, _CMA_ES_SIGMA, population_size=settings.population, seed=seed)
+    known = dict(zip(gene_keys(state.genes), state.nll.tolist(), strict=True))
+    for _ in range(1, iteration):
+        points, genes = _sample(optimizer, start, space, settings.population)
+        optimizer.tell([(point, known[name]) for point, name in zip(points, gene_keys(genes), strict=True)])
+    _, genes = _sample(optimizer, start, space, settings.population)
+    new = remove_duplicates(new_candidates(genes, "cma_es", state.documents.shape[1]), state)
+    return concatenate(state, evaluate(new, score, None, iteration))
+
+
+def _sample(optimizer, start: SearchState, space: SearchSpace, count: int) -> tuple[list, Genes]:
+    points = [optimizer.ask() for _ in range(count)]
+    fixed = start.take(np.zeros(count, int)).genes
+    lam = gradient.to_lam(np.asarray(points, np.float32), fixed.critical, space)
+    return points, gradient.on_grid(fixed._replace(lam=lam), space)

@@ -1,80 +1,162 @@
-"""A race over documents: a candidate is read only until it is plain whether it comes under the k best or not.
+"""How a search scores a generation: block by block of documents, in full or in a race, and cached as it goes.
 
-Candidates are compared with the best that were read in full, document by document, so that what makes a document hard
-cancels. How far a difference on some documents is from that on all of them is seen from those best themselves: they
-are the ones about which it is hard to be sure. Who may be the best of all is always read in full.
+In a race a candidate is read only until it is decided whether it scores below a threshold: among the k best, say.
+Candidates are compared with the incumbents document by document, so what makes a document hard cancels. The incumbents
+themselves tell how far a difference on some documents is from the difference on all. A candidate that may be the best
+of all is always read in full.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 import scipy.stats
+from etils import epath
 from jaxtyping import Bool, Float, Int
 
-_FEWEST = 4  # read in full, to tell from how far off differences are
+from longrope_jax.rope import RopeFactors
+from longrope_jax.runtime import preemption, processes, records
+from longrope_jax.search.candidates import Incumbents, Score, Scores
+from longrope_jax.search.objective import Objective
+
+_RECORD = {"candidate": str, "block": int, "nll": [float], "documents_at_once": int}
+_WRITE_EVERY = 30.0  # seconds; an object store takes a second for the file, a small model milliseconds for a candidate
+
+Losses = Callable[[int, RopeFactors], Float[np.ndarray, "C B"]]
+"""(block, candidates) -> losses on its documents, as `Objective.block_nll`."""
 
 
-class Standing(NamedTuple):
-    """What newcomers are compared with.
+def score_with(
+    objective: Objective,
+    racing: float = 0.0,
+    losses: Losses | None = None,
+    progress: Callable[[float], Any] = lambda candidates: None,
+) -> Score:
+    """Returns the function that scores a population.
 
-    Attributes:
-        documents: NLL by document (nats per token) of the best F that were read in full.
-        bar: score of the last of the k best, under which newcomers want to come; inf where there are fewer than k.
-        best: score of the best.
+    Args:
+        racing: confidence of a race's decisions, see `race`; 0 reads all documents.
+        losses: in place of the objective's own, such as `cached` ones.
+        progress: is called with the number of candidates finished since the last call, a fraction.
     """
+    losses = losses or objective.block_nll
+    columns = [block.documents for block in objective.blocks]
+    share = np.array([block.tokens for block in objective.blocks], float)
+    share /= share.sum()
 
-    documents: Float[np.ndarray, "F D"]
-    bar: float
-    best: float
+    def score(population: RopeFactors, incumbents: Incumbents | None) -> Scores:
+        size = len(population.lam)
+        documents, cost = np.full((size, len(objective.weights)), np.nan), np.zeros(size)
+        rivals = incumbents if racing > 0 and incumbents is not None and incumbents.has_enough else None
+        order = informative_first(rivals.documents, objective.weights, columns) if rivals else [*range(len(columns))]
+        nll, running = np.full(size, np.inf), np.arange(size)
+        for place, block in enumerate(order):
+            for first in range(0, len(running), objective.candidates_at_once):
+                chosen = running[first : first + objective.candidates_at_once]
+                candidates = jax.tree.map(lambda leaf, chosen=chosen: np.asarray(leaf)[chosen], population)
+                documents[np.ix_(chosen, columns[block])] = losses(block, candidates)
+                cost[chosen] += share[block]
+                progress(len(chosen) * share[block])
+            if rivals and place + 1 < len(columns):
+                nll[running], decided = race(documents[running], rivals, objective.weights, racing)
+                progress(decided.sum() * (1 - sum(share[b] for b in order[: place + 1])))
+                running = running[~decided]
+        nll[running] = (documents[running] * objective.weights).sum(1)  # bit for bit, whoever else is running
+        return Scores(nll, documents, cost)
 
-    @property
-    def suffices(self) -> bool:
-        """Whether there is enough to compare with."""
-        return len(self.documents) >= _FEWEST and np.isfinite(self.bar)
+    return score
 
 
 def informative_first(
-    standing: Float[np.ndarray, "F D"], weights: Float[np.ndarray, "D"], blocks: Sequence[Int[np.ndarray, "B"]]
+    incumbents: Float[np.ndarray, "F D"], weights: Float[np.ndarray, "D"], blocks: Sequence[Int[np.ndarray, "B"]]
 ) -> list[int]:
-    """The order in which to read blocks of documents: each next one is that after which differences between the best
-    are nearest to what they are on all documents.
+    """The order in which to read blocks of documents. Each next block brings the differences between the incumbents
+    nearest to those on all documents.
     """
     order: list[int] = []
     left = list(range(len(blocks)))
     while left:
-        errors = [_error(standing, weights, np.concatenate([blocks[b] for b in (*order, block)])) for block in left]
+        errors = [_error(incumbents, weights, np.concatenate([blocks[b] for b in (*order, block)])) for block in left]
         order.append(left.pop(int(np.argmin(errors))))
     return order
 
 
-def judge(
-    losses: Float[np.ndarray, "P D"], standing: Standing, weights: Float[np.ndarray, "D"], confidence: float
+def race(
+    losses: Float[np.ndarray, "P D"], incumbents: Incumbents, weights: Float[np.ndarray, "D"], confidence: float
 ) -> tuple[Float[np.ndarray, "P"], Bool[np.ndarray, "P"]]:
-    """Candidates' scores, nats per token, as far as they can be told, and about whom nothing more has to be known.
+    """Estimated scores, nats per token, and which candidates are decided.
 
     Args:
-        losses: of the candidates; nan where they were not read yet, the same documents for all.
-        standing: what they are compared with.
+        losses: of the candidates; nan where not read yet, the same documents for all.
         weights: of the documents, see `document_weights`.
         confidence: one-sided, of the interval of a paired difference on all documents, given that on some (t with
             F - 1 degrees of freedom).
     """
-    known = np.flatnonzero(~np.isnan(losses).any(0))
-    usual = standing.documents.mean(0)
-    score = usual @ weights + _weighted(losses - usual, weights, known)
-    half_width = scipy.stats.t.ppf(confidence, len(standing.documents) - 1) * _error(standing.documents, weights, known)
-    is_out = score - half_width > standing.bar
-    is_in = (score + half_width < standing.bar) & (score - half_width > standing.best)
+    read = np.flatnonzero(~np.isnan(losses).any(0))
+    mean = incumbents.documents.mean(0)
+    score = mean @ weights + _weighted(losses - mean, weights, read)
+    error = _error(incumbents.documents, weights, read)
+    half_width = scipy.stats.t.ppf(confidence, len(incumbents.documents) - 1) * error
+    is_out = score - half_width > incumbents.threshold
+    is_in = (score + half_width < incumbents.threshold) & (score - half_width > incumbents.best)
     return score, is_out | is_in
 
 
-def _error(standing, weights, known) -> float:
-    """Root mean square over the best: their difference to the mean of them on some documents, minus that on all."""
-    differences = standing - standing.mean(0)
-    errors = _weighted(differences, weights, known) - differences @ weights
-    return float(np.sqrt(np.square(errors).sum() / (len(standing) - 1)))
+def _error(documents, weights, read) -> float:
+    """Root mean square over the incumbents: their difference to their mean on some documents, minus that on all."""
+    differences = documents - documents.mean(0)
+    errors = _weighted(differences, weights, read) - differences @ weights
+    return float(np.sqrt(np.square(errors).sum() / (len(documents) - 1)))
 
 
-def _weighted(differences, weights, known):
-    return differences[:, known] @ (weights[known] / weights[known].sum())
+def _weighted(differences, weights, read):
+    return differences[:, read] @ (weights[read] / weights[read].sum())
+
+
+def cached(losses: Losses, path: epath.Path, stage: str, documents_at_once: int = 1) -> Losses:
+    """The same losses, written to a file as they are computed. Nothing is computed twice, also not after a restart of
+    the process.
+
+    Args:
+        path: a file of records, for all stages.
+        documents_at_once: of a block; a process with another number has other blocks, and computes its losses again.
+
+    Raises (when it is called):
+        preemption.Preempted: the process was asked to stop; all losses so far are in the file.
+    """
+    records.keep(path, lambda record: True)  # drops a line cut off by a kill
+    processes.wait_for_all(f"{stage}: scores")
+    known = {
+        (record["candidate"], record["block"]): record["nll"]
+        for record in records.of_stage(path, stage, _RECORD)
+        if record["documents_at_once"] == documents_at_once
+    }
+    metadata = {"stage": stage, "documents_at_once": documents_at_once}
+    unwritten, written = list[dict[str, Any]](), time.monotonic()
+
+    def cached_losses(block: int, candidates: RopeFactors) -> Float[np.ndarray, "C B"]:
+        nonlocal unwritten, written
+        names = _hashes(candidates)
+        if not all((name, block) in known for name in names):
+            found = losses(block, candidates)
+            for name, row in zip(names, found.tolist(), strict=True):
+                known[name, block] = row
+                unwritten.append({**metadata, "candidate": name, "block": block, "nll": row})
+            is_asked_to_stop = preemption.requested()
+            if is_asked_to_stop or time.monotonic() - written > _WRITE_EVERY:
+                records.append(path, unwritten)
+                unwritten, written = [], time.monotonic()
+            if is_asked_to_stop:
+                raise preemption.Preempted(stage, f"{len(known)} scores of candidates on documents are saved")
+        rows = [[np.inf if nll is None else nll for nll in known[name, block]] for name in names]
+        return np.array(rows, np.float64)
+
+    return cached_losses
+
+
+def _hashes(population: RopeFactors) -> list[str]:
+    rows = zip(*(np.asarray(leaf) for leaf in jax.tree.leaves(population)), strict=True)
+    return [hashlib.sha256(b"".join(leaf.tobytes() for leaf in row)).hexdigest()[:16] for row in rows]

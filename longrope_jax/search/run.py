@@ -1,4 +1,4 @@
-"""A search as a stage of an experiment: checkpoints, a progress bar, search.jsonl, and factors in a file at the end."""
+"""A search as a stage of an experiment, with checkpoints, a progress bar and a log in search.jsonl."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -18,30 +18,29 @@ from longrope_jax.runtime import preemption, records
 from longrope_jax.runtime.checkpoints import Checkpoints
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.candidates import SearchState, describe
-from longrope_jax.search.descents import Descents
-from longrope_jax.search.find import prepare
-from longrope_jax.search.methods import plan, search
-from longrope_jax.search.progress import open_bar
-from longrope_jax.search.scores import kept, score_with
+from longrope_jax.search.find import prepare, progress_bar
+from longrope_jax.search.gradient import RefinementCheckpoint
+from longrope_jax.search.methods import search, search_steps
+from longrope_jax.search.racing import cached, score_with
 from longrope_jax.search.settings import SearchSettings
 
 
 class SearchResult(NamedTuple):
-    """What a search found and how it got there.
+    """What a search found, and how.
 
     Attributes:
         factors: of the best candidate.
-        best_seed: the best of those it started from.
+        best_seed: the best seed.
         best_nll: its score, nats per token.
         curve: the best score so far after every candidate.
-        costs: forward equivalents spent until then, 1 for a candidate on all documents.
+        costs: forward equivalents spent so far, after every candidate.
         seeds: score of every seed.
         dropped: candidates that a race did not read in full.
-        held_out: (forward equivalents, score, NLL on held-out documents) of the best so far, whenever it changed from
-            one iteration to the next.
+        held_out: (forward equivalents, score, NLL on held-out documents) of the best so far, after every iteration
+            that found a better one.
         documents: names of the search documents, by term of the objective.
-        seconds: wall time, over all processes that worked on it.
-        objective_seconds: how much of it scored candidates.
+        seconds: wall time, over all runs of the process.
+        objective_seconds: the part that scored candidates.
     """
 
     factors: RopeFactors
@@ -69,15 +68,15 @@ def run_search(
     workdir: epath.Path,
     stage: str,
 ) -> SearchResult:
-    """Searches as the settings say; goes on from `workdir/checkpoints/<stage>` if there is something.
+    """Runs a search, or continues the one in `workdir/checkpoints/<stage>`.
 
     The state is saved after every iteration, and every candidate is a line of `workdir/search.jsonl` with its parents,
-    operator, genes, score and cost. Within an iteration scores are kept too, see `search/scores.py`, and the steps of a
-    descent, see `search/descents.py`.
+    operator, genes, score and cost. Within an iteration, scores (see `racing.cached`) and gradient steps (see
+    `gradient.RefinementCheckpoint`) are saved too.
 
     Args:
         trained: what the model was last trained with; see `paper_seeds`.
-        documents: by split; "search" is searched on, "evaluation" judges the best in the end if the settings say so.
+        documents: by split; "search" is searched on, "evaluation" has the held-out documents.
 
     Raises:
         preemption.Preempted: the process was asked to stop; scores, steps and finished iterations are saved.
@@ -92,7 +91,7 @@ def run_search(
     with (
         preemption.watch(),
         Checkpoints(directory) as checkpoints,
-        Descents(workdir / "descents" / stage, stage) as descents,
+        RefinementCheckpoint(workdir / "refinements" / stage, stage) as refinement,
     ):
         state, spent = None, {"seconds": 0.0, "objective_seconds": 0.0}
         if (latest := checkpoints.latest()) is not None:
@@ -101,65 +100,65 @@ def run_search(
         known = 0 if state is None else len(state)
         records.keep(log, lambda record: record["stage"] != stage or record["candidate"] < known, {"candidate": int})
         total = settings.forward_equivalents(len(objective.blocks), len(space.n_hat))
-        with open_bar(stage, total, 0.0 if state is None else float(state.cost.sum())) as bar:
-            losses = kept(objective.block_nll, workdir / "scores.jsonl", stage, settings.documents_at_once)
+        with progress_bar(stage, total, 0.0 if state is None else float(state.cost.sum())) as bar:
+            losses = cached(objective.block_nll, workdir / "scores.jsonl", stage, settings.documents_at_once)
             score = score_with(objective, settings.racing, losses, bar.advance)
             clock = time.monotonic()
 
-            def timed(population, standing):
-                began = time.monotonic()
-                scores = score(population, standing)
-                spent["objective_seconds"] += time.monotonic() - began
+            def timed(population, incumbents):
+                started = time.monotonic()
+                scores = score(population, incumbents)
+                spent["objective_seconds"] += time.monotonic() - started
                 return scores
 
             def save(state):
                 nonlocal clock, known
                 now = time.monotonic()
                 spent["seconds"], clock = spent["seconds"] + now - clock, now
-                # The log first: lines beyond the checkpoint are dropped on resuming, missing ones would stay missing.
+                # The log first: a resumed search drops lines beyond the checkpoint, but cannot add missing ones.
                 records.append(log, ({"stage": stage, **record} for record in describe(state, names, known)))
                 iteration = int(state.iteration[-1])
                 checkpoints.save(iteration, {"population": state.__dict__}, spent)
                 known = len(state)
-                bar.tell_best(state.nll.min())
-                if preemption.requested() and iteration + 1 < len(moves):
+                bar.show_best(state.nll.min())
+                if preemption.requested() and iteration + 1 < len(steps):
                     checkpoints.latest()  # waits, and raises if it could not be saved
-                    raise preemption.Preempted(stage, f"iteration {iteration} of {len(moves) - 1} is saved")
+                    raise preemption.Preempted(stage, f"iteration {iteration} of {len(steps) - 1} is saved")
 
             key = jax.random.key(settings.seed)
-            moves = plan(settings, key, seeds, space, objective, timed, descents, bar.advance)
+            steps = search_steps(settings, key, seeds, space, objective, timed, refinement, bar.advance)
             try:
-                state = search(moves, state, save)
+                state = search(steps, state, save)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{stage}: {error}") from None
     records.keep(workdir / "scores.jsonl", lambda record: record["stage"] != stage)
-    started = state.operator == 0
+    is_seed = state.operator == 0
     return SearchResult(
         state.best(),
-        jax.tree.map(lambda leaf: leaf[started][np.argmin(state.nll[started])], state.factors),
+        jax.tree.map(lambda leaf: leaf[is_seed][np.argmin(state.nll[is_seed])], state.factors),
         float(state.nll.min()),
         np.minimum.accumulate(state.nll).tolist(),
         np.cumsum(state.cost).tolist(),
-        dict(zip(names, state.nll[started].tolist(), strict=True)),
+        dict(zip(names, state.nll[is_seed].tolist(), strict=True)),
         int((np.isnan(state.documents).any(1) & ~np.isnan(state.documents).all(1)).sum()),
-        _judge(model, layout, params, state, settings, documents) if settings.held_out_documents else [],
+        _held_out(model, layout, params, state, settings, documents) if settings.held_out_documents else [],
         {name: term.names for name, term in terms.items()},
         **spent,
     )
 
 
-def _judge(model, layout, params, state, settings, documents) -> list[tuple[float, float, float]]:
-    """The best after every iteration that found a better one, on documents that the search has not seen."""
+def _held_out(model, layout, params, state, settings, documents) -> list[tuple[float, float, float]]:
+    """The best after every iteration that found a better one, on documents that the search does not read."""
     windows = fixed_windows(
         documents["evaluation"], settings.target_length, settings.held_out_documents, settings.seed
     ).tokens
     costs, curve = np.cumsum(state.cost), np.minimum.accumulate(state.nll)
-    judged: list[tuple[float, float, float]] = []
+    found: list[tuple[float, float, float]] = []
     ends = np.flatnonzero(np.diff(state.iteration, append=state.iteration[-1] + 1))
     for end in ends:
-        if judged and curve[end] == judged[-1][1]:
+        if found and curve[end] == found[-1][1]:
             continue
         factors = state.take(np.arange(end + 1)).best()
         nll = token_nll(model, layout, params, factors, windows, settings.target_length)
-        judged.append((float(costs[end]), float(curve[end]), perplexity(by_document(nll)).nll))
-    return judged
+        found.append((float(costs[end]), float(curve[end]), perplexity(by_document(nll)).nll))
+    return found

@@ -10,8 +10,9 @@ from longrope_jax.rope import critical_dimension
 
 # Table 4 without 1: position 0 does not turn, so one start token is the same function as none.
 N_HAT = (0, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
+STEP = 0.01  # of lam, in table 4
 SPACES = ("paper", "critical_dimension")
-_MOST_PERIODS = 10  # in L, of the first pair that may be the critical one (LongRoPE2 sec. 3.2)
+_MAX_PERIODS = 10  # in L, of the first pair that may be the critical one (LongRoPE2 sec. 3.2)
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,16 @@ class SearchSpace:
     def completed(
         self, lam: Float[Array | np.ndarray, "*rows half"], critical: Int[Array | np.ndarray | np.integer, "*rows"]
     ) -> Float[Array, "*rows half"]:
-        """The candidate of this space that has these factors from its critical pair on: they are clipped to the bounds,
-        the pairs below follow by NTK (LongRoPE2 sec. 3.2).
+        """lam of a candidate: these factors from the critical pair on, clipped to the bounds, and NTK below it.
+
+        Source: LongRoPE2 sec. 3.2.
         """
         return self.followed(jnp.clip(lam, self.low, self.high), critical)
 
     def followed(
         self, lam: Float[Array, "*rows half"], critical: Int[Array | np.ndarray | np.integer, "*rows"]
     ) -> Float[Array, "*rows half"]:
-        """The same of factors that are within the bounds."""
+        """The same for factors that are within the bounds."""
         if self.critical == (0,):
             return lam
         critical = jnp.asarray(critical)[..., None]
@@ -71,22 +73,21 @@ class SearchSpace:
 def paper_space(
     scale: float,
     original_length: int,
-    lower_bound: float = 1.0,
     upper_bound: float = 1.25,
-    step: float = 0.01,
     n_hat: tuple[int, ...] = N_HAT,
     mscale: tuple[float, float] = (1.0, 1.0),
+    step: float = STEP,
 ) -> SearchSpace:
-    """Table 4 for an extension by `scale`: lam in [lower_bound, upper_bound * scale], n_hat up to the original length.
+    """Table 4 for an extension by `scale`: lam in [1, upper_bound * scale], n_hat up to the original length.
 
-    Start tokens beyond that would be positions which the model has never seen unscaled. At a scale of 1 or a little
-    more this is the space of the short-context recovery (sec. 3.3), whose smaller maximum is `upper_bound * scale`.
+    The model has never seen positions beyond that unscaled. At a scale near 1 this is the space of the short-context
+    recovery (sec. 3.3), with the maximum `upper_bound * scale`.
 
     Raises:
-        ValueError: a scale below 1, or bounds between which there is nothing.
+        ValueError: a scale below 1, or an empty range.
     """
     _check_scale(scale)
-    return SearchSpace(lower_bound, upper_bound * scale, step, _capped(n_hat, original_length), mscale)
+    return SearchSpace(1.0, upper_bound * scale, step, _capped(n_hat, original_length), mscale)
 
 
 def critical_space(
@@ -94,7 +95,6 @@ def critical_space(
     original_length: int,
     head_dim: int,
     base: float,
-    step: float = 0.01,
     n_hat: tuple[int, ...] = N_HAT,
     mscale: tuple[float, float] = (1.0, 1.0),
 ) -> SearchSpace:
@@ -107,9 +107,9 @@ def critical_space(
     _check_scale(scale)
     first, last = (
         min(max(critical_dimension(head_dim, base, original_length, periods), 0), head_dim // 2 - 1)
-        for periods in (_MOST_PERIODS, 1)
+        for periods in (_MAX_PERIODS, 1)
     )
-    return SearchSpace(scale, 2 * scale, step, _capped(n_hat, original_length), mscale, tuple(range(first, last + 1)))
+    return SearchSpace(scale, 2 * scale, STEP, _capped(n_hat, original_length), mscale, tuple(range(first, last + 1)))
 
 
 def _check_scale(scale: float) -> None:

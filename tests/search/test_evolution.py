@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from longrope_jax import rope
-from longrope_jax.search.candidates import OPERATORS, Genes, Scores, describe, identities, scored, unscored
-from longrope_jax.search.evolution import EvolutionSettings, advance, populate
+from longrope_jax.search.algorithm1 import advance, populate
+from longrope_jax.search.candidates import OPERATORS, Genes, Scores, describe, evaluate, gene_keys, new_candidates
 from longrope_jax.search.operators import CROSSOVERS, MUTATIONS
+from longrope_jax.search.settings import EvolutionSettings
 from longrope_jax.search.space import SearchSpace, critical_space, paper_space
 
 SPACE = paper_space(8.0, 128)
@@ -20,14 +21,14 @@ SETTINGS = EvolutionSettings.paper(population=16, mutations=6, crossovers=6, par
 TARGET = np.linspace(1, 9.5, 16)
 
 
-def distance(factors, standing=None) -> Scores:
+def distance(factors, incumbents=None) -> Scores:
     """An objective of two documents with its optimum at (TARGET, 16 start tokens)."""
     apart = np.square(np.asarray(factors.lam, np.float64) - TARGET).mean(-1)
     documents = apart[:, None] + 0.01 * np.abs(np.asarray(factors.n_hat) - 16)[:, None] * np.array([0.5, 1.5])
     return Scores(documents.mean(1), documents, np.ones(len(documents)))
 
 
-def total(factors, standing=None) -> Scores:
+def total(factors, incumbents=None) -> Scores:
     nll = np.asarray(factors.lam, np.float64).sum(-1)
     return Scores(nll, nll[:, None], np.ones(len(nll)))
 
@@ -37,7 +38,7 @@ def seeded(score=distance, seeds=SEEDS, critical=0):
     count = len(factors.n_hat)
     genes = Genes(factors.lam, factors.n_hat, np.ones(count), np.full(count, critical))
     documents = score(factors, None).documents.shape[1]
-    return scored(unscored(genes, "seed", documents), score, None, 0)
+    return evaluate(new_candidates(genes, "seed", documents), score, None, 0)
 
 
 def run(settings=SETTINGS, score=distance, key=0, space=SPACE, seeds=None):
@@ -76,14 +77,14 @@ def test_it_finds_a_known_optimum(settings):
 
 def test_a_model_of_the_score_reaches_the_optimum_sooner():
     few = dict(iterations=8, mutation="redraw_few", reach=4)
-    without, chosen = (run(EvolutionSettings.paper(**few, proposals=count))[-1] for count in (1, 8))
+    without, chosen = (run(EvolutionSettings.paper(**few, candidates_per_evaluation=count))[-1] for count in (1, 8))
     assert len(without) == len(chosen) == 64 + 8 * 32
     assert chosen.nll.min() < 0.5 * without.nll.min()
     assert (chosen.parents[64:, 0] >= 0).all()
 
 
 def test_where_nothing_has_a_score_there_is_nothing_to_learn_and_children_are_made_all_the_same():
-    def broken(factors, standing):
+    def broken(factors, incumbents):
         return distance(factors)._replace(nll=np.full(len(factors.n_hat), np.inf))
 
     settings = EvolutionSettings(population=8, mutations=3, crossovers=3, parents=4, iterations=2)
@@ -125,7 +126,7 @@ def test_crossovers_have_two_different_parents_the_better_first(kind):
 )
 def test_no_candidate_is_scored_twice_and_all_are_valid(settings):
     state = run(settings)[-1]
-    assert len(set(identities(state.genes))) == len(state) == settings.evaluations
+    assert len(set(gene_keys(state.genes))) == len(state) == settings.evaluations
     assert (np.diff(state.lam, axis=1) >= 0).all()
     assert state.lam.min() >= SPACE.low and state.lam.max() <= np.float32(SPACE.high)
     assert np.isin(state.n_hat, SPACE.n_hat).all()
@@ -134,7 +135,7 @@ def test_no_candidate_is_scored_twice_and_all_are_valid(settings):
 def test_it_searches_the_temperature_within_its_bounds():
     space = paper_space(8.0, 128, mscale=(0.9, 1.3))
 
-    def score(factors, standing):
+    def score(factors, incumbents):
         scores = distance(factors)
         extra = 10 * np.abs(np.asarray(factors.mscale, np.float64) - 1.17)  # what matters most
         return scores._replace(nll=scores.nll + extra, documents=scores.documents + extra[:, None])
@@ -156,10 +157,12 @@ def test_every_candidate_of_a_critical_space_is_ntk_below_its_critical_pair():
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-@pytest.mark.parametrize("proposals", [1, 4])
-def test_a_tiny_space_is_exhausted_without_repeating_or_hanging(mutation, proposals):
+@pytest.mark.parametrize("candidates_per_evaluation", [1, 4])
+def test_a_tiny_space_is_exhausted_without_repeating_or_hanging(mutation, candidates_per_evaluation):
     space = SearchSpace(1.0, 1.02, 0.01, (0,))
-    settings = EvolutionSettings(population=16, parents=8, iterations=6, mutation=mutation, proposals=proposals)
+    settings = EvolutionSettings(
+        population=16, parents=8, iterations=6, mutation=mutation, candidates_per_evaluation=candidates_per_evaluation
+    )
     state = run(settings, total, space=space, seeds=seeded(total, {"ones": rope.unscaled(4)}))[-1]
     assert len(state) == 6  # (1, 1), (1, 1.01), (1, 1.02), (1.01, 1.01), (1.01, 1.02), (1.02, 1.02)
 
@@ -170,15 +173,15 @@ def test_identical_runs_are_identical_and_keys_matter():
     assert (first.lam[3:] != other.lam[3:]).any()
 
 
-@pytest.mark.parametrize("proposals", [1, 3])
+@pytest.mark.parametrize("candidates_per_evaluation", [1, 3])
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 4])
-def test_a_stopped_search_goes_on_bit_for_bit_with_the_remaining_budget(stop_after, proposals):
+def test_a_stopped_search_goes_on_bit_for_bit_with_the_remaining_budget(stop_after, candidates_per_evaluation):
     numbers = dict(population=16, mutations=6, crossovers=6, parents=8, iterations=6)
-    settings = EvolutionSettings(**numbers, proposals=proposals)
+    settings = EvolutionSettings(**numbers, candidates_per_evaluation=candidates_per_evaluation)
     states = run(settings)
     asked = []
 
-    def counted(factors, standing):
+    def counted(factors, incumbents):
         asked.append(len(factors.n_hat))
         return distance(factors)
 
@@ -229,13 +232,13 @@ def test_children_race_for_a_place_among_the_parents_of_their_start():
     states = restarted(settings)
     state = states[-2]
 
-    def watched(factors, standing):
-        seen.append(standing)
+    def watched(factors, incumbents):
+        seen.append(incumbents)
         return distance(factors)
 
     advance(jax.random.key(0), state, 7, SPACE, settings, watched, restart=1)
     own = (state.restart == 1) | (state.operator == 0)
-    assert seen[0].bar == np.sort(state.nll[own])[7] > np.sort(state.nll)[7]
+    assert seen[0].threshold == np.sort(state.nll[own])[7] > np.sort(state.nll)[7]
     # They are compared with the best of all starts.
     assert seen[0].best == state.nll.min()
     np.testing.assert_array_equal(seen[0].documents, state.documents[state.top(16)])
@@ -244,20 +247,20 @@ def test_children_race_for_a_place_among_the_parents_of_their_start():
 def test_there_is_no_race_before_there_are_as_many_parents_as_there_may_be():
     settings, seen = EvolutionSettings.paper(population=16, parents=17, iterations=1), []
 
-    def watched(factors, standing):
-        seen.append(standing)
+    def watched(factors, incumbents):
+        seen.append(incumbents)
         return distance(factors)
 
     populated = populate(jax.random.key(0), seeded(), 0, SPACE, settings, watched)
     advance(jax.random.key(0), populated, 1, SPACE, settings, watched)
-    assert seen[0] is None and not seen[1].suffices
+    assert seen[0] is None and not seen[1].has_enough
 
 
 def test_settings_by_name_keep_other_numbers():
     paper, released = EvolutionSettings.paper(iterations=3), EvolutionSettings.released(population=7)
     assert (paper.mutation, paper.mutation_probability, paper.reach, paper.crossover) == ("redraw", 0.3, 1, "uniform")
     assert (released.mutation, released.reach, released.crossover) == ("sweep", 1, "released")
-    assert (paper.iterations, released.population, paper.proposals, released.restarts) == (3, 7, 1, 1)
+    assert (paper.iterations, released.population, paper.candidates_per_evaluation, released.restarts) == (3, 7, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +274,7 @@ def test_settings_by_name_keep_other_numbers():
         dict(mutation="none"),
         dict(crossover="none"),
         dict(restarts=0),
-        dict(proposals=0),
+        dict(candidates_per_evaluation=0),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(bad):

@@ -15,10 +15,10 @@ from longrope_jax.evaluation.perplexity import window_nll
 from longrope_jax.runtime import preemption
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.search import gradient
-from longrope_jax.search.candidates import Genes, scored, unscored
-from longrope_jax.search.descents import Descents
-from longrope_jax.search.gradient import GradientSettings, descend, from_lam, make_optimizer, on_grid, to_lam
-from longrope_jax.search.scores import score_with
+from longrope_jax.search.candidates import Genes, evaluate, new_candidates
+from longrope_jax.search.gradient import RefinementCheckpoint, from_lam, make_optimizer, on_grid, refine, to_lam
+from longrope_jax.search.racing import score_with
+from longrope_jax.search.settings import GradientSettings
 from longrope_jax.search.space import SearchSpace, critical_space, paper_space
 
 HALF = 16
@@ -71,7 +71,7 @@ def test_every_free_pair_has_a_gradient_those_of_plateaus_too(space):
     lam, critical = plateaus(space, 100, rng)
     weights = rng.uniform(0.5, 2, lam.shape).astype(np.float32)
     slopes = jax.grad(lambda logs: (weights * to_lam(logs, critical, space)).sum())(from_lam(lam, space))
-    # The critical pair moves those below it too.
+    # The critical pair steps those below it too.
     beyond, below = (np.arange(HALF) > critical[:, None]), np.arange(HALF) < critical[:, None]
     np.testing.assert_allclose(slopes[beyond], (weights * lam)[beyond], rtol=1e-5)
     assert (np.take_along_axis(slopes, critical[:, None], 1) > 0).all() and (np.asarray(slopes)[below] == 0).all()
@@ -122,12 +122,12 @@ def test_the_gradient_by_logarithms_and_temperature_agrees_with_finite_differenc
 def test_the_learning_rate_falls_along_a_round_and_steps_are_scaled():
     settings = GradientSettings(steps=10, learning_rate=0.08)
 
-    optimizer, moves = make_optimizer(settings), []
+    optimizer, steps = make_optimizer(settings), []
     state = optimizer.init(jnp.zeros(()))
     for _ in range(10):  # along a gradient that stays
         update, state = optimizer.update(jnp.ones(()), state)
-        moves.append(-float(update))
-    assert moves[0] == pytest.approx(0.08, rel=1e-3) and moves[-1] < 0.1 * moves[0] and (np.diff(moves) < 0).all()
+        steps.append(-float(update))
+    assert steps[0] == pytest.approx(0.08, rel=1e-3) and steps[-1] < 0.1 * steps[0] and (np.diff(steps) < 0).all()
     objective = tiny_model.make_objective(TERMS)
     logs, place = np.array([[0.1, 0.5, 1, 1.2]], np.float32), np.zeros(1, np.float32)
     whole, half = (step_with(objective, logs, place, scale)["logs"] - logs for scale in (1, 0.5))
@@ -144,12 +144,12 @@ def started(objective, space=SPACE):
     factors = tiny_model.population()
     genes = Genes(np.clip(factors.lam, 1, 5), factors.n_hat, np.clip(factors.mscale, *np.float32(space.mscale)),
                   np.zeros(4, np.int32))  # fmt: skip
-    return scored(unscored(genes, "seed", len(objective.weights)), score_with(objective), None, 0)
+    return evaluate(new_candidates(genes, "seed", len(objective.weights)), score_with(objective), None, 0)
 
 
 def one_round(objective, settings=SETTINGS, space=SPACE, **more):
     score = score_with(objective)
-    return descend(jax.random.key(0), started(objective, space), 1, space, settings, objective, score, **more)
+    return refine(jax.random.key(0), started(objective, space), 1, space, settings, objective, score, **more)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_several_candidates_at_once_descend_as_one_after_the_other(one_by_one):
     np.testing.assert_allclose(together.nll, alone.nll, atol=1e-3)
 
 
-def test_a_descent_on_a_mesh_is_the_same():
+def test_a_refinement_on_a_mesh_is_the_same():
     short = GradientSettings(starts=2, steps=4, learning_rate=0.1)
     alone = one_round(tiny_model.make_objective(TERMS, 2, 2), short)
     layout = Layout.of(MeshSettings("data:2,seq:2"))
@@ -204,15 +204,15 @@ def test_a_temperature_that_is_fixed_stays():
     assert len(state) == 5
 
 
-def test_critical_pairs_and_ntk_below_them_stay_through_a_descent():
+def test_critical_pairs_and_ntk_below_them_stay_through_a_refinement():
     space = SearchSpace(4.0, 8.0, 0.01, (0,), critical=(1, 2))
     objective = tiny_model.make_objective(TERMS)
     lam = np.asarray(space.completed(np.full((2, 4), 5.0, np.float32), np.array([1, 2])))
     genes = Genes(lam, np.zeros(2, np.int32), np.ones(2, np.float32), np.array([1, 2], np.int32))
     score = score_with(objective)
-    state = scored(unscored(genes, "seed", 5), score, None, 0)
+    state = evaluate(new_candidates(genes, "seed", 5), score, None, 0)
     settings = GradientSettings(starts=2, steps=5, learning_rate=0.05)
-    found = descend(jax.random.key(0), state, 1, space, settings, objective, score).take(np.arange(2, 4))
+    found = refine(jax.random.key(0), state, 1, space, settings, objective, score).take(np.arange(2, 4))
     assert (found.lam != lam[found.parents[:, 0]]).any(1).all()
     assert sorted(found.critical) == [1, 2]
     for row, critical in zip(found.lam, found.critical, strict=True):
@@ -249,13 +249,13 @@ def test_what_is_no_number_of_one_candidate_spoils_no_other_and_bounds_are_kept(
     objective = tiny_model.make_objective(TERMS, 3)
     high = np.float32(np.log(SPACE.high))
     logs = np.array([[0, 0.5, 1, high], [0, 0.2, high, high], [0, 0, high, high]], np.float32)
-    usual, spoilt = (step_with(objective, logs, np.array([0, place, 0], np.float32)) for place in (0, np.nan))
+    prior, spoilt = (step_with(objective, logs, np.array([0, place, 0], np.float32)) for place in (0, np.nan))
     np.testing.assert_array_equal(spoilt["logs"][1], logs[1])  # it stays
     for name in ("logs", "mscale"):
-        np.testing.assert_array_equal(spoilt[name][::2], usual[name][::2])
-    moved = usual["logs"] - logs
+        np.testing.assert_array_equal(spoilt[name][::2], prior[name][::2])
+    moved = prior["logs"] - logs
     assert np.abs(moved).max() == pytest.approx(SETTINGS.learning_rate, rel=1e-2)
-    assert usual["logs"].min() >= 0 and usual["logs"].max() <= high
+    assert prior["logs"].min() >= 0 and prior["logs"].max() <= high
     is_bound = (logs == 0) | (logs == high)
     assert (moved[is_bound] == 0).any()  # some would have gone on beyond
 
@@ -267,20 +267,24 @@ def test_rounds_start_from_the_best_whose_lam_differ_and_are_counted(monkeypatch
     monkeypatch.setattr(gradient, "step", stay)
     genes = started(objective).take(np.array([0, 0, 1, 2])).genes._replace(n_hat=np.array([0, 1, 3, 3]))
     score = score_with(objective)
-    state = scored(unscored(genes, "seed", 5), score, None, 0).replace(nll=np.array([0.2, 0.1, 0.4, 0.3]))
+    state = evaluate(new_candidates(genes, "seed", 5), score, None, 0).replace(nll=np.array([0.2, 0.1, 0.4, 0.3]))
     settings = GradientSettings(starts=2, steps=1)
-    first = descend(jax.random.key(0), state, 1, SPACE, settings, objective, score)
+    first = refine(jax.random.key(0), state, 1, SPACE, settings, objective, score)
     assert set(first.parents[4:, 0]) == {1, 3} and rounds == [1, 1]
     moved = first.replace(lam=first.lam + np.float32(0.01))  # else there would be nothing new
-    descend(jax.random.key(0), moved, 2, SPACE, settings, objective, score)
+    refine(jax.random.key(0), moved, 2, SPACE, settings, objective, score)
     assert rounds == [1, 1, 0.5, 0.5]
 
 
 # --- one that is stopped ----------------------------------------------------------------------------------------------
 
 
+def open_checkpoint(folder):
+    return RefinementCheckpoint(epath.Path(folder / "refinement"), "search")
+
+
 @pytest.mark.parametrize("after", [10, 37])
-def test_a_descent_that_is_stopped_goes_on_bit_for_bit(one_by_one, tmp_path, monkeypatch, after):
+def test_a_refinement_that_is_stopped_goes_on_bit_for_bit(one_by_one, tmp_path, monkeypatch, after):
     whole, steps = one_by_one[0], []
     objective, take = tiny_model.make_objective(TERMS), gradient.step
 
@@ -289,24 +293,30 @@ def test_a_descent_that_is_stopped_goes_on_bit_for_bit(one_by_one, tmp_path, mon
         return take(*arguments)
 
     monkeypatch.setattr(gradient, "step", counting)
-    with monkeypatch.context() as patch, Descents(epath.Path(tmp_path / "descent"), "search") as descents:
+    with (
+        monkeypatch.context() as patch,
+        open_checkpoint(tmp_path) as checkpoint,
+    ):
         patch.setattr(preemption, "requested", lambda: len(steps) == after)
-        with pytest.raises(preemption.Preempted, match=rf"search: asked to stop, step {(after - 1) % 24 + 1} of desc"):
-            one_round(objective, kept=descents)
+        with pytest.raises(preemption.Preempted, match=rf"search: asked to stop, step {(after - 1) % 24 + 1} of grad"):
+            one_round(objective, checkpoint=checkpoint)
     assert len(steps) == after
-    with Descents(epath.Path(tmp_path / "descent"), "search") as descents:
-        state = one_round(objective, kept=descents)
+    with open_checkpoint(tmp_path) as checkpoint:
+        state = one_round(objective, checkpoint=checkpoint)
     assert len(steps) == 48
     jax.tree.map(np.testing.assert_array_equal, state, whole)
 
 
-def test_a_descent_of_another_number_at_once_begins_again(tmp_path, monkeypatch):
+def test_a_refinement_of_another_number_at_once_begins_again(tmp_path, monkeypatch):
     """It may change with the mesh; shapes and blocks of what is kept are others then."""
-    with monkeypatch.context() as patch, Descents(epath.Path(tmp_path / "descent"), "search") as descents:
+    with (
+        monkeypatch.context() as patch,
+        open_checkpoint(tmp_path) as checkpoint,
+    ):
         patch.setattr(preemption, "requested", lambda: True)
         with pytest.raises(preemption.Preempted):
-            one_round(tiny_model.make_objective(TERMS, 1), kept=descents)
+            one_round(tiny_model.make_objective(TERMS, 1), checkpoint=checkpoint)
     whole = one_round(tiny_model.make_objective(TERMS, 3))
-    with Descents(epath.Path(tmp_path / "descent"), "search") as descents:
-        state = one_round(tiny_model.make_objective(TERMS, 3), kept=descents)
+    with open_checkpoint(tmp_path) as checkpoint:
+        state = one_round(tiny_model.make_objective(TERMS, 3), checkpoint=checkpoint)
     jax.tree.map(np.testing.assert_array_equal, state, whole)

@@ -8,11 +8,10 @@ import tiny_model
 from longrope_jax import rope
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.search import objective as objectives
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.methods import plan, search
-from longrope_jax.search.scores import score_with
+from longrope_jax.search.methods import search, search_steps
+from longrope_jax.search.racing import score_with
 from longrope_jax.search.seeds import as_genes, paper_seeds
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.settings import EvolutionSettings, SearchSettings
 from longrope_jax.search.space import paper_space
 
 POPULATION = tiny_model.population()
@@ -78,7 +77,7 @@ def test_a_whole_search_compiles_the_objective_once_a_length():
     )
     _, seeds = as_genes(paper_seeds(8, 32, 10000.0, 16, rope.Trained(16, rope.unscaled(8)), space), space)
     score = score_with(objective, progress=progress.append)
-    state = search(plan(settings, jax.random.key(0), seeds, space, objective, score, kept=None))
+    state = search(search_steps(settings, jax.random.key(0), seeds, space, objective, score))
     assert objectives.rows_nll._cache_size() == before + 2
     assert len(state) == settings.evolution.evaluations and sum(progress) == pytest.approx(len(state))
     assert state.nll.min() <= state.nll[:3].min()

@@ -32,7 +32,7 @@ def mutants(parent, kind="redraw", reach=1, probability=0.3, count=300, space=SP
     return jax.device_get(jax.vmap(lambda key: MUTATIONS[kind](key, parent, space, probability, reach))(keys))
 
 
-def crossings(better, other, kind, probability=0.3, count=300, space=SPACE) -> Genes:
+def crossovers(better, other, kind, probability=0.3, count=300, space=SPACE) -> Genes:
     keys = jax.random.split(jax.random.key(0), count)
     return jax.device_get(jax.vmap(lambda key: CROSSOVERS[kind](key, better, other, space, probability))(keys))
 
@@ -96,8 +96,8 @@ def test_the_temperature_stays_on_its_grid_within_its_bounds(kind):
     mscale = children.mscale
     assert on_grid(mscale, WITH_MSCALE.step).all()
     assert mscale.min() == np.float32(0.9) and mscale.max() == np.float32(1.3)
-    usual = (0.3 - 1 / 16) / np.log(0.3 * 16) if kind == "redraw_few" else 0.3
-    assert abs((mscale != 1).mean() - usual * 40 / 41) < 0.05
+    prior = (0.3 - 1 / 16) / np.log(0.3 * 16) if kind == "redraw_few" else 0.3
+    assert abs((mscale != 1).mean() - prior * 40 / 41) < 0.05
     assert (mutants(SEEDS["yarn"], kind).mscale == 1).all()  # one that is fixed
 
 
@@ -168,13 +168,13 @@ def test_a_sweep_redraws_every_pair_whatever_the_probability():
 def test_children_of_two_parents_stay_within_the_space(kind):
     for better in SEEDS.values():
         for other in SEEDS.values():
-            assert_within(crossings(better, other, kind), SPACE)
+            assert_within(crossovers(better, other, kind), SPACE)
 
 
 @pytest.mark.parametrize("kind", CROSSOVERS)
 def test_the_other_genes_come_from_one_parent_each(kind):
     better, other = genes(np.linspace(1, 9, 16), 4, 1.0), genes(np.linspace(2, 10, 16), 16, 1.2)
-    children = crossings(better, other, kind, space=WITH_MSCALE)
+    children = crossovers(better, other, kind, space=WITH_MSCALE)
     for child, ours, theirs in ((children.n_hat, 4, 16), (children.mscale, np.float32(1), np.float32(1.2))):
         assert np.isin(child, [ours, theirs]).all()
         assert 0 < (child == theirs).mean() < 0.45
@@ -184,15 +184,14 @@ def test_the_other_genes_come_from_one_parent_each(kind):
 def test_children_of_two_parents_obey_a_critical_dimension(kind):
     flat, steep = critical_parents()
     for pair in ((flat, steep), (steep, flat)):
-        children = crossings(*pair, kind, space=CRITICAL)
+        children = crossovers(*pair, kind, space=CRITICAL)
         assert_critical(children, CRITICAL)
         assert set(children.critical.tolist()) == {CRITICAL.critical[0], CRITICAL.critical[-1]}
 
 
-@pytest.mark.parametrize("kind", ["uniform", "segment"])
-def test_most_children_mix_several_pairs_and_hardly_any_is_a_copy(kind):
+def test_most_uniform_crossovers_mix_several_pairs_and_hardly_any_is_a_copy():
     better, other = SEEDS["ntk"], SEEDS["yarn"]
-    lam = crossings(better, other, kind).lam
+    lam = crossovers(better, other, "uniform").lam
     copies = (lam == better.lam).all(axis=1) | (lam == other.lam).all(axis=1)
     assert copies.mean() < 0.15
     assert np.median((lam != better.lam).sum(axis=1)) >= 3
@@ -201,31 +200,22 @@ def test_most_children_mix_several_pairs_and_hardly_any_is_a_copy(kind):
 @pytest.mark.parametrize("kind", CROSSOVERS)
 def test_children_have_values_of_their_parents(kind):
     better, other = SEEDS["ntk"], SEEDS["yarn"]
-    assert np.isin(crossings(better, other, kind).lam, np.concatenate([better.lam, other.lam])).all()
-
-
-def test_a_segment_is_contiguous():
-    better, other = genes(np.linspace(1, 8, 16)), genes(np.linspace(1.2, 8.2, 16))  # any mixture is in order
-    lam = crossings(better, other, "segment").lam
-    taken = lam == other.lam
-    assert (taken | (lam == better.lam)).all()
-    assert (np.abs(np.diff(taken.astype(int), axis=1)).sum(axis=1) <= 2).all()
-    assert taken.any(axis=0).all()
+    assert np.isin(crossovers(better, other, kind).lam, np.concatenate([better.lam, other.lam])).all()
 
 
 def test_a_released_crossover_ends_with_the_first_change_that_keeps_the_order():
     better, other = genes(np.linspace(1, 8, 16)), genes(np.linspace(1.2, 8.2, 16))
-    changed = (crossings(better, other, "released").lam != better.lam).sum(axis=1)
+    changed = (crossovers(better, other, "released").lam != better.lam).sum(axis=1)
     assert (changed == 1).all()  # where any mixture is in order
     steps = genes([*np.full(8, 2.0), *np.full(8, 4.0)]), genes([*np.full(8, 3.0), *np.full(8, 5.0)])
-    lam = crossings(*steps, "released").lam
+    lam = crossovers(*steps, "released").lam
     # What raises a step is complete only with all pairs up to its end; a child that never gets there is given up.
     raised = (lam != steps[0].lam).reshape(-1, 2, 8)
     assert raised.any(axis=(1, 2)).mean() > 0.5 and (np.diff(raised.astype(int), axis=-1) >= 0).all()
 
 
 def test_a_released_crossover_of_likes_is_the_better_parent():
-    lam = crossings(SEEDS["ntk"], SEEDS["ntk"], "released").lam
+    lam = crossovers(SEEDS["ntk"], SEEDS["ntk"], "released").lam
     assert (lam == SEEDS["ntk"].lam).all()
 
 
@@ -252,8 +242,6 @@ def test_a_critical_space_begins_between_ten_periods_and_one():
         dict(scale=1.0, upper_bound=1.0),
         dict(scale=0.5),
         dict(upper_bound=0.1),
-        dict(lower_bound=0.5),
-        dict(lower_bound=11.0),
         dict(step=0.0),
         dict(step=100.0),
         dict(mscale=(1.2, 1.0)),

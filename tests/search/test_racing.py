@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from longrope_jax import rope
-from longrope_jax.search.candidates import Genes, unscored
-from longrope_jax.search.evolution import EvolutionSettings
-from longrope_jax.search.methods import plan, search
+from longrope_jax.search.candidates import Genes, Incumbents, new_candidates
+from longrope_jax.search.methods import search, search_steps
 from longrope_jax.search.objective import Block
-from longrope_jax.search.racing import Standing, informative_first, judge
-from longrope_jax.search.scores import score_with
+from longrope_jax.search.racing import informative_first, race, score_with
 from longrope_jax.search.seeds import as_genes, paper_seeds
-from longrope_jax.search.settings import SearchSettings
+from longrope_jax.search.settings import EvolutionSettings, SearchSettings
 from longrope_jax.search.space import paper_space
 
 EVEN = np.full(8, 1 / 8)
@@ -28,10 +26,10 @@ def best_ones(rng, count=16, documents=8, noise=0.05):
     return losses[np.argsort(losses.mean(1))]
 
 
-def standing_of(documents, weights=EVEN):
+def incumbents_of(documents, weights=EVEN):
     """The last of them is the one to come under."""
     scores = documents @ weights
-    return Standing(documents, scores.max(), scores.min())
+    return Incumbents(documents, scores.max(), scores.min())
 
 
 def known(losses, count):
@@ -39,49 +37,49 @@ def known(losses, count):
     return np.where(np.arange(losses.shape[1]) < count, losses, np.nan)
 
 
-def test_with_all_documents_known_scores_are_exact_and_only_the_best_of_all_is_not_plain():
+def test_with_all_documents_known_scores_are_exact_and_only_the_best_of_all_is_not_decided():
     rng = np.random.default_rng(0)
     weights = rng.dirichlet(np.ones(8))
-    standing = standing_of(best_ones(rng), weights)
-    losses = standing.documents[rng.integers(16, size=300)] + rng.normal(0, 0.1, (300, 1))
-    score, is_plain = judge(losses, standing, weights, 0.99)
+    incumbents = incumbents_of(best_ones(rng), weights)
+    losses = incumbents.documents[rng.integers(16, size=300)] + rng.normal(0, 0.1, (300, 1))
+    score, decided = race(losses, incumbents, weights, 0.99)
     np.testing.assert_allclose(score, losses @ weights, rtol=1e-14)
-    np.testing.assert_array_equal(is_plain, score > standing.best)
-    assert 20 < is_plain.sum() < 280 and 20 < (score > standing.bar).sum() < 280
+    np.testing.assert_array_equal(decided, score > incumbents.best)
+    assert 20 < decided.sum() < 280 and 20 < (score > incumbents.threshold).sum() < 280
 
 
 def test_what_makes_a_document_hard_cancels():
-    standing = standing_of(best_ones(np.random.default_rng(0)))
-    losses = np.where(np.arange(8) == 3, standing.documents[2:3], np.nan)  # one of the best, on one document
+    incumbents = incumbents_of(best_ones(np.random.default_rng(0)))
+    losses = np.where(np.arange(8) == 3, incumbents.documents[2:3], np.nan)  # one of the best, on one document
     hard = 50 * (np.arange(8) == 3)
-    harder = standing_of(standing.documents + hard)
-    (score,), (is_plain,) = judge(losses, standing, EVEN, 0.99)
-    (shifted,), (is_plain_then,) = judge(losses + hard, harder, EVEN, 0.99)
-    assert shifted == pytest.approx(score + 50 / 8) and not is_plain and not is_plain_then
-    (score,), (is_plain,) = judge(losses + 1, standing, EVEN, 0.99)
-    assert is_plain and score > standing.bar
+    harder = incumbents_of(incumbents.documents + hard)
+    (score,), (decided,) = race(losses, incumbents, EVEN, 0.99)
+    (shifted,), (decided_then,) = race(losses + hard, harder, EVEN, 0.99)
+    assert shifted == pytest.approx(score + 50 / 8) and not decided and not decided_then
+    (score,), (decided,) = race(losses + 1, incumbents, EVEN, 0.99)
+    assert decided and score > incumbents.threshold
 
 
 def test_a_higher_confidence_takes_longer_to_be_sure():
     rng = np.random.default_rng(0)
-    standing = standing_of(best_ones(rng, noise=0.2))
-    losses = known(standing.documents[8] + rng.normal(0, 0.3, (500, 8)), 2)
-    found = [judge(losses, standing, EVEN, confidence) for confidence in (0.6, 0.9, 0.99)]
-    plain = [is_plain for _, is_plain in found]
-    assert 500 > plain[0].sum() > plain[1].sum() > plain[2].sum() > 0
-    assert all((loose | ~strict).all() for loose, strict in zip(plain, plain[1:], strict=False))
+    incumbents = incumbents_of(best_ones(rng, noise=0.2))
+    losses = known(incumbents.documents[8] + rng.normal(0, 0.3, (500, 8)), 2)
+    found = [race(losses, incumbents, EVEN, confidence) for confidence in (0.6, 0.9, 0.99)]
+    decided = [decided for _, decided in found]
+    assert 500 > decided[0].sum() > decided[1].sum() > decided[2].sum() > 0
+    assert all((loose | ~strict).all() for loose, strict in zip(decided, decided[1:], strict=False))
     for score, _ in found[1:]:
         np.testing.assert_array_equal(score, found[0][0])
 
 
 @pytest.mark.parametrize("count", [1, 4, 8])
-def test_who_looks_like_the_best_of_all_is_never_plain(count):
+def test_who_looks_like_the_best_of_all_is_never_decided(count):
     rng = np.random.default_rng(0)
-    standing = standing_of(best_ones(rng))
-    losses = known(standing.documents[0] + rng.normal(0, 0.1, (200, 1)), count)
-    score, is_plain = judge(losses, standing, EVEN, 0.51)
-    assert 20 < (score <= standing.best).sum() < 180 and is_plain.any()
-    assert (score[is_plain] > standing.best).all()
+    incumbents = incumbents_of(best_ones(rng))
+    losses = known(incumbents.documents[0] + rng.normal(0, 0.1, (200, 1)), count)
+    score, decided = race(losses, incumbents, EVEN, 0.51)
+    assert 20 < (score <= incumbents.best).sum() < 180 and decided.any()
+    assert (score[decided] > incumbents.best).all()
 
 
 def test_the_documents_that_tell_most_of_the_mean_are_read_first():
@@ -106,7 +104,7 @@ def test_blocks_are_ordered_as_a_whole():
 
 @pytest.mark.parametrize(("count", "bar", "expected"), [(3, 1.0, False), (4, 1.0, True), (4, np.inf, False)])
 def test_there_is_a_race_only_with_enough_to_compare_with(count, bar, expected):
-    assert Standing(np.ones((count, 3)), bar, 1.0).suffices == expected
+    assert Incumbents(np.ones((count, 3)), bar, 1.0).has_enough == expected
 
 
 def test_newcomers_race_against_the_best_that_were_read_in_full():
@@ -115,11 +113,11 @@ def test_newcomers_race_against_the_best_that_were_read_in_full():
     documents = rng.normal(5, 1, (count, 3))
     documents[::3, 1], documents[1, 2] = np.nan, np.inf
     nll = np.where(np.arange(count) % 3 == 0, rng.normal(5, 0.1, count), documents.mean(1))
-    state = unscored(genes, "seed", 3).replace(documents=documents, nll=nll)
-    standing = state.standing(bar=4.5)
+    state = new_candidates(genes, "seed", 3).replace(documents=documents, nll=nll)
+    incumbents = state.incumbents(threshold=4.5)
     full = np.flatnonzero(np.isfinite(documents).all(1))
-    np.testing.assert_array_equal(standing.documents, documents[full[np.argsort(nll[full])[:16]]])
-    assert (standing.bar, standing.best) == (4.5, nll.min()) and standing.suffices
+    np.testing.assert_array_equal(incumbents.documents, documents[full[np.argsort(nll[full])[:16]]])
+    assert (incumbents.threshold, incumbents.best) == (4.5, nll.min()) and incumbents.has_enough
 
 
 # --- whole searches ---------------------------------------------------------------------------------------------------
@@ -157,7 +155,7 @@ class Simulated:
 def run_simulated(trial, racing, evolution=SETTINGS.evolution):
     objective, settings = Simulated(trial), replace(SETTINGS, evolution=evolution)
     score = score_with(objective, racing)
-    return search(plan(settings, jax.random.key(trial), SEEDS, SPACE, objective, score, kept=None)), objective.read
+    return search(search_steps(settings, jax.random.key(trial), SEEDS, SPACE, objective, score)), objective.read
 
 
 def until(state, iteration):
@@ -197,9 +195,9 @@ def test_a_race_never_ranks_the_best_out_and_of_who_would_have_entered_hardly_an
         for iteration in range(1, SETTINGS.evolution.iterations + 1):
             before, after = until(whole, iteration - 1), until(whole, iteration)
             children = np.arange(len(before), len(after))
-            bar = before.nll[before.top(SETTINGS.evolution.parents)[-1]]
-            scores = score(after.take(children).factors, before.standing(bar))
-            would_enter, is_out = after.nll[children] < bar, scores.nll >= bar
+            threshold = before.nll[before.top(SETTINGS.evolution.parents)[-1]]
+            scores = score(after.take(children).factors, before.incumbents(threshold))
+            would_enter, is_out = after.nll[children] < threshold, scores.nll >= threshold
             assert not is_out[np.argmin(after.nll[children])] or not would_enter.any(), (trial, iteration)
             wrongly, entered = wrongly + (would_enter & is_out).sum(), entered + would_enter.sum()
     assert entered > 600 and wrongly <= 0.02 * entered

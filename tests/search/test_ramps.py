@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from longrope_jax import rope
-from longrope_jax.search.candidates import OPERATORS, Scores, scored, unscored
-from longrope_jax.search.ramps import draw_ramps, scan
-from longrope_jax.search.seeds import as_genes
+from longrope_jax.search.candidates import OPERATORS, Scores, evaluate, new_candidates
+from longrope_jax.search.seeds import as_genes, draw_ramps, scan_ramps
 from longrope_jax.search.space import critical_space, paper_space
 
 HALF = 16
@@ -22,8 +21,8 @@ class Watched:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, population, standing):
-        self.asked.append((len(population.lam), standing))
+    def __call__(self, population, incumbents):
+        self.asked.append((len(population.lam), incumbents))
         nll = 3 + np.square(np.log(np.asarray(population.lam, np.float64) / BEST)).mean(1)
         return Scores(nll, np.stack([nll, nll], axis=1), np.ones(len(nll)))
 
@@ -36,8 +35,8 @@ def scanned(space, count, key=0, score=None):
         "ntk": rope.ntk(2 * HALF, 8.0).replace(n_hat=np.int32(4)),
     }
     _, genes = as_genes(seeds, space)
-    state = scored(unscored(genes, "seed", 2), score, None, 0)
-    return scan(jax.random.key(key), state, 1, space, count, score)
+    state = evaluate(new_candidates(genes, "seed", 2), score, None, 0)
+    return scan_ramps(jax.random.key(key), state, 1, space, count, score)
 
 
 def on_grid(lam, space):
@@ -86,9 +85,12 @@ def test_later_ramps_race_for_a_place_among_the_best_eight():
     (_, nothing), (size, first), *others = score.asked  # the seeds, and the first ramps
     assert nothing is None and first is None and size == 32 and len(others) == 2
     done = 2 + size
-    for count, standing in others:
+    for count, incumbents in others:
         before = state.take(np.arange(done))
-        assert (standing.bar, standing.best) == (np.sort(before.nll)[7], before.nll.min()) and standing.suffices
-        np.testing.assert_array_equal(standing.documents, before.documents[before.top(16)])
+        assert (incumbents.threshold, incumbents.best) == (
+            np.sort(before.nll)[7],
+            before.nll.min(),
+        ) and incumbents.has_enough
+        np.testing.assert_array_equal(incumbents.documents, before.documents[before.top(16)])
         done += count
     assert done == len(state)

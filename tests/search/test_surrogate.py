@@ -6,8 +6,8 @@ import scipy.optimize
 import scipy.stats
 
 from longrope_jax.search import surrogate
-from longrope_jax.search.candidates import Genes, SearchState, unscored
-from longrope_jax.search.ramps import draw_ramps
+from longrope_jax.search.candidates import Genes, SearchState, new_candidates
+from longrope_jax.search.seeds import draw_ramps
 from longrope_jax.search.space import paper_space
 
 SPACE = paper_space(8.0, 128)
@@ -19,7 +19,7 @@ def candidates(count: int, seed: int = 0) -> SearchState:
     lam = draw_ramps(jax.random.key(seed), count, HALF, SPACE)
     rng = np.random.default_rng(seed)
     genes = Genes(lam, rng.choice(SPACE.n_hat, count), np.ones(count), np.zeros(count))
-    return unscored(genes, "ramp", 5)
+    return new_candidates(genes, "ramp", 5)
 
 
 def score(state: SearchState) -> np.ndarray:
@@ -66,17 +66,17 @@ def test_the_gradient_of_its_likelihood_is_that_of_finite_differences():
     state = known(40)
     points = surrogate.features(state)
     z = np.log(state.nll - state.nll.min() + 0.02)
-    usual = np.log(np.append(np.full(points.shape[1], 0.1) ** -2, 3e-3))
-    at = usual + 0.5 * np.random.default_rng(0).normal(size=len(usual))
-    numbers = (points, z - np.median(z), usual)
-    finite = scipy.optimize.approx_fprime(at, lambda logs: surrogate._unlikeliness(logs, *numbers)[0], 1e-6)
-    np.testing.assert_allclose(surrogate._unlikeliness(at, *numbers)[1], finite, atol=1e-4)
+    prior = np.log(np.append(np.full(points.shape[1], 0.1) ** -2, 3e-3))
+    at = prior + 0.5 * np.random.default_rng(0).normal(size=len(prior))
+    numbers = (points, z - np.median(z), prior)
+    finite = scipy.optimize.approx_fprime(at, lambda logs: surrogate.negative_log_posterior(logs, *numbers)[0], 1e-6)
+    np.testing.assert_allclose(surrogate.negative_log_posterior(at, *numbers)[1], finite, atol=1e-4)
 
 
 def test_what_it_chooses_is_better_than_most_and_chosen_once():
     children = candidates(400, seed=1)
     state = known(200)
-    rows = surrogate.promising(state, children, 32, goal=state.nll.min())
+    rows = surrogate.select_by_expected_improvement(state, children, 32, goal=state.nll.min())
     assert len(set(rows.tolist())) == 32
     ranks = scipy.stats.rankdata(score(children))
     assert np.median(ranks[rows]) < 100  # of 400
@@ -86,22 +86,26 @@ def test_scores_that_are_no_numbers_are_left_out():
     state = known(100)
     broken = jax.tree.map(lambda *rows: np.concatenate(rows), state, candidates(10, seed=3))  # nll is inf
     children = candidates(50, seed=1)
-    chosen = [surrogate.promising(some, children, 8, goal=state.nll.min()) for some in (broken, state)]
+    chosen = [
+        surrogate.select_by_expected_improvement(some, children, 8, goal=state.nll.min()) for some in (broken, state)
+    ]
     np.testing.assert_array_equal(*chosen)
 
 
 def test_one_score_and_equal_scores_are_no_obstacle():
     children = candidates(20, seed=1)
-    assert len(surrogate.promising(known(1), children, 4, goal=known(1).nll[0])) == 4
+    assert len(surrogate.select_by_expected_improvement(known(1), children, 4, goal=known(1).nll[0])) == 4
     state = known(10)
-    assert len(surrogate.promising(state.replace(nll=np.full(10, 2.0)), children, 4, goal=2.0)) == 4
+    assert (
+        len(surrogate.select_by_expected_improvement(state.replace(nll=np.full(10, 2.0)), children, 4, goal=2.0)) == 4
+    )
 
 
 def test_the_best_may_be_older_than_what_is_fitted(monkeypatch):
     state = known(100)
     state = state.take(np.argsort(state.nll))
-    monkeypatch.setattr(surrogate, "_MOST", 50)
-    rows = surrogate.promising(state, candidates(50, seed=1), 8, goal=state.nll[0])
+    monkeypatch.setattr(surrogate, "_MAX_FITTED", 50)
+    rows = surrogate.select_by_expected_improvement(state, candidates(50, seed=1), 8, goal=state.nll[0])
     assert len(set(rows.tolist())) == 8 and np.isfinite(surrogate.fitted(state).mean)
 
 

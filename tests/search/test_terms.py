@@ -9,7 +9,7 @@ import tokenizers
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.needles import CITIES, NEEDLE_DIGITS
 from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer
-from longrope_jax.search.terms import (
+from longrope_jax.search.objective import (
     TermSettings,
     document_weights,
     make_terms,

@@ -8,8 +8,7 @@ import numpy as np
 import longrope_jax as lr
 from longrope_jax import rope
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.search.objective import Objective
-from longrope_jax.search.terms import Term
+from longrope_jax.search.objective import Objective, Term
 
 L, VOCABULARY = 16, 31
 

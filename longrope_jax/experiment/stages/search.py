@@ -12,10 +12,10 @@ from longrope_jax.interop.factor_files import factors_for
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, RopeFactors
 from longrope_jax.runtime.mesh import Layout
+from longrope_jax.search.objective import make_terms
 from longrope_jax.search.run import run_search
 from longrope_jax.search.seeds import rescaled
 from longrope_jax.search.settings import SearchSettings, SeedSettings
-from longrope_jax.search.terms import make_terms
 
 
 def _check_search(settings: SearchSettings, config: LlamaConfig, before: Before) -> None:
