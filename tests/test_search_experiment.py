@@ -102,7 +102,7 @@ def test_a_hybrid_search_runs_from_a_config_to_its_report(finished):
     assert (np.diff(costs) > 0).all() and (np.diff(scores) < 0).all() and scores[-1] == summary["best_nll"]
     assert (np.isfinite(held_out) & (held_out > 0)).all()
     text = (finished / "report.md").read_text()
-    assert "Search: search, 320 tokens" in text and "convergence_search.png" in text
+    assert "Search for 320 tokens (stage `search`" in text and "convergence_search.png" in text
 
 
 def test_seeds_of_ones_own_are_carried_to_the_target_length(finished):

@@ -1,7 +1,8 @@
-"""The report of a run, put together from what its stages have to say."""
+"""The report of a run: the headline first, then tables and figures of every stage."""
 
 from typing import Any
 
+import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
@@ -15,6 +16,7 @@ from longrope_jax.report.page import write_pages
 from longrope_jax.report.perplexity import (
     evaluation_figures,
     evaluation_section,
+    evaluation_title,
     perplexity_table,
     summarize_evaluation,
 )
@@ -26,10 +28,10 @@ from longrope_jax.runtime.records import to_json, write_whole
 
 Records = list[dict[str, Any]]
 Evaluations = dict[str, tuple[EvaluationSettings, Records]]
-"""Of every evaluate stage its settings and what `evaluation.run` made."""
+"""Stage -> the settings of an evaluation, and its records."""
 
 Retrievals = dict[str, tuple[RetrievalSettings, Records]]
-"""The same of every retrieval stage."""
+"""The same for retrieval tests."""
 
 
 def summarize(
@@ -65,8 +67,8 @@ def summarize(
 def write_report(
     workdir: epath.Path, config: LlamaConfig, report: dict[str, Any], evaluations: Evaluations
 ) -> epath.Path:
-    """Writes what `summarize` made as report.json, report.md with its figures, and the same as one page, report.html,
-    which holds its pictures; returns the path of report.md.
+    """Writes report.json (the result of `summarize`), report.md with its figures, and the same as one page, report.html
+    with its pictures inside; returns the path of report.md.
     """
     write_whole(workdir / "report.json", to_json(report, indent=1) + "\n")
     figures: dict[str, Figure] = {}
@@ -83,15 +85,31 @@ def write_report(
 
 
 def summary_tables(report: dict[str, Any]) -> str:
-    """Perplexity by method and length as Markdown tables, one an evaluation, readable in a terminal as well."""
-    return "".join(
-        f"Perplexity by window length: {stage}\n{perplexity_table(evaluation, report['original_length'])}\n"
+    """The headline, and perplexity by method and length in one Markdown table per evaluation, for a terminal."""
+    tables = [
+        f"{evaluation_title(stage)}\n{perplexity_table(evaluation, report['original_length'])}"
         for stage, evaluation in report["evaluations"].items()
-    )
+    ]
+    return "\n".join([_headline(report), *tables, ""])
+
+
+def _headline(report: dict[str, Any]) -> str:
+    """The result in one sentence per evaluation; without an evaluation, that of the searches."""
+    evaluations = report["evaluations"]
+    if len(evaluations) > 1:
+        return "".join(f"* Stage `{stage}`: {evaluation['headline']}\n" for stage, evaluation in evaluations.items())
+    if evaluations:
+        return f"{next(iter(evaluations.values()))['headline']}\n"
+    found = [
+        f"The search for {search['target_length']:,} tokens found perplexity {np.exp(search['best_nll']):.2f} on "
+        "its own documents.\n"
+        for search in report["search"]
+    ]
+    return "".join([*found, "This run has no perplexity on evaluation documents.\n"])
 
 
 def _training_curves(workdir: epath.Path) -> dict[str, Records]:
-    """By stage that trained: its lines of metrics.jsonl."""
+    """Training stage -> its records in metrics.jsonl."""
     stages: dict[str, Records] = {}
     for record in records.read(workdir / "metrics.jsonl", {"step": int}):
         stages.setdefault(record["stage"], []).append(record)
@@ -99,11 +117,7 @@ def _training_curves(workdir: epath.Path) -> dict[str, Records]:
 
 
 def _markdown(config: LlamaConfig, report: dict[str, Any], evaluations: Evaluations, figures: set[str]) -> str:
-    parts = ["# Report\n"]
-    parts.append(
-        f"Model: {config.num_layers} layers, head dimension {config.head_dim}, original length L = "
-        f"{config.original_length} tokens.\n"
-    )
+    parts = ["# Report\n", _headline(report)]
     for stage, evaluation in report["evaluations"].items():
         parts += evaluation_section(stage, evaluation, evaluations[stage][0], config.original_length, figures)
     for stage, retrieval in report["retrieval"].items():
@@ -115,18 +129,24 @@ def _markdown(config: LlamaConfig, report: dict[str, Any], evaluations: Evaluati
     for stage, export in report["exports"].items():
         parts += _export_section(stage, export)
     seconds = [[stage, f"{value:.1f}"] for stage, value in report["seconds"].items()]
-    return "\n".join([*parts, "## Seconds by stage\n", table(["stage", "seconds"], seconds)])
+    model = (
+        f"{config.num_layers} layers, head dimension {config.head_dim}, original length L = {config.original_length} "
+        "tokens.\n"
+    )
+    return "\n".join([*parts, "## Model\n", model, "## Seconds by stage\n", table(["stage", "seconds"], seconds)])
 
 
 def _export_section(stage: str, export: dict[str, Any]) -> list[str]:
-    until = " and ".join(f"{length:,}" for length in export["lengths"])
+    lengths = " and ".join(f"{length:,}" for length in export["lengths"])
     parts = [
         f"## Export: {stage}\n",
         f"[{export['folder']}/]({export['folder']}/README.md): {export['architecture']}, {export['dtype']}, factors "
-        f"for up to {until} tokens.\n",
+        f"for up to {lengths} tokens.\n",
     ]
     if export["dropped"]:
-        parts.append(f"Dropped, as the format can't carry it: {'; '.join(export['dropped'].values())}.\n")
+        parts.append(
+            f"Not in the export, because the format has no place for it: {'; '.join(export['dropped'].values())}.\n"
+        )
     if export["costs"]:
         parts.append(cost_table([Cost.from_record(record) for record in export["costs"]]))
     return parts

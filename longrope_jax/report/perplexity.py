@@ -1,34 +1,39 @@
-"""What a report says of perplexity: every method at every length, their differences, and where in a window they lie."""
+"""The perplexity part of a report: the headline, tables by method and length, paired differences, and figures."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from longrope_jax import rope
-from longrope_jax.evaluation.evaluate import EvaluationSettings, recorded_nll
-from longrope_jax.evaluation.perplexity import compare, perplexity
+from longrope_jax.evaluation.evaluate import EvaluationSettings, published_methods, recorded_nll
+from longrope_jax.evaluation.perplexity import DocumentNll, compare, perplexity
 from longrope_jax.model import LlamaConfig
 from longrope_jax.report import plots
 from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, picture, table
 
 Records = list[dict[str, Any]]
 Summary = dict[str, Any]
-"""What `summarize_evaluation` makes."""
+"""The result of `summarize_evaluation`, as in report.json."""
 
-SUBJECT = "longrope"
-"""The method that the others are compared with, where there is one of that name."""
+LONGROPE = "longrope"
+"""The name of the method that the others are compared with, if an evaluation has it."""
 
 
 def summarize_evaluation(settings: EvaluationSettings, made: Records, original_length: int) -> Summary:
-    """By length and method the perplexity with its 95 % interval; the differences that were asked for, and those of the
-    method `longrope` to all others and, at longer lengths, to the controls at the original length (tokens).
+    """The summary of one evaluation.
+
+    Returns:
+        By length and method the perplexity with its 95 % interval; the differences of `settings.compared`; the
+        differences of the method `longrope` to all others and, beyond the original length (tokens), to the controls at
+        the original length; and the headline.
     """
     nll = {(record["length"], record["method"]): recorded_nll(record) for record in made}
     lengths = sorted({length for length, _ in nll})
     methods = [method for method in settings.methods if (lengths[0], method) in nll]
     summary: Summary = {
+        "headline": _headline(nll, settings, original_length),
         "perplexity": {str(n): {method: perplexity(nll[n, method])._asdict() for method in methods} for n in lengths},
         "documents": sorted(set(made[0]["documents"])),
         "start_tokens": {
@@ -45,17 +50,53 @@ def summarize_evaluation(settings: EvaluationSettings, made: Records, original_l
         "longrope_minus": {},
         "longrope_minus_disjoint_windows_of_original_length": {},
     }
-    if SUBJECT in methods:
-        others = [method for method in methods if method != SUBJECT]
+    if LONGROPE in methods:
+        others = [method for method in methods if method != LONGROPE]
         controls = [method for method in settings.controls if (original_length, method) in nll]
         for n in lengths:
-            mine = nll[n, SUBJECT]
+            mine = nll[n, LONGROPE]
             summary["longrope_minus"][str(n)] = {method: compare(mine, nll[n, method])._asdict() for method in others}
             if n > original_length:
                 summary["longrope_minus_disjoint_windows_of_original_length"][str(n)] = {
                     method: compare(mine, nll[original_length, method])._asdict() for method in controls
                 }
     return summary
+
+
+def _headline(nll: Mapping[tuple[int, str], DocumentNll], settings: EvaluationSettings, original_length: int) -> str:
+    """One sentence on the longest length: LongRoPE's perplexity and its paired difference to the best YaRN.
+
+    Without a YaRN it is the difference to the best other method; without LongRoPE, the method with the lowest
+    perplexity.
+    """
+    length = max(n for n, _ in nll)
+    ppl = {method: perplexity(scored).ppl for (n, method), scored in nll.items() if n == length}
+    at = f"At {length / original_length:g}x ({length:,} tokens), "
+    others = {method: value for method, value in ppl.items() if method != LONGROPE}
+    if LONGROPE not in ppl:
+        best = min(ppl, key=_finite_first(ppl))
+        return f"{at}{plots.label(best)}: perplexity {ppl[best]:.2f}, the lowest of {len(ppl)} methods."
+    start = f"{at}LongRoPE: perplexity {ppl[LONGROPE]:.2f}"
+    if not others:
+        return f"{start}; no other method to compare with."
+    yarn = {method: value for method, value in others.items() if settings.methods[method].factors.startswith("yarn")}
+    best = min(yarn or others, key=_finite_first(others))
+    name = f"the best {'YaRN' if yarn else 'other method'} ({others[best]:.2f}; {plots.label(best)})"
+    compared = compare(nll[length, LONGROPE], nll[length, best])
+    ends = [100 * np.expm1(end) for end in compared.ci95]
+    if not np.isfinite([compared.difference, *ends]).all():
+        return f"{start}; {name}; the difference has no interval."
+    change = 100 * np.expm1(compared.difference)
+    if min(ends) <= 0 <= max(ends):
+        interval = f"95 % interval {ends[0]:+.1f} to {ends[1]:+.1f} %, which contains zero"
+        return f"{start}, no clear difference from {name}: {change:+.1f} % [{interval}]."
+    low, high = sorted(map(abs, ends))
+    side = "below" if change < 0 else "above"
+    return f"{start}, {abs(change):.1f} % {side} {name} [95 % interval {low:.1f} to {high:.1f} %]."
+
+
+def _finite_first(ppl: Mapping[str, float]) -> Callable[[str], float]:
+    return lambda method: ppl[method] if np.isfinite(ppl[method]) else np.inf
 
 
 def perplexity_table(summary: Summary, original_length: int) -> str:
@@ -97,7 +138,7 @@ def evaluation_figures(
     at_longest.pop("unscaled", None)
     if at_longest:
         figures[f"factors{suffix}"] = plots.factors_by_pair(at_longest, longest / original, config.rope_theta, original)
-    chosen = {n: factors for (method, n), factors in sorted(used.items()) if method == SUBJECT}
+    chosen = {n: factors for (method, n), factors in sorted(used.items()) if method == LONGROPE}
     if len({factors.lam.tobytes() for factors in chosen.values()}) > 1:
         figures[f"factors_by_length{suffix}"] = plots.factors_by_length(chosen, original)
     return figures
@@ -110,96 +151,99 @@ def _factors(numbers: dict[str, Any]) -> rope.RopeFactors:
 def evaluation_section(
     stage: str, summary: Summary, settings: EvaluationSettings, original_length: int, figures: Container[str]
 ) -> list[str]:
-    """The section of a report.
+    """The section of a report: the table, the figures, the comparisons, and what every method is.
 
     Args:
         original_length: tokens.
         figures: the names of those that could be drawn.
     """
-    longest = list(summary["perplexity"])[-1]
-    suffix = _suffix(stage)
-    tokens = "every length scores the same tokens."
+    longest, suffix = list(summary["perplexity"])[-1], _suffix(stage)
+    pictures = {
+        "perplexity by length": "perplexity_by_length",
+        "perplexity by position": "perplexity_by_position",
+        "rescale factors": "factors",
+        "factors by length": "factors_by_length",
+    }
+    note = (
+        f"Perplexity per token on {len(summary['documents'])} evaluation documents, which neither training nor search "
+        f"has seen. The documents are cut into windows of every length up to {longest} tokens, so every length scores "
+        "the same tokens."
+    )
     if str(original_length) in summary["perplexity"]:
-        tokens += (
-            " The column of L is therefore the control for all longer ones: what a model does with disjoint windows of "
-            "its original length."
+        note += (
+            " The column of the original length L is the control for all longer ones: the perplexity of a model that "
+            "reads disjoint windows of L tokens."
         )
-    parts = [
-        f"## Perplexity by window length: {stage}\n",
-        f"{len(summary['documents'])} evaluation documents, which neither training nor search has seen, cut into "
-        f"windows of every length up to {longest} tokens: {tokens}\n",
+    return [
+        f"## {evaluation_title(stage)}\n",
         perplexity_table(summary, original_length),
-        picture("perplexity by length", f"perplexity_by_length{suffix}"),
-        _methods(summary, settings),
+        *(picture(what, name + suffix) for what, name in pictures.items() if name + suffix in figures),
+        f"{note}\n",
+        *_pairs(summary, original_length),
+        *_comparisons(summary, longest, original_length),
+        *_methods(summary, settings),
     ]
-    if summary["compared"]:
-        parts += _pairs(summary, original_length)
-    if f"perplexity_by_position{suffix}" in figures:
-        parts.append(picture("perplexity by position", f"perplexity_by_position{suffix}"))
-    if summary["longrope_minus"]:
-        parts += _comparisons(summary, longest, original_length)
-    for name, what in ((f"factors{suffix}", "rescale factors"), (f"factors_by_length{suffix}", "factors by length")):
-        if name in figures:
-            parts.append(picture(what, name))
-    return parts
 
 
-def _methods(summary: Summary, settings: EvaluationSettings) -> str:
-    """What each method is; with its start tokens by length where there are any."""
-    header = ["", "factors", "model"]
-    rows = [
-        [plots.label(name), method.factors, method.model or "the latest before"]
-        for name, method in settings.methods.items()
-    ]
-    tokens = summary["start_tokens"]
-    if any(any(by_length.values()) for by_length in tokens.values()):
-        lengths = ", ".join(summary["perplexity"])
-        header.append(f"start tokens at {lengths}")
-        rows = [
-            [*row, ", ".join(str(tokens[name][n]) for n in summary["perplexity"])]
-            for row, name in zip(rows, settings.methods, strict=True)
+def evaluation_title(stage: str) -> str:
+    """The heading of an evaluation; the name of its stage is told unless it is the usual `evaluate`."""
+    return "Perplexity by window length" + (f" (stage `{stage}`)" if stage != "evaluate" else "")
+
+
+def _methods(summary: Summary, settings: EvaluationSettings) -> list[str]:
+    """Where the factors and the model of every method come from, and its start tokens (n_hat) by length, if any."""
+    columns = {
+        "factors from": [
+            f"stage `{method.factors}`" if method.factors not in published_methods() else f"formula `{method.factors}`"
+            for method in settings.methods.values()
         ]
-    return table(header, rows)
+    }
+    if any(method.model for method in settings.methods.values()):
+        columns["model from"] = [
+            f"stage `{method.model}`" if method.model else "the last model stage before"
+            for method in settings.methods.values()
+        ]
+    tokens = [list(summary["start_tokens"][name].values()) for name in settings.methods]
+    if any(map(any, tokens)):
+        columns[f"start tokens at {', '.join(summary['perplexity'])}"] = [", ".join(map(str, row)) for row in tokens]
+    rows = zip(map(plots.label, settings.methods), *columns.values(), strict=True)
+    return ["### Methods\n", table(["", *columns], [list(row) for row in rows])]
 
 
 def _pairs(summary: Summary, original_length: int) -> list[str]:
-    """The differences that were asked for, at every length."""
+    """The paired differences of `settings.compared`, at every length."""
     lengths = list(summary["perplexity"])
     rows = [
-        [
-            " minus ".join(map(plots.label, pair["methods"])),
-            *(difference_cell(pair["by_length"][n]) for n in lengths),
-        ]
+        [" minus ".join(map(plots.label, pair["methods"])), *(difference_cell(pair["by_length"][n]) for n in lengths)]
         for pair in summary["compared"]
     ]
-    return [
-        DIFFERENCES,
-        table(["", *(length_heading(int(n), original_length) for n in lengths)], rows),
-    ]
+    header = ["", *(length_heading(int(n), original_length) for n in lengths)]
+    return [DIFFERENCES, table(header, rows)] if rows else []
 
 
 def _comparisons(summary: Summary, longest: str, original_length: int) -> list[str]:
-    def row(label, entry):
-        low, high = entry["ci95"]
-        return [
-            label,
-            f"{entry['difference']:+.4f}",
-            f"[{low:+.4f}, {high:+.4f}]",
-            f"{100 * entry['improvement']:.1f} %",
-            f"{100 * entry['documents_better']:.0f} %",
-        ]
-
+    """Paired differences of LongRoPE to the others, at the longest and at the original length."""
     parts = []
     for length in dict.fromkeys([longest, str(original_length)]):
-        if length not in summary["longrope_minus"]:
-            continue
-        rows = [row(plots.label(method), entry) for method, entry in summary["longrope_minus"][length].items()]
         controls = summary["longrope_minus_disjoint_windows_of_original_length"].get(length, {})
-        rows += [row(plots.control_label(method), entry) for method, entry in controls.items()]
+        entries = {plots.label(name): entry for name, entry in summary["longrope_minus"].get(length, {}).items()}
+        entries |= {plots.control_label(name): entry for name, entry in controls.items()}
+        rows = [
+            [
+                label,
+                f"{entry['difference']:+.4f}",
+                "[{:+.4f}, {:+.4f}]".format(*entry["ci95"]),
+                f"{100 * entry['improvement']:.1f} %",
+                f"{100 * entry['documents_better']:.0f} %",
+            ]
+            for label, entry in entries.items()
+        ]
         header = ["LongRoPE minus", "nats per token", "95 % interval", "perplexity lower by", "documents better"]
-        parts += [f"### LongRoPE against the others at {length} tokens\n", table(header, rows)]
-    return [
-        *parts,
-        "Differences are paired by document; the interval is a bootstrap over documents. Where the difference to a "
-        "control is positive, the model does not make use of the longer context.\n",
-    ]
+        if rows:
+            parts += [f"### LongRoPE against the others at {length} tokens\n", table(header, rows)]
+    if parts:
+        parts.append(
+            "Differences are paired by document; the interval is a bootstrap over documents. A positive difference to "
+            "a control means that the model does not use the longer context.\n"
+        )
+    return parts

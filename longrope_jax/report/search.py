@@ -1,4 +1,4 @@
-"""What a report says of a search: what it found, what it cost, and what of it was learnt of its documents only."""
+"""The search part of a report: what the search found, its cost, and how far it overfits its documents."""
 
 from typing import Any
 
@@ -13,15 +13,13 @@ Summary = dict[str, Any]
 
 
 def search_figures(search: Summary) -> dict[str, Figure]:
-    """By name: how the search converged and, where it was judged on held-out documents, how they differ."""
+    """By name: convergence and, for a search with held-out documents, overfitting."""
     stage, costs = search["stage"], search["costs"]
     curve = np.array(search["curve"], float)
-    # Of other methods nobody has to know which candidates were the first ones.
     population = search["population"] if search["method"] == "evolution" else None
     figures = {f"convergence_{stage}": plots.search_convergence(curve, search["seeds"], population, costs)}
     if search["held_out"]:
-        spent = search["costs"][-1]
-        figures[f"overfitting_{stage}"] = plots.search_overfitting(np.array(search["held_out"], float), spent)
+        figures[f"overfitting_{stage}"] = plots.search_overfitting(np.array(search["held_out"], float), costs[-1])
     return figures
 
 
@@ -32,11 +30,10 @@ def search_section(search: Summary) -> list[str]:
         f"{plots.label(name)} " + ("not finite" if nll is None else f"{np.exp(nll):.2f}")
         for name, nll in search["seeds"].items()
     )
-    method = f"By {search['method'].replace('_', ' ')}: " if "method" in search else ""
     parts = [
-        f"## Search: {stage}, {search['target_length']} tokens, on the model of {search['model']}\n",
-        f"{method}{_cost(search)} Perplexity on the {len(search['documents'])} search documents: "
-        f"{np.exp(search['best_nll']):.2f}; seeds: {seeds}.\n",
+        f"## Search for {search['target_length']} tokens (stage `{stage}`, model of stage `{search['model']}`)\n",
+        f"By {search['method'].replace('_', ' ')}: {_cost(search)} Perplexity on the {len(search['documents'])} search "
+        f"documents: {np.exp(search['best_nll']):.2f}; seeds: {seeds}.\n",
         f"n_hat = {found['n_hat']}, lambda = {', '.join(f'{value:.2f}' for value in found['lam'])}\n",
         picture("search convergence", f"convergence_{stage}"),
     ]
@@ -46,41 +43,43 @@ def search_section(search: Summary) -> list[str]:
 
 
 def _cost(search: Summary) -> str:
-    scoring = search["objective_seconds"] / search["seconds"]
-    time = f"in {search['seconds']:.1f} s, {100 * scoring:.1f} % of it scoring candidates"
-    count = search["evaluations"]
-    read = float(np.minimum(np.diff(search["costs"], prepend=0), 1).sum())  # what is above 1 are steps of a descent
-    steps = search["costs"][-1] - read
-    told = f"{count} candidates for {read + steps:.1f} forward equivalents (1 is a candidate on all search documents)"
+    costs, count = search["costs"], search["evaluations"]
+    read = float(np.minimum(np.diff(costs, prepend=0), 1).sum())  # a cost above 1 includes gradient steps
+    steps = costs[-1] - read
+    text = f"{count} candidates for {costs[-1]:.1f} forward equivalents (1 is a candidate on all search documents)"
     if steps > 0.05:
-        told += f", {steps:.1f} of them gradient steps"
-    told += f", {time}."
+        text += f", {steps:.1f} of them gradient steps"
+    scoring = search["objective_seconds"] / search["seconds"]
+    text += f", in {search['seconds']:.1f} s, {100 * scoring:.1f} % of it scoring candidates."
     if search["dropped"]:
-        told += (
-            f" {search['dropped']} were read in part, until it was plain where they stand: "
-            f"{100 * read / count:.0f} % of the documents that all candidates have together."
+        text += (
+            f" {search['dropped']} candidates were rejected after part of the documents: all candidates together read "
+            f"{100 * read / count:.0f} % of their documents."
         )
-    return told
+    return text
 
 
-def _overfitting(held_out: list[list[float]]) -> str:
-    costs, scores, judged = np.array(held_out, float).T
-    gained, carried = scores[0] - scores[-1], judged[0] - judged[-1]
-    told = (
-        f"Overfitting: on documents that the search has not seen the best candidate is at {judged[-1]:.3f} nats per "
-        f"token, {judged[-1] - scores[-1]:+.3f} to its search score; for the best at {costs[0]:.0f} forward "
-        f"equivalents it was {judged[0] - scores[0]:+.3f}. "
+def _overfitting(history: list[list[float]]) -> str:
+    """The text on overfitting.
+
+    Args:
+        history: forward equivalents, search score and held-out NLL (nats per token) whenever the best changed.
+    """
+    costs, scores, held_out = np.array(history, float).T
+    search_gain, held_out_gain = scores[0] - scores[-1], held_out[0] - held_out[-1]
+    text = (
+        f"Overfitting: on held-out documents, which the search has not seen, the best candidate has {held_out[-1]:.3f} "
+        f"nats per token, {held_out[-1] - scores[-1]:+.3f} relative to its search score. The best candidate at "
+        f"{costs[0]:.0f} forward equivalents had {held_out[0] - scores[0]:+.3f}. "
     )
-    if gained > 0:
-        told += (
-            f"From there on the search gained {gained:.3f} nats on its own documents and {carried:.3f} on the others "
-            f"({100 * carried / gained:.0f} %). "
+    if search_gain > 0:
+        text += (
+            f"From there the search gained {search_gain:.3f} nats on its own documents and {held_out_gain:.3f} on the "
+            f"held-out ones ({100 * held_out_gain / search_gain:.0f} %). "
         )
-    if judged.min() < judged[-1]:
-        told += (
-            f"The best on the others came at {costs[judged.argmin()]:.0f} forward equivalents already, "
-            f"{judged[-1] - judged.min():.3f} nats below the last.\n"
+    if held_out.min() < held_out[-1]:
+        return text + (
+            f"The best candidate on the held-out documents came at {costs[held_out.argmin()]:.0f} forward equivalents, "
+            f"{held_out[-1] - held_out.min():.3f} nats below the last.\n"
         )
-    else:
-        told += "No earlier one was better on them.\n"
-    return told
+    return text + "No earlier candidate was better on them.\n"
