@@ -53,11 +53,11 @@ def export(options: argparse.Namespace) -> None:
     output = _new_folder(options.output)
     layout = Layout.of(MeshSettings(axes=options.mesh))
     dtype = options.dtype or stored_dtype(options.model)
-    config, own = describe_pretrained(options.model, param_dtype=dtype)
+    config, model_factors = describe_pretrained(options.model, param_dtype=dtype)
     check_architecture(options.architecture, config)
     if options.target_length and not options.factors:
         raise ValueError(f"target_length = {options.target_length} is for a single set of factors: give --factors")
-    found = factors_for(options.factors, config, options.target_length) if options.factors else own
+    found = factors_for(options.factors, config, options.target_length) if options.factors else model_factors
     exported, dropped = fit_to_format(found, config.original_length, _allowed(options))
     tokenizer = _tokenizer(options.model)
     documents = _documents(options.text, tokenizer)

@@ -186,18 +186,18 @@ def _is_id(value: Any, vocab_size: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
-def _make_special(tokenizer: tokenizers.Tokenizer, marks: set[int], stops: Sequence[int]) -> None:
+def _make_special(tokenizer: tokenizers.Tokenizer, special_ids: set[int], stops: Sequence[int]) -> None:
     """Registers BOS, EOS and those stops that are added tokens as special: some files say so only in their configs."""
     added = tokenizer.get_added_tokens_decoder()
-    wanted = {index for index in [*marks, *stops] if index in marks or index in added}
+    wanted = {index for index in [*special_ids, *stops] if index in special_ids or index in added}
     special = sorted(index for index in wanted if index not in added or not added[index].special)
     tokens = [tokenizer.id_to_token(index) for index in special]
     tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
 
 
-def _warn_of_merges_to(tokenizer: tokenizers.Tokenizer, marks: set[int]) -> None:
+def _warn_of_merges_to(tokenizer: tokenizers.Tokenizer, special_ids: set[int]) -> None:
     """Warns if merges make a special token, as some conversions from SentencePiece do: nothing can prevent that."""
-    for index in sorted(marks & tokenizer.get_added_tokens_decoder().keys()):
+    for index in sorted(special_ids & tokenizer.get_added_tokens_decoder().keys()):
         token = tokenizer.id_to_token(index)
         if index in tokenizer.encode(token, add_special_tokens=False).ids:
             logging.warning("the tokenizer's merges turn the text %r into the special token itself", token)

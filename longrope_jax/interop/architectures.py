@@ -128,11 +128,11 @@ def checkpoint_tensors(config: LlamaConfig, fused: bool) -> dict[str, Checkpoint
     tensors = {"embed/embedding": CheckpointTensor("model.embed_tokens.weight", None, (vocab, hidden))}
     sizes = {"self_attn.qkv_proj": queries + 2 * keys, "mlp.gate_up_proj": 2 * inner}
     starts = dict.fromkeys(sizes, 0)
-    for leaf, (own, rows, shared) in parts.items():
+    for leaf, (separate, rows, shared) in parts.items():
         tensors[f"layers/{leaf}/kernel"] = (
             CheckpointTensor(_in_layer(shared), (starts[shared], starts[shared] + rows), (sizes[shared], hidden))
             if fused
-            else CheckpointTensor(_in_layer(own), None, (rows, hidden))
+            else CheckpointTensor(_in_layer(separate), None, (rows, hidden))
         )
         starts[shared] += rows
     tensors |= {

@@ -118,9 +118,9 @@ def write_factors(path: epath.PathLike, loaded: LoadedFactors, kind: str, length
         raise ValueError(f"kind = {kind!r} must be one of {', '.join(KINDS)}")
     suffix = ".csv" if kind == "csv" else ".json"
     if path.suffix != suffix:
-        raise ValueError(f"{path}: factors of the kind {kind} are kept in a {suffix} file")
+        raise ValueError(f"{path}: factors of the kind {kind} are stored in a {suffix} file")
     if path.exists():
-        raise ValueError(f"{path} is there; choose a new name")
+        raise ValueError(f"{path} exists; choose a new name")
     if length is not None and kind != "csv":
         raise ValueError(f"length = {length} chooses one set for a CSV; {kind} takes all")
     if kind == "longrope_jax":

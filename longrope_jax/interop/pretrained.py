@@ -143,7 +143,7 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
             if "{}" not in stored.tensor:
                 bar.update()
                 return _read_tensor(source, stored.tensor, stored, leaf, sharding)
-            stack = _zeros(leaf.shape, leaf.dtype, sharding)
+            stack = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
             layer = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
             for number in range(config.num_layers):
                 part = _read_tensor(source, stored.tensor.format(number), stored, layer, _of_one_layer(sharding))
@@ -270,11 +270,6 @@ def _row_blocks(slices: tuple[slice, ...]) -> Iterator[tuple[slice, ...]]:
     step = max(1, _BATCH // math.prod(axis.stop - axis.start for axis in rest))
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop)), *rest
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Array:
-    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
 @partial(jax.jit, static_argnums=3, donate_argnums=0)

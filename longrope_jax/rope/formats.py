@@ -39,14 +39,12 @@ def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) ->
         write_whole(path, _to_json(content))
     elif path.suffix == ".csv":
         if len(lam) % 2:
-            raise ValueError(
-                f"{path}: a CSV of {len(lam)} factors, an odd number, could not be told from one with n_hat"
-            )
+            raise ValueError(f"{path}: a CSV of {len(lam)} factors, an odd number, would look like one with n_hat")
         if metadata or mscale != 1:
             raise ValueError(f"{path}: a CSV has no place for metadata or an mscale of {mscale}; write a .json file")
         write_whole(path, "".join(f"{value!r}\n" for value in ([n_hat] if n_hat else []) + lam).encode())
     else:
-        raise ValueError(f"{path}: factors are kept in .json or .csv files")
+        raise ValueError(f"{path}: factors are stored in .json or .csv files")
 
 
 def load_factors(path: epath.PathLike, head_dim: int | None = None) -> RopeFactors:
@@ -66,7 +64,7 @@ def load_factors(path: epath.PathLike, head_dim: int | None = None) -> RopeFacto
         elif path.suffix == ".csv":
             factors = _from_numbers(_read_csv(path), head_dim)
         else:
-            raise ValueError("factors are kept in .json or .csv files")
+            raise ValueError("factors are stored in .json or .csv files")
         return factors.check(head_dim, monotone="warn")
 
 
@@ -78,7 +76,7 @@ def save_table(path: epath.PathLike, table: FactorTable, **metadata: Any) -> Non
     """
     path = epath.Path(path)
     if path.suffix != ".json":
-        raise ValueError(f"{path}: a table of factors is kept in a .json file")
+        raise ValueError(f"{path}: a table of factors is stored in a .json file")
     factors = table.factors
     leaves = map(np.asarray, (table.boundaries, factors.lam, factors.n_hat, factors.mscale))
     entries = [

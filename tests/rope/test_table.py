@@ -135,7 +135,7 @@ def test_a_file_gives_back_the_same_numbers(tmp_path):
 
 
 def test_a_table_is_json_only(tmp_path):
-    with pytest.raises(ValueError, match=r"t\.csv: a table of factors is kept in a \.json file"):
+    with pytest.raises(ValueError, match=r"t\.csv: a table of factors is stored in a \.json file"):
         save_table(tmp_path / "t.csv", TABLE)
 
 
