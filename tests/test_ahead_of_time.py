@@ -23,7 +23,7 @@ from longrope_jax.experiment.stages import STAGES, ExportSettings, LoadSettings,
 from longrope_jax.model import LlamaConfig, decode
 from longrope_jax.model.sharding import make_mesh
 from longrope_jax.runtime import ahead_of_time as runtime
-from longrope_jax.runtime.ahead_of_time import described
+from longrope_jax.runtime.ahead_of_time import describe_slice
 from longrope_jax.runtime.estimate import Chip
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.search import gradient, objective
@@ -162,7 +162,7 @@ def slice_of_cpus(monkeypatch):
             compiled.append(arguments)
             return runtime.compile_lowered(*arguments)
 
-        monkeypatch.setattr(compile, "described", lambda topology, mesh: (Layout(make_mesh(fsdp=2, seq=2)), chip))
+        monkeypatch.setattr(compile, "describe_slice", lambda topology, mesh: (Layout(make_mesh(fsdp=2, seq=2)), chip))
         monkeypatch.setattr(compile, "compile_lowered", compile_lowered)
         return compiled
 
@@ -185,10 +185,10 @@ PROGRAMS = [
     # Two methods; of the short length 15 windows for each of three documents, four at a time.
     ("evaluate", "windows of 64", 2 * -(-15 * 3 // 4)),
     ("evaluate", "windows of 512", 2 * 2),
-    ("retrieval", "reading the last 128 of 512 tokens", 4),
-    ("retrieval", "writing a token after 512", 8),
-    ("retrieval_at_once", "reading the last 400 of 400 tokens", 1),
-    ("retrieval_at_once", "writing a token after 400", 8),
+    ("retrieval", "prefill of the last 128 of 512 tokens", 4),
+    ("retrieval", "decoding a token after 512", 8),
+    ("retrieval_at_once", "prefill of the last 400 of 400 tokens", 1),
+    ("retrieval_at_once", "decoding a token after 400", 8),
     ("evaluate_again", "windows of 64", 2 * -(-15 * 3 // 4)),
     ("evaluate_again", "windows of 512", 2 * 2),
 ]
@@ -212,7 +212,7 @@ def test_every_program_of_every_stage_is_reported_and_the_same_one_compiled_once
     assert [(row["stage"], row["program"], row["calls"]) for row in report["programs"]] == PROGRAMS
     for row in report["programs"]:
         assert row["fits"] and 0 < row["arguments"] < row["peak"] < CHIP.hbm_bytes and row["temporaries"] > 0
-        assert row["estimate"]["total"] >= row["estimate"]["bound"] > 0 and "knob" not in row
+        assert row["estimate"]["total"] >= row["estimate"]["bound"] > 0 and "suggestion" not in row
         assert 0 < row["estimate"]["attention_share"] < 1
     of_stage = {(row["stage"], row["program"]): row for row in report["programs"]}
     assert of_stage["search", "score of candidates at 512"]["collectives"]["ring"]["count"] > 0
@@ -246,14 +246,18 @@ def test_what_does_not_fit_is_told_with_what_to_turn(to_compile, slice_of_cpus, 
     slice_of_cpus(Chip("small", "Small", 1e9, 2**19, 1e9, 1e8, 3))
     report = compile_experiment(config, "small:2x2", tmp_path)
     of_stage = {row["stage"]: row for row in report["programs"] if not row["fits"]}
-    tune = of_stage["finetune"]["knob"]
+    tune = of_stage["finetune"]["suggestion"]
     assert set(of_stage) >= {"finetune", "evaluate"} and all("estimate" not in row for row in of_stage.values())
     assert all(row["peak"] > 2**19 for row in of_stage.values())
     assert all(row["peak"] <= 2**19 and "estimate" in row for row in report["programs"] if row["fits"])
-    assert "a smaller tokens_at_once than 4096" in of_stage["evaluate"]["knob"]
-    assert tune.endswith("a slice with more chips, over which tokens, parameters and optimizer are spread")
+    assert "a smaller tokens_at_once than 4096" in of_stage["evaluate"]["suggestion"]
+    assert tune.endswith("a slice with more chips, over which tokens, parameters and optimizer are sharded")
     text = (tmp_path / "compile_report.md").read_text()
-    assert "What does not fit, and what to turn:" in text and "**no**" in text and of_stage["evaluate"]["knob"] in text
+    assert (
+        "What does not fit, and what to change:" in text
+        and "**no**" in text
+        and of_stage["evaluate"]["suggestion"] in text
+    )
 
 
 def test_the_optimizer_counts_while_held_out_documents_are_judged(to_compile, slice_of_cpus, tmp_path):
@@ -310,20 +314,20 @@ def test_what_the_run_would_refuse_is_refused_here(to_compile, slice_of_cpus, tm
 @pytest.mark.parametrize("topology", ["v9x:2x2", "v5p", "v5p:", "v5p:4", "v5p:4xx4", "h100:8x1", ""])
 def test_a_slice_of_no_known_name_or_shape(topology):
     with pytest.raises(ValueError, match="^topology = .* must be one of v4, v5e, v5p, v6e, tpu7x and a shape, such as"):
-        described(topology, MeshSettings())
+        describe_slice(topology, MeshSettings())
 
 
 def test_a_slice_that_cannot_be_described_is_told_with_what_to_install():
     """There are none of this shape; without libtpu, none at all."""
     with pytest.raises(ValueError, match="^topology = 'v5p:4x4' can't be described .*requirements-tpu.txt") as caught:
-        described("v5p:4x4", MeshSettings())
+        describe_slice("v5p:4x4", MeshSettings())
     assert "\n" not in str(caught.value)
 
 
 def test_a_mesh_has_to_fill_the_slice(monkeypatch):
     devices = SimpleNamespace(devices=jax.devices())
     monkeypatch.setattr(runtime.topologies, "get_topology_desc", lambda *_, **__: devices)
-    layout, chip = described("v5e:2x4", MeshSettings("fsdp:2,seq:-1", "contiguous"))
+    layout, chip = describe_slice("v5e:2x4", MeshSettings("fsdp:2,seq:-1", "contiguous"))
     assert layout.shape == {"data": 1, "fsdp": 2, "seq": 4, "tensor": 1} and layout.sequence_order == "contiguous"
     assert chip.name == "v5e"
     for axes, message in (
@@ -332,7 +336,7 @@ def test_a_mesh_has_to_fill_the_slice(monkeypatch):
         ("seq:2", "^config.mesh.axes = 'seq:2' leaves some of 8 devices without work"),
     ):
         with pytest.raises(ValueError, match=message):
-            described("v5e:2x4", MeshSettings(axes))
+            describe_slice("v5e:2x4", MeshSettings(axes))
 
 
 class Refused:
@@ -359,7 +363,7 @@ TOO_LARGE = {
 
 @pytest.mark.parametrize(("told", "needed"), TOO_LARGE.values(), ids=TOO_LARGE)
 def test_a_program_for_which_the_compiler_finds_no_room_is_a_result(told, needed):
-    found = runtime.compile_lowered(Refused(told), CHIP, 0.0).beside(2**20, CHIP)
+    found = runtime.compile_lowered(Refused(told), CHIP, 0.0).with_additional(2**20, CHIP)
     assert not found.fits and found.peak == needed + 2**20 and found.arguments is None
     assert runtime.Compiled.from_json(json.loads(json.dumps(found.as_json()))) == found
 
@@ -372,8 +376,8 @@ def test_other_complaints_of_the_compiler_are_errors():
 def test_what_is_held_besides_can_leave_no_room():
     found = runtime.Compiled(1.0, True, 600, 500, 50)
     small = Chip("small", "Small", 1.0, 1000, 1.0)
-    assert found.beside(400, small) == runtime.Compiled(1.0, True, 1000, 500, 50)
-    assert found.beside(401, small) == runtime.Compiled(1.0, False, 1001, 500, 50)
+    assert found.with_additional(400, small) == runtime.Compiled(1.0, True, 1000, 500, 50)
+    assert found.with_additional(401, small) == runtime.Compiled(1.0, False, 1001, 500, 50)
 
 
 COMMANDS = {

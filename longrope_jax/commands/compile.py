@@ -1,7 +1,7 @@
-"""Every stage of an experiment compiled for a slice that is only described: does it fit, what is sent, how long will it
-take?
+"""Compiles every stage of an experiment for a TPU slice that need not exist: does it fit, what is sent, how long does
+it take?
 
-No data is touched and no model is read: an experiment whose first stage is a `load` needs its `preset`.
+It reads no data and no model: an experiment whose first stage is a `load` needs its `preset`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from longrope_jax import json_files
 from longrope_jax.experiment import check_layout, kind_of, parse_experiment
 from longrope_jax.experiment.stages import STAGES
 from longrope_jax.report.tables import table
-from longrope_jax.runtime.ahead_of_time import Compiled, Program, compile_lowered, described
+from longrope_jax.runtime.ahead_of_time import Compiled, Program, compile_lowered, describe_slice
 from longrope_jax.runtime.estimate import ASSUMPTIONS, GIB, Chip, Estimate, estimate
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.runtime.records import to_json, write_whole
@@ -35,14 +35,14 @@ class _Row:
     program: Program
     compiled: Compiled
     estimate: Estimate | None
-    knob: str
+    suggestion: str
 
 
 def compile_experiment(config: ConfigDict, topology: str, workdir: epath.PathLike) -> dict[str, Any]:
     """Compiles all programs of all stages; writes `compile_report.json` and `.md` to the work directory, prints tables.
 
-    What an earlier, interrupted call has compiled already is taken from its report. Time: ten seconds to a minute a
-    program, whatever the number of layers and tokens; memory of a few GiB.
+    Programs that an earlier, interrupted call compiled come from its report. Time: ten seconds to a minute for each
+    program, independent of the number of layers and tokens; memory: a few GiB.
 
     Args:
         topology: chip and shape, such as "v5p:4x4x4".
@@ -52,22 +52,22 @@ def compile_experiment(config: ConfigDict, topology: str, workdir: epath.PathLik
         OSError: the work directory can't be written to.
     """
     experiment = parse_experiment(config)
-    layout, chip = described(topology, experiment.mesh)
+    layout, chip = describe_slice(topology, experiment.mesh)
     check_layout(experiment, layout, experiment.stages)
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / f"{REPORT}.json"
-    known = _known(path)
+    cache = json_files.read_object(path, {"known": dict})["known"] if path.exists() else {}
     rows = []
     for stage, settings in experiment.stages.items():
         for program in STAGES[kind_of(stage)].programs(settings, experiment.model, layout):
             print(f"{stage}: {program.name} ...", end=" ", flush=True)
-            compiled = _compile(program, topology, chip, layout, known)
-            knob = "" if compiled.fits else _knob(settings, layout)
-            rows.append(_Row(stage, program, compiled, _estimate(chip, layout, program, compiled), knob))
+            compiled = _compile(program, topology, chip, layout, cache)
+            suggestion = "" if compiled.fits else _suggestion(settings, layout)
+            rows.append(_Row(stage, program, compiled, _estimate(chip, layout, program, compiled), suggestion))
             print(f"{compiled.seconds:.0f} s, {'fits' if compiled.fits else 'does not fit'}", flush=True)
             report = _report(topology, chip, layout, rows)
-            write_whole(path, to_json(report | {"known": known}, indent=1) + "\n")
+            write_whole(path, to_json(report | {"known": cache}, indent=1) + "\n")
     if not rows:
         raise ValueError(f"config.stages = {tuple(experiment.stages)}: none of them runs a program")
     text = _markdown(report, rows)
@@ -76,17 +76,17 @@ def compile_experiment(config: ConfigDict, topology: str, workdir: epath.PathLik
     return report
 
 
-def _compile(program: Program, topology: str, chip: Chip, layout: Layout, known: dict[str, Any]) -> Compiled:
-    """Anew, or from `known`, where it is added: programs that stages have in common are compiled once."""
+def _compile(program: Program, topology: str, chip: Chip, layout: Layout, cache: dict[str, Any]) -> Compiled:
+    """The program from `cache`, or compiled and added to it; stages that share a program compile it once."""
     with layout.active():
-        began = time.monotonic()
+        started = time.monotonic()
         lowered = program.lower()
         where = f"{topology} {chip} {layout.shape}"
         what = f"{jax.__version__} {_libtpu()} {where} {lowered.as_text()}"
         digest = hashlib.sha256(what.encode()).hexdigest()
-        if digest not in known:
-            known[digest] = compile_lowered(lowered, chip, began).as_json()
-    return Compiled.from_json(known[digest]).beside(program.beside, chip)
+        if digest not in cache:
+            cache[digest] = compile_lowered(lowered, chip, started).as_json()
+    return Compiled.from_json(cache[digest]).with_additional(program.additional_bytes, chip)
 
 
 def _libtpu() -> str:
@@ -96,15 +96,11 @@ def _libtpu() -> str:
         return ""
 
 
-def _known(path: epath.Path) -> dict[str, Any]:
-    return json_files.read_object(path, {"known": dict})["known"] if path.exists() else {}
-
-
 def _estimate(chip: Chip, layout: Layout, program: Program, compiled: Compiled) -> Estimate | None:
     if not compiled.fits or compiled.arguments is None or compiled.temporaries is None:
         return None
-    held = compiled.arguments + compiled.temporaries
-    return estimate(chip, math.prod(layout.shape.values()), program.flops, program.executed, compiled.collectives, held)
+    used = compiled.arguments + compiled.temporaries
+    return estimate(chip, math.prod(layout.shape.values()), program.flops, program.executed, compiled.collectives, used)
 
 
 def _report(topology: str, chip: Chip, layout: Layout, rows: list[_Row]) -> dict[str, Any]:
@@ -119,7 +115,7 @@ def _report(topology: str, chip: Chip, layout: Layout, rows: list[_Row]) -> dict
             "executed_flops": row.program.executed._asdict(),
         }
         if row.estimate is None:
-            return found | {"knob": row.knob}
+            return found | {"suggestion": row.suggestion}
         return found | {"estimate": asdict(row.estimate) | {"attention_share": row.estimate.attention_share}}
 
     mesh = {axis: size for axis, size in layout.shape.items() if size > 1}
@@ -143,16 +139,16 @@ _TIME_HEADER = (
 
 def _markdown(report: dict[str, Any], rows: list[_Row]) -> str:
     mesh = ", ".join(f"{axis}:{size}" for axis, size in report["mesh"].items())
-    knobs = [f"* {row.stage}, {row.program.name}: {row.knob}\n" for row in rows if row.knob]
+    suggestions = [f"* {row.stage}, {row.program.name}: {row.suggestion}\n" for row in rows if row.suggestion]
     times = [_time_cells(row, row.estimate) for row in rows if row.estimate]
     hours = sum(row.estimate.total * row.program.calls for row in rows if row.estimate) / 3600
     parts = [
         f"# {report['topology']}: {report['devices']} devices as {mesh}\n",
         f"Memory of a device in GiB; it has {_gib(report['hbm_bytes'])}.\n",
         table(_MEMORY_HEADER, [_memory_cells(row, report["hbm_bytes"]) for row in rows]),
-        *(["What does not fit, and what to turn:\n", "".join(knobs)] if knobs else []),
-        f"Time, estimated and not measured: {hours:.2g} hours. What is sent is hidden where it takes no longer than "
-        "the work beside it. Assumed is that\n",
+        *(["What does not fit, and what to change:\n", "".join(suggestions)] if suggestions else []),
+        f"Time, estimated and not measured: {hours:.2g} hours. Communication is hidden where it takes no longer than "
+        "the computation that it overlaps with. Assumptions:\n",
         "".join(f"* {assumption};\n" for assumption in ASSUMPTIONS),
         table(_TIME_HEADER, times) if times else "",
         "What a device receives in one run, GiB, and how often:\n",
@@ -203,20 +199,19 @@ def _gib(size: int | None) -> str:
     return "-" if size is None else f"{size / GIB:.1f}" if size > GIB / 2 else f"{size / GIB:.2g}"
 
 
-def _knob(settings: Any, layout: Layout) -> str:
-    """What to turn, most promising first."""
-    knobs = []
+def _suggestion(settings: Any, layout: Layout) -> str:
+    """What to change so that a program fits, the most effective change first."""
+    rows, suggestions = layout.row_shards, []
     if isinstance(settings, LoopSettings):
-        parts = settings.batch // layout.row_shards
+        parts = settings.batch // rows
         if isinstance(settings, FinetuneSettings) and settings.remat != "nothing_saveable":
-            knobs.append("remat = 'nothing_saveable'")
+            suggestions.append("remat = 'nothing_saveable'")
         if settings.accumulate < parts:
-            knobs.append(f"accumulate = {parts}: one sequence of the batch at a time on every shard of rows")
+            suggestions.append(f"accumulate = {parts}: one sequence of the batch at a time on every shard of rows")
     for name in ("tokens_at_once", "candidates_at_once", "documents_at_once", "prompts_at_once"):
-        if getattr(settings, name, 0) > layout.row_shards:
-            knobs.append(f"a smaller {name} than {getattr(settings, name)}")
-    rows = layout.row_shards
+        if getattr(settings, name, 0) > rows:
+            suggestions.append(f"a smaller {name} than {getattr(settings, name)}")
     if rows > 1:
-        knobs.append(f"mesh.axes with more seq and less than {rows} for data * fsdp: fewer sequences at a time")
-    knobs.append("a slice with more chips, over which tokens, parameters and optimizer are spread")
-    return "; ".join(knobs)
+        suggestions.append(f"mesh.axes with more seq and less than {rows} for data * fsdp: fewer sequences at a time")
+    suggestions.append("a slice with more chips, over which tokens, parameters and optimizer are sharded")
+    return "; ".join(suggestions)

@@ -1,6 +1,6 @@
-"""The programs that stages run, for shapes alone: what is compiled ahead of time, and what it has to compute.
+"""The programs of each kind of stage, for shapes alone: what is compiled ahead of time, and its FLOPs.
 
-They are lowered from the same functions, with the same shapes, that the stages call.
+They are lowered from the functions that the stages call, with the same shapes.
 """
 
 import dataclasses
@@ -36,18 +36,18 @@ from longrope_jax.training.step import init_params, init_state, make_optimizer, 
 Programs = list[Program]
 
 _ATTENTION_BACKWARD = 3.5
-"""Forward passes worth of products in the backward kernels: seven instead of two, as those for the gradients of queries
-and of keys both compute scores and gradients of weights."""
-_ANSWER_TOKENS = 8  # about as many as an answer may take
+"""FLOPs of the backward kernels, in forward passes: seven products instead of two, as the kernel for the gradients of
+queries and the one for keys both compute scores and gradients of weights."""
+_ANSWER_TOKENS = 8  # roughly the longest answer
 
 
 def pretrain_programs(settings: PretrainSettings, config: LlamaConfig, layout: Layout) -> Programs:
-    """A step."""
+    """One training step."""
     return [_step(settings, config, layout, config.original_length, (config.original_length,), False, config.remat)]
 
 
 def finetune_programs(settings: FinetuneSettings, config: LlamaConfig, layout: Layout) -> Programs:
-    """A step, and the evaluation on held-out documents while the optimizer's state stays in memory."""
+    """One training step, and the evaluation on held-out documents, during which the optimizer's state uses memory."""
     is_mixed = settings.long_share < 1
     lengths = (config.original_length, settings.length) if is_mixed else (settings.length,)
     step = _step(settings, config, layout, settings.length, lengths, settings.packed or is_mixed, settings.remat)
@@ -55,12 +55,13 @@ def finetune_programs(settings: FinetuneSettings, config: LlamaConfig, layout: L
         return [step]
     times = -(-settings.steps // settings.evaluate_every)
     held_out = _windows(config, layout, settings.length, settings.held_out_documents, "held-out evaluation", times)
-    return [step, dataclasses.replace(held_out, beside=bytes_on_device(_state(settings, config, layout).opt_state))]
+    optimizer_bytes = bytes_on_device(_state(settings, config, layout).opt_state)
+    return [step, dataclasses.replace(held_out, additional_bytes=optimizer_bytes)]
 
 
 def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layout) -> Programs:
-    """For every length of the objective the score of the candidates that are taken at once, on the documents that are,
-    a step of gradient refinement, and the evaluation of the best on held-out documents.
+    """For each length of the objective, the score of a batch of candidates on a batch of documents, and a step of their
+    gradient refinement; and the evaluation of the best candidate on held-out documents.
     """
     together = fitting_candidates(layout, settings.candidates_at_once, settings.documents_at_once)
     rows = together * settings.documents_at_once
@@ -69,9 +70,7 @@ def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layou
         length = term.length or settings.target_length
         blocks = -(-(term.documents or settings.documents) // settings.documents_at_once)
         counts[length] = counts.get(length, 0) + blocks
-    every = sum(counts.values())
     space = settings.search_space(config)
-    has_gradient = settings.method in ("gradient", "hybrid")
     steps = settings.gradient.rounds * -(-settings.gradient.starts // together) * settings.gradient.steps
     candidates = settings.candidates(len(space.n_hat))
     programs = []
@@ -85,17 +84,16 @@ def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layou
         flops = count_flops(config, rows, length)
         calls = -(-candidates // together) * blocks
         programs.append(Program(f"score of candidates at {length}", lower, calls, rows * length, flops, flops))
-        if has_gradient:
-            programs.append(_refinement(settings, config, layout, together, length, steps * blocks // every))
-    if settings.held_out_documents:
-        times = settings.steps
-        count = settings.held_out_documents
-        programs.append(_windows(config, layout, settings.target_length, count, "held-out documents", times))
+        if settings.method in ("gradient", "hybrid"):
+            share = steps * blocks // sum(counts.values())
+            programs.append(_refinement(settings, config, layout, together, length, share))
+    if count := settings.held_out_documents:
+        programs.append(_windows(config, layout, settings.target_length, count, "held-out documents", settings.steps))
     return programs
 
 
 def evaluate_programs(settings: EvaluationSettings, config: LlamaConfig, layout: Layout) -> Programs:
-    """A batch of windows of every length."""
+    """For each length, the score of a batch of windows."""
     longest = max(settings.lengths)
     programs = []
     for length in sorted(settings.lengths):
@@ -107,7 +105,7 @@ def evaluate_programs(settings: EvaluationSettings, config: LlamaConfig, layout:
 
 
 def retrieval_programs(settings: RetrievalSettings, config: LlamaConfig, layout: Layout) -> Programs:
-    """At the longest length, whose cache is the largest: reading the end of the prompt, and writing a token."""
+    """At the longest length, whose cache is the largest: prefill of the prompt's last chunk, and one decoding step."""
     length = max(settings.lengths)
     prompts = len(settings.methods) * len(settings.places) * -(-settings.tries // settings.prompts_at_once)
     rows = -(-settings.prompts_at_once // layout.row_shards) * layout.row_shards
@@ -123,14 +121,14 @@ def retrieval_programs(settings: RetrievalSettings, config: LlamaConfig, layout:
             )
             return advance.lower(Llama(config), GREEDY, _params(config, layout), seed, *arguments)
 
-        whole = count_flops(config, rows, length)  # the last tokens attend to twice as many as one does on average
+        whole = count_flops(config, rows, length)  # the last tokens attend to twice the average number of tokens
         flops = Flops(whole.matrices * tokens / length, 2 * whole.attention * tokens / length)
         return Program(name, lower, calls, rows * tokens, flops, flops)
 
     chunk = chunk_for(length, settings.tokens_at_once)
     return [
-        program(f"reading the last {min(chunk, length)} of {length} tokens", chunk, prompts * -(-length // chunk)),
-        program(f"writing a token after {length}", 1, prompts * _ANSWER_TOKENS),
+        program(f"prefill of the last {min(chunk, length)} of {length} tokens", chunk, prompts * -(-length // chunk)),
+        program(f"decoding a token after {length}", 1, prompts * _ANSWER_TOKENS),
     ]
 
 
@@ -153,18 +151,14 @@ def _step(
         return train_step.lower(model, optimizer, settings.accumulate, _state(settings, config, layout), batch, table)
 
     once, needed = (count_flops(config, settings.batch, length, passes) for passes in (FORWARD, TRAINING))
-    everything_again, attention_again = _computed_again(remat)
-    executed = Flops(
-        needed.matrices + everything_again * once.matrices,
-        once.attention * (1 + attention_again + _ATTENTION_BACKWARD),
-    )
+    executed = _executed(once, needed.matrices, remat)
     return Program(f"step at {length}", lower, settings.steps, settings.batch * length, needed, executed)
 
 
 def _refinement(
     settings: SearchSettings, config: LlamaConfig, layout: Layout, together: int, length: int, calls: int
 ) -> Program:
-    """A step of a gradient search: the parameters take part, but have no gradient."""
+    """One step of gradient refinement: the parameters are used, but get no gradient."""
     remat, rows = settings.gradient.remat, together * settings.documents_at_once
     model, space = Llama(dataclasses.replace(config, remat=remat)), settings.search_space(config)
     genes = Genes(
@@ -182,16 +176,21 @@ def _refinement(
         return refinement_step.lower(*options, _params(config, layout), *small, shares, *text)
 
     once = count_flops(config, rows, length)
-    again, attention_again = _computed_again(remat)
     needed = Flops(2 * once.matrices, once.attention * (1 + _ATTENTION_BACKWARD))  # no gradient of the parameters
-    executed = Flops(needed.matrices + again * once.matrices, needed.attention + attention_again * once.attention)
+    executed = _executed(once, needed.matrices, remat)
     return Program(f"step of gradient refinement at {length}", lower, calls, rows * length, needed, executed)
 
 
-def _computed_again(remat: str) -> tuple[int, int]:
-    """How many forward passes of (everything, the attention) the backward pass repeats."""
-    everything = 0 if remat in ("none", "everything_saveable") else 1
-    return everything, 0 if remat == "attention_saveable" else everything
+def _executed(forward: Flops, matrices: float, remat: str) -> Flops:
+    """FLOPs of forward and backward pass with what the backward pass recomputes.
+
+    Args:
+        forward: of a forward pass.
+        matrices: of products with parameters, forward and backward, without recomputation.
+    """
+    recomputed = 0 if remat in ("none", "everything_saveable") else 1
+    attention = 0 if remat == "attention_saveable" else recomputed
+    return Flops(matrices + recomputed * forward.matrices, forward.attention * (1 + attention + _ATTENTION_BACKWARD))
 
 
 def _text(layout: Layout, rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -227,10 +226,10 @@ def _state(settings: LoopSettings, config: LlamaConfig, layout: Layout):
 def _cache(config: LlamaConfig, layout: Layout, rows: int, length: int) -> Cache:
     with layout.active():
         shapes = jax.eval_shape(partial(empty_cache, config, rows, slots_for(length)))
-    where = None if layout.mesh is None else NamedSharding(layout.mesh, partition_spec(*CACHE_AXES))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes)
+    sharding = None if layout.mesh is None else NamedSharding(layout.mesh, partition_spec(*CACHE_AXES))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
 def _factors(config: LlamaConfig, rows: int) -> RopeFactors:
-    """Those of so many rows, each its own."""
+    """One set of factors for each row."""
     return jax.tree.map(lambda x: np.broadcast_to(x, (rows, *np.shape(x))), unscaled(config.head_dim))

@@ -1,4 +1,4 @@
-"""Programs compiled for devices that are only described: does it fit, what is sent, before a slice is paid for.
+"""Programs compiled ahead of time for devices that need not exist: do they fit, and what do they send?
 
 Needs libtpu (requirements-tpu.txt), but no TPU: the compiler runs on any machine.
 """
@@ -23,16 +23,16 @@ from longrope_jax.runtime.mesh import Layout, MeshSettings, parse_axes
 
 @dataclass(frozen=True)
 class Program:
-    """Something that a stage runs again and again.
+    """A compiled function that a stage calls repeatedly.
 
     Attributes:
         name: what it does.
-        lower: makes it, for shapes only, within the layout's mesh.
-        calls: how often the stage runs it.
-        tokens: that one run takes in, on all devices.
-        flops: of one run on all devices, as the model needs them.
-        executed: the same with what is computed again for the backward pass.
-        beside: bytes that a device holds meanwhile besides the program's arguments.
+        lower: lowers it, for shapes only, within the layout's mesh.
+        calls: how often the stage calls it.
+        tokens: input tokens of one call, on all devices.
+        flops: model FLOPs of one call on all devices.
+        executed: the same plus what the backward pass recomputes.
+        additional_bytes: memory of a device that the stage uses meanwhile, besides the program's arguments.
     """
 
     name: str
@@ -41,19 +41,19 @@ class Program:
     tokens: int
     flops: Flops
     executed: Flops
-    beside: int = 0
+    additional_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program; bytes are a device's.
+    """The compiler's memory analysis of a program; bytes are those of one device.
 
     Attributes:
         seconds: of lowering and compiling.
-        fits: whether the compiler found room.
-        peak: arguments, results that don't overwrite them, and temporaries; where it does not fit, what the compiler
-            would have needed at least.
-        arguments, temporaries: None where it does not fit.
+        fits: whether the program fits into the device's memory.
+        peak: arguments, results that don't alias them, and temporaries; if it does not fit, the least that the compiler
+            would have needed.
+        arguments, temporaries: None if it does not fit.
         collectives: see `runtime/collectives.py`.
     """
 
@@ -68,9 +68,9 @@ class Compiled:
         """Plain dicts and numbers."""
         return asdict(self) | {"collectives": {kind: found._asdict() for kind, found in self.collectives.items()}}
 
-    def beside(self, held: int, chip: Chip) -> "Compiled":
-        """The same while a device holds so many bytes besides."""
-        return replace(self, fits=self.fits and self.peak + held <= chip.hbm_bytes, peak=self.peak + held)
+    def with_additional(self, size: int, chip: Chip) -> "Compiled":
+        """The same while a device uses `size` bytes for something else."""
+        return replace(self, fits=self.fits and self.peak + size <= chip.hbm_bytes, peak=self.peak + size)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Compiled":
@@ -79,8 +79,8 @@ class Compiled:
         return cls(**content | {"collectives": found})
 
 
-def described(topology: str, settings: MeshSettings) -> tuple[Layout, Chip]:
-    """The layout on a slice such as "v5p:4x4x4", and the chip that it is made of.
+def describe_slice(topology: str, settings: MeshSettings) -> tuple[Layout, Chip]:
+    """The layout on a slice such as "v5p:4x4x4", and its chip.
 
     Raises:
         ValueError: no such slice, the mesh does not fit on it, or libtpu is missing.
@@ -88,8 +88,8 @@ def described(topology: str, settings: MeshSettings) -> tuple[Layout, Chip]:
     name, _, shape = topology.partition(":")
     if name not in TPUS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise ValueError(f"topology = {topology!r} must be one of {', '.join(TPUS)} and a shape, such as 'v5p:4x4x4'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it looks for the cloud's metadata, for minutes
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody is kept from a TPU, as none is opened
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it searches for the cloud's metadata, for minutes
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # opens no TPU, so it blocks nobody
     options = {"chip_config_name": "megacore"} if name == "v4" else {}
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu", **options).devices
@@ -109,16 +109,16 @@ def described(topology: str, settings: MeshSettings) -> tuple[Layout, Chip]:
         raise ValueError(f"config.mesh.axes = {settings.axes!r}: {error}") from None
 
 
-def compile_lowered(lowered: jax.stages.Lowered, chip: Chip, began: float) -> Compiled:
-    """Compiles what was begun to be lowered at `began`; a program that does not fit is a result, not an error."""
+def compile_lowered(lowered: jax.stages.Lowered, chip: Chip, started: float) -> Compiled:
+    """Compiles a program whose lowering started at `started`; one that does not fit is a result, not an error."""
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
             raise
-        return Compiled(time.monotonic() - began, False, needed)
-    seconds = time.monotonic() - began
+        return Compiled(time.monotonic() - started, False, needed)
+    seconds = time.monotonic() - started
     memory: Any = compiled.memory_analysis()  # its class is not public
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
@@ -133,7 +133,7 @@ def compile_lowered(lowered: jax.stages.Lowered, chip: Chip, began: float) -> Co
 
 
 def _needed(message: str) -> int | None:
-    """Bytes of HBM that the compiler would have needed, in its words; None if it complains of something else."""
+    """Bytes of HBM that the compiler's message says it needed; None for another error."""
     for pattern in (r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", r"\(([\d.]+)([KMG])\) exceeds available HBM"):
         if found := re.search(pattern, message):
             return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]])
@@ -141,7 +141,7 @@ def _needed(message: str) -> int | None:
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Of shapes with shardings: what one device holds."""
+    """Bytes on one device of shapes with shardings."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)

@@ -1,8 +1,11 @@
-"""Checkpoints of a stage: named pytrees of arrays and a JSON record a step, checked against a manifest when opened."""
+"""Checkpoints of a stage: per step named pytrees of arrays and a JSON record, verified by a manifest when opened.
+
+Orbax writes and restores them. It has no checksums of whole steps, so the SHA-256 manifests are ours.
+"""
 
 import hashlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,29 +24,31 @@ RECORD = "record"
 MANIFESTS = "manifests"
 DAMAGED = "damaged"
 
-# Orbax writes these two at the top of a step in the moment it gives the step its name, after our manifest.
+_CHUNK = 1 << 20  # bytes
+# Orbax writes these two files when it renames a finished step to its number, which is after our manifest.
 _WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 Manifest = dict[str, list[int | str]]
+"""Path of a file relative to its step -> [size in bytes, SHA-256 in hex]."""
 
 
 class Checkpoints:
-    """The steps of one stage, the newest `keep` of them, in `directory`. Leaving its context waits for writes.
+    """The newest `keep` steps of one stage in `directory`; a context manager, which waits for writes at its end.
 
-    A step appears under its name only when it is complete, so a process killed while saving leaves the step before it.
-    `directory/manifests/<step>.json` has the SHA-256 of every file of a step. Opening compares the newest step with it;
-    one that is damaged is moved to `directory/damaged` with a warning, and the step before is looked at.
+    A step gets its name only when it is complete, so a process killed while saving leaves the previous step.
+    `directory/manifests/<step>.json` has the SHA-256 of every file of a step. Opening verifies the newest step; a
+    damaged one is moved to `directory/damaged` with a warning, and the previous step is verified.
 
-    All processes make it and call its methods together. Process 0 alone checks, moves and writes manifests.
+    All processes construct it and call its methods together. Only process 0 verifies, moves and writes manifests.
 
     Raises:
-        OSError: from any method and from leaving the context, when a step could not be saved. It names the directory,
-            the step and the last good one. On leaving with an exception it is only logged, the exception goes on.
+        OSError: from any method and at the end of the context, if a step could not be saved. It names the directory,
+            the step and the last good step. If the context ends with another exception, this one is only logged.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
         self.directory = epath.Path(directory)
-        if not is_remote(directory):  # whose addresses it would take for relative paths
+        if not is_remote(directory):  # `absolute` would take an address for a relative path
             self.directory = self.directory.absolute()
         try:
             if processes.is_first():
@@ -56,15 +61,15 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
-                lightweight_initialize=True,  # else a damaged file of an older, unused step would be an error here
+                lightweight_initialize=True,  # else a damaged file of an older, unused step raises here
                 async_options=ocp.AsyncOptions(
-                    post_finalization_callback=self._describe_unnamed,
-                    # Else a save that is refused at once could make its directory later, in the way of the next one.
+                    post_finalization_callback=self._write_manifest,
+                    # Else a save that fails at once could make its directory later and block the next save.
                     create_directories_asynchronously=False,
                 ),
             ),
         )
-        self._sound = {self._manager.latest_step()}
+        self._verified = {self._manager.latest_step()}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -72,7 +77,7 @@ class Checkpoints:
     def __exit__(self, _, exception: BaseException | None, __):
         try:
             try:
-                self._finish_saving()
+                self._wait_until_finished()
             finally:
                 self._manager.close()
         except Exception as error:
@@ -82,16 +87,15 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest complete step, or None. Waits for one that is being saved."""
-        self._finish_saving()
+        self._wait_until_finished()
         return self._manager.latest_step()
 
     def save(self, step: int, arrays: dict[str, Any], record: dict[str, Any]) -> None:
-        """Saves pytrees of arrays and what JSON can hold; writes to disk in the background.
+        """Saves pytrees of arrays and a JSON object; writes to disk in the background.
 
         Args:
             step: must be above `latest()`.
-            arrays: any pytrees, by names under which they can be restored one without the other; device arrays are
-                copied before this returns.
+            arrays: pytrees by name, which can be restored separately; device arrays are copied before this returns.
             record: small things, such as a data iterator's state.
 
         Raises:
@@ -112,20 +116,20 @@ class Checkpoints:
         """Pytrees of arrays and the record of a step.
 
         Args:
-            like: by the names of the pytrees to read, either a pytree of arrays or of `jax.ShapeDtypeStruct`, to whose
-                structure and shardings to restore whatever the shardings that were saved (a struct without one stands
-                for the first device), or None for numpy arrays in dicts and lists. Without it, None for all names.
+            like: for each name to read, a pytree of arrays or `jax.ShapeDtypeStruct` whose structure and shardings the
+                result gets, whatever was saved (a struct without a sharding means the first device), or None for numpy
+                arrays in dicts and lists. Without `like`: all names, as None.
 
         Raises:
             FileNotFoundError: there is no such step, or no such name in it.
             OSError: the step is damaged.
             ValueError: a pytree has another structure or other shapes than `like`.
         """
-        self._finish_saving()
+        self._wait_until_finished()
         path = self.directory / str(step)
         if step not in self._manager.all_steps():
             raise FileNotFoundError(f"{path}: there is no such step, only {sorted(self._manager.all_steps())}")
-        if step not in self._sound and (damage := _damage(self.directory, step)):
+        if step not in self._verified and (damage := _damage(self.directory, step)):
             raise OSError(f"{path} is damaged: {damage}")
         if like is None:
             like = {item.name: None for item in path.iterdir() if item.is_dir() and item.name != RECORD}
@@ -137,36 +141,36 @@ class Checkpoints:
             raise ValueError(f"{path}: {error}") from error
         return {name: restored[name] for name in like}, restored[RECORD]
 
-    def _describe_unnamed(self) -> None:
-        """Orbax calls this in its own thread when a step's files are written and before the step gets its name.
+    def _write_manifest(self) -> None:
+        """Orbax calls this in its own thread after a step's files are written and before the step gets its name.
 
-        So there never is a step without a manifest, wherever the process is killed.
+        So no step exists without a manifest, whenever the process is killed.
         """
-        step = self._saving
-        assert step is not None  # or there would be nothing to describe
-        named = self.directory / str(step)
-        unnamed = ocp.path.atomicity_defaults.get_default_temporary_path_class(named).from_final(named).get()
-        entries = describe(unnamed).items()
-        manifest = {name: entry for name, entry in entries if name not in _WRITTEN_LAST}
-        _write_manifest(self.directory, step, manifest)
+        assert self._saving is not None  # as a step is being saved
+        final = self.directory / str(self._saving)
+        temporary = ocp.path.atomicity_defaults.get_default_temporary_path_class(final).from_final(final).get()
+        _write(self.directory, self._saving, describe(temporary, omitted=_WRITTEN_LAST))
 
-    def _finish_saving(self) -> None:
-        """Waits for the step that is being saved, if there is one, and brings the manifests up to date."""
+    def _wait_until_finished(self) -> None:
+        """Waits for the step that is being saved, if there is one, and updates the manifests."""
         if self._saving is None:
             return
         try:
             self._manager.wait_until_finished()
             if processes.is_first():
                 _complete_manifest(self.directory, self._saving)
-                _remove_manifests_of_others(self.directory, self._manager.all_steps())
+                names = {_manifest_file(self.directory, step).name for step in self._manager.all_steps()}
+                for file in (self.directory / MANIFESTS).iterdir():
+                    if file.name not in names:
+                        file.unlink()
         except Exception as error:  # a full disk is a ValueError or a RuntimeError of TensorStore
             raise self._not_saved(error) from error
-        self._sound.add(self._saving)
+        self._verified.add(self._saving)
         self._saving = None
 
     def _not_saved(self, error: Exception) -> OSError:
         step, self._saving = self._saving, None
-        self._manager.reload()  # Orbax forgot the steps that it would have deleted after this one
+        self._manager.reload()  # Orbax has forgotten the steps that it would have deleted after this save
         return OSError(
             f"{self.directory}: step {step} could not be saved; last good step: {self._manager.latest_step()}; "
             + " ".join(str(error).split())
@@ -174,22 +178,17 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, which does not ask for preemption: the processes agree by `preemption.requested`'s count, not steps."""
+    """Orbax's manager without its check for preemption, as `preemption.requested` synchronises the processes."""
 
     def reached_preemption(self, step: int) -> bool:
         """Never."""
         return False
 
 
-def _steps(directory: epath.Path) -> list[int]:
-    """The complete steps, newest first."""
-    return sorted((found.step for found in ocp.path.step.standard_name_format().find_all(directory)), reverse=True)
-
-
 def _remove_unfinished(directory: epath.Path) -> None:
     """Removes the steps that a killed process was writing.
 
-    Orbax's own clean-up would, in an object store, take the directories of manifests and of damaged steps for such.
+    In an object store, Orbax's own clean-up would also remove the directories of manifests and damaged steps.
     """
     for path in directory.iterdir() if directory.exists() else ():
         if path.name.split(".")[0].isdigit() and not ocp.path.step.is_path_finalized(path):
@@ -197,21 +196,18 @@ def _remove_unfinished(directory: epath.Path) -> None:
 
 
 def _move_damaged_aside(directory: epath.Path) -> None:
-    """Moves the newest step to `directory/damaged` as long as it is damaged."""
-    for step in _steps(directory):
+    """Moves the newest step to `directory/damaged`, again and again until the newest step is sound."""
+    steps = {found.step for found in ocp.path.step.standard_name_format().find_all(directory)}
+    for step in sorted(steps, reverse=True):
         damage = _damage(directory, step)
         if damage is None:
             return
-        free = _free_name(directory / DAMAGED, str(step))
-        files.move(directory / str(step), free)
+        names = itertools.chain([str(step)], (f"{step}-{k}" for k in itertools.count(1)))
+        target = next(target for name in names if not (target := directory / DAMAGED / name).exists())
+        files.move(directory / str(step), target)
         if _manifest_file(directory, step).exists():
-            files.move(_manifest_file(directory, step), free.with_name(f"{free.name}.json"))
-        logging.warning("%s: step %d is damaged and not used: %s; moved to %s", directory, step, damage, free)
-
-
-def _free_name(directory: epath.Path, name: str) -> epath.Path:
-    names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(1)))
-    return next(directory / name for name in names if not (directory / name).exists())
+            files.move(_manifest_file(directory, step), target.with_name(f"{target.name}.json"))
+        logging.warning("%s: step %d is damaged and not used: %s; moved to %s", directory, step, damage, target)
 
 
 def _damage(directory: epath.Path, step: int) -> str | None:
@@ -223,70 +219,53 @@ def _damage(directory: epath.Path, step: int) -> str | None:
         return f"{file} is missing"
     except ValueError as error:
         return f"{error}: no manifest"
-    entries = describe(directory / str(step)).items()
-    # After a kill right behind a step's completion the last two files are not in its manifest.
-    found = {name: entry for name, entry in entries if name in expected or name not in _WRITTEN_LAST}
-    return difference(expected, found)
+    # A process killed right after a step got its name has not added the last two files to its manifest.
+    return difference(expected, describe(directory / str(step), omitted={*_WRITTEN_LAST} - {*expected}))
 
 
 def _manifest_file(directory: epath.Path, step: int) -> epath.Path:
     return directory / MANIFESTS / f"{step}.json"
 
 
-def _write_manifest(directory: epath.Path, step: int, manifest: Manifest) -> None:
+def _write(directory: epath.Path, step: int, manifest: Manifest) -> None:
     file = _manifest_file(directory, step)
     file.parent.mkdir(exist_ok=True)
     records.write_whole(file, records.to_json(manifest))
 
 
 def _complete_manifest(directory: epath.Path, step: int) -> None:
-    """Adds the files that Orbax wrote while it gave the step its name."""
+    """Adds the files that Orbax wrote when it gave the step its name."""
     manifest = json_files.read_object(_manifest_file(directory, step))
-    last = {name: describe_file(directory / str(step) / name) for name in _WRITTEN_LAST}
-    _write_manifest(directory, step, manifest | last)
-
-
-def _remove_manifests_of_others(directory: epath.Path, steps: Iterable[int]) -> None:
-    wanted = {_manifest_file(directory, step).name for step in steps}
-    for file in (directory / MANIFESTS).iterdir():
-        if file.name not in wanted:
-            file.unlink()
+    _write(directory, step, manifest | {name: _entry(directory / str(step) / name) for name in _WRITTEN_LAST})
 
 
 def _template(directory: epath.Path, like: Any) -> Any:
-    """What Orbax restores one item to: see `Checkpoints.restore`."""
+    """The structure that Orbax restores one item to, see `Checkpoints.restore`."""
     if not directory.exists():
         raise FileNotFoundError(f"{directory}: nothing was saved under this name")
-    if like is None:
-        return jax.tree.map(_on_host, ocp.StandardCheckpointHandler().metadata(directory).tree)
-    return jax.tree.map(_with_sharding, like)
+    if like is None:  # numpy arrays of the saved shapes, in the memory of one element
+        saved = ocp.StandardCheckpointHandler().metadata(directory).tree
+        return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), saved)
+
+    def struct(leaf):
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            return leaf
+        # Orbax would restore a struct without a sharding to the sharding that was saved.
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(struct, like)
 
 
-def _with_sharding(leaf: Any) -> Any:
-    """The leaf, or the struct of it where it is a JAX array; Orbax would give a bare struct the sharding saved."""
-    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return leaf
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def describe(directory: epath.Path, omitted: Collection[str] = ()) -> Manifest:
+    """The manifest of all files below a directory but those in `omitted`."""
+    found = {str(file.relative_to(directory)): file for file in sorted(files.files_below(directory))}
+    names = [name for name in found if name not in omitted]
+    with ThreadPoolExecutor() as pool:  # hashing and reading release the GIL
+        return dict(zip(names, pool.map(_entry, (found[name] for name in names)), strict=True))
 
 
-def _on_host(leaf: ocp.metadata.ArrayMetadata) -> np.ndarray:
-    """A numpy array of a saved array's shape and dtype, in the memory of one element."""
-    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-
-
-_CHUNK = 1 << 20  # bytes
-
-
-def describe(directory: epath.Path) -> Manifest:
-    """`describe_file` of every file below the directory, by its path relative to the directory."""
-    found = sorted(files.files_below(directory))
-    with ThreadPoolExecutor() as pool:  # hashing and reading let go of the interpreter's lock
-        entries = list(pool.map(describe_file, found))
-    return {str(file.relative_to(directory)): entry for file, entry in zip(found, entries, strict=True)}
-
-
-def describe_file(file: epath.Path) -> list[int | str]:
+def _entry(file: epath.Path) -> list[int | str]:
     """[size in bytes, SHA-256 in hex]."""
     size, digest = 0, hashlib.sha256()
     with file.open("rb") as content:
@@ -297,7 +276,7 @@ def describe_file(file: epath.Path) -> list[int | str]:
 
 
 def difference(expected: Manifest, found: Manifest) -> str | None:
-    """The first thing wrong with the files found, None if they are those expected."""
+    """The first difference between two manifests in words; None if they are equal."""
     for name in sorted({*expected, *found}):
         if name not in found:
             return f"{beginning(name)} is missing"

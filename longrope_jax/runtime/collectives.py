@@ -1,4 +1,8 @@
-"""What devices send each other in a compiled program: read from the compiler's text, loops multiplied out."""
+"""What devices send each other in a compiled program, read from the compiler's text (HLO), with loops multiplied out.
+
+JAX has no interface for this: `cost_analysis` counts a loop's body once and does not name collectives, `HloModule` has
+computations without attributes, and its serialized protos need TensorFlow's classes.
+"""
 
 import math
 import re
@@ -8,8 +12,8 @@ from typing import NamedTuple
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 RING = "ring"
-"""The kind of those collective-permutes that send keys and values around (`model/ring.py`). Others are gathers and
-sums of parameters that the compiler has taken apart, to send pieces while it multiplies others."""
+"""The kind of the collective-permutes that send keys and values (`model/ring.py`). Other collective-permutes are
+gathers and sums of parameters that the compiler has split, to send pieces during products."""
 _RING_SCOPE = "ring_send"
 
 _ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
@@ -25,14 +29,14 @@ _COUNTERS = ("s32[]", "u32[]")
 
 
 class Traffic(NamedTuple):
-    """Of one kind of collective, or of the `RING`, over a whole run of the program.
+    """One kind of collective, or the `RING`, over a whole run of the program.
 
     Attributes:
-        count: how many are started by a device.
-        bytes: that a device receives, if rings are used: of n devices' pieces n - 1, of a sum twice as much.
+        count: how many a device starts.
+        bytes: that a device receives, by ring algorithms: n - 1 pieces of n devices', twice as much for a sum.
     """
 
-    count: int  # type: ignore[assignment]  # in place of the method that a tuple has
+    count: int  # type: ignore[assignment]  # hides the method of tuple
     bytes: int
 
 
@@ -47,28 +51,28 @@ class _Operation(NamedTuple):
 def traffic(hlo: str) -> dict[str, Traffic]:
     """Compiled HLO text -> what a device receives, by kind of collective.
 
-    Bodies of loops count as often as they are run, where the number is a constant of the program; else once. Branches
-    of conditionals count all.
+    A loop's body counts as often as it runs if that number is a constant of the program, else once. All branches of a
+    conditional count.
     """
     computations, entry = _computations(hlo)
     times = _times_run(computations, entry)
-    everyone = max(map(int, re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", hlo[: hlo.find("\n")])), default=1)
+    devices = max(map(int, re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", hlo[: hlo.find("\n")])), default=1)
     count: Counter[str] = Counter()
     received: defaultdict[str, float] = defaultdict(float)
     for name, operations in computations.items():
-        if not times[name] or _goes_on(name, operations):
+        if not times[name] or _continues_collective(name, operations):
             continue
         for operation in operations:
-            kind = _kind(name, operation)
-            if kind:
+            if kind := _kind(name, operation):
                 count[kind] += times[name]
-                received[kind] += times[name] * _received(kind, operation, everyone)
+                received[kind] += times[name] * _received(kind, operation, devices)
     return {kind: Traffic(count[kind], int(received[kind])) for kind in sorted(count)}
 
 
-def _goes_on(name: str, operations: list[_Operation]) -> bool:
-    """Whether a fusion repeats a collective that another one has started: TPUs let work go on beside it by having it in
-    every fusion from the start to the end.
+def _continues_collective(name: str, operations: list[_Operation]) -> bool:
+    """Whether a fusion repeats a collective that another fusion has started.
+
+    TPUs overlap a collective with other work: every fusion from its start to its end contains it.
     """
     return name.startswith("async_collective_fusion") or any("AsyncCollectiveDone" in step.rest for step in operations)
 
@@ -77,7 +81,7 @@ def _kind(computation: str, operation: _Operation) -> str | None:
     kind = operation.kind.removesuffix("-start")
     if kind == "collective-permute" and f"/{_RING_SCOPE}/" in operation.rest:
         return RING
-    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # a fusion that keeps one piece of it
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # a fusion that uses one piece of it
         return "reduce-scatter"
     return kind if kind in _KINDS else None
 
@@ -86,16 +90,16 @@ def _computations(hlo: str) -> tuple[dict[str, list[_Operation]], str]:
     computations: dict[str, list[_Operation]] = {}
     entry, current = "", []
     for line in hlo.splitlines():
-        if begin := _COMPUTATION.match(line):
-            current = computations[begin[1]] = []
-            entry = begin[1] if line.startswith("ENTRY") else entry
+        if header := _COMPUTATION.match(line):
+            current = computations[header[1]] = []
+            entry = header[1] if line.startswith("ENTRY") else entry
         elif found := _OPERATION.match(line):
             current.append(_Operation(bool(found[1]), *found.groups()[1:]))
     return computations, entry
 
 
 def _times_run(computations: dict[str, list[_Operation]], entry: str) -> Counter[str]:
-    """How often each computation is run in one run of the entry."""
+    """How often each computation runs in one run of the entry computation."""
     times: Counter[str] = Counter()
 
     def run(name: str, often: int) -> None:
@@ -115,7 +119,7 @@ def _called(operation: _Operation) -> Iterator[str]:
 
 
 def _trips(loop: _Operation, computations: dict[str, list[_Operation]]) -> int:
-    """Of a loop that counts from 0 up to a constant; 1 if it is not known."""
+    """Trip count of a loop that counts from 0 up to a constant; 1 if it is unknown."""
     if stated := re.search(r"known_trip_count[^\d]*(\d+)", loop.rest):
         return int(stated[1])
     condition, body = (computations.get(_attribute(loop, name), []) for name in ("condition", "body"))
@@ -135,15 +139,16 @@ def _constant(operation: _Operation) -> int | None:
 
 
 def _step(condition: list[_Operation], body: list[_Operation]) -> int:
-    """What a loop's body adds to its counter, the one element of the state that the condition looks at: 2 where the
-    compiler has put two turns into one. 1 if it is not known.
+    """What a loop's body adds to its counter, the one element of the state that the condition reads.
+
+    2 where the compiler has unrolled two turns into one; 1 if it is unknown.
     """
-    looked_at = {_attribute(step, "index") for step in condition if step.kind == "get-tuple-element"}
+    read = {_attribute(step, "index") for step in condition if step.kind == "get-tuple-element"}
     by_name = {step.name: step for step in body}
     root = next((step for step in body if step.is_root and step.kind == "tuple"), None)
-    if len(looked_at) != 1 or root is None:
+    if len(read) != 1 or root is None:
         return 1
-    counter = by_name.get(_operands(root)[int(looked_at.pop())])
+    counter = by_name.get(_operands(root)[int(read.pop())])
     while counter is not None and counter.kind in ("copy", "bitcast"):
         counter = by_name.get(_operands(counter)[0])
     if counter is None or counter.kind != "add":
@@ -156,11 +161,11 @@ def _operands(operation: _Operation) -> list[str]:
     return _OPERAND.findall(operation.rest.partition(")")[0])
 
 
-def _received(kind: str, operation: _Operation, everyone: int) -> float:
+def _received(kind: str, operation: _Operation, devices: int) -> float:
     result = operation.result
     if operation.kind.endswith("-start") and operation.kind != "all-reduce-start":
         result = _elements(result)[1]  # what is sent, what is received, and counters
-    size, group = sum(_size(*shape) for shape in _SHAPE.findall(result)), _group(operation.rest) or everyone
+    size, group = sum(_size(*shape) for shape in _SHAPE.findall(result)), _group(operation.rest) or devices
     if kind in (RING, "collective-permute"):
         return size
     if kind == "reduce-scatter" and operation.kind != "all-reduce":  # its result is one piece
@@ -185,7 +190,7 @@ def _size(kind: str, dims: str) -> float:
 
 
 def _group(rest: str) -> int:
-    """Devices that take part in one collective; 0 for all there are."""
+    """Devices that take part in one collective; 0 means all devices."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         # An axis, or a part of one: 'axis_1':(2)4 is 4 of it.

@@ -1,4 +1,4 @@
-"""How long a program should take on a chip, from what it computes and sends: a model, not a measurement."""
+"""Estimated time of a program on a chip, from its FLOPs and communication: a roofline model, not a measurement."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ GB, GIB = 10**9, 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them (a TPU7x chip is two), with its share of what the chip has.
+    """One device as JAX counts them (a TPU7x chip is two devices), with its share of the chip's resources.
 
     Attributes:
-        name: as in a topology's name: "v5p".
-        device_kind: what JAX calls it.
+        name: as in the name of a topology, "v5p".
+        device_kind: JAX's name.
         peak_flops: bfloat16 products, per second.
         hbm_bytes: memory.
         hbm_bandwidth: bytes per second.
-        link_bandwidth: bytes per second, one way, over one of the links to neighbours; 0 where there are no such links.
-        torus: number of dimensions of the network, two links in each.
+        link_bandwidth: bytes per second, one way, over one link to a neighbour; 0 without such links.
+        torus: dimensions of the network, with two links each; 0 without a torus.
     """
 
     name: str
@@ -50,34 +50,34 @@ TPUS = tuple(name for name, chip in CHIPS.items() if chip.torus)
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so; None for one that is not known, such as a CPU."""
+    """The chip of a device kind; None for an unknown one, such as a CPU."""
     aliases = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
     kind = aliases.get(device_kind, device_kind)
     return next((chip for chip in CHIPS.values() if chip.device_kind == kind), None)
 
 
-MATRICES_REACH, ATTENTION_REACHES = 0.75, 0.5
+MATRICES_MFU, ATTENTION_MFU = 0.75, 0.5  # assumed shares of the peak
 ASSUMPTIONS = (
-    f"products with parameters reach {MATRICES_REACH:.0%} of the peak, attention kernels {ATTENTION_REACHES:.0%}",
+    f"products with parameters reach {MATRICES_MFU:.0%} of the peak, attention kernels {ATTENTION_MFU:.0%}",
     "keys and values (ring) go one way over one link to a neighbour, while attention computes",
-    "everything else that is sent takes both links of one dimension of the torus, while products are computed",
-    "all bytes that a device holds are moved between HBM and the chip twice, while it computes",
-    "what takes longer than the work beside it is waited for; nothing else is lost",
+    "all other communication uses both links of one dimension of the torus, while products are computed",
+    "all memory in use is moved between HBM and the chip twice, while it computes",
+    "communication that takes longer than the computation it overlaps with is waited for; nothing else is lost",
 )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one run of a program, and the shares that they are made of.
+    """Seconds of one call of a program, and their parts.
 
     Attributes:
         matrices, attention: products, at the rates assumed.
         ring: sending keys and values.
         others: sending parameters and gradients.
         memory: HBM.
-        total: what one run takes.
-        bound: at the chip's peak, if nothing were computed twice and nothing waited for.
-        mfu: model FLOPs utilisation that the total means, products with parameters only.
+        total: of one call.
+        bound: at the chip's peak, without recomputation and waiting.
+        mfu: model FLOPs utilisation at `total`, products with parameters only.
         mfu_with_attention: the same with attention.
     """
 
@@ -93,20 +93,20 @@ class Estimate:
 
     @property
     def attention_share(self) -> float:
-        """Of the time of all products."""
+        """Share of attention in the time of all products."""
         return self.attention / (self.matrices + self.attention)
 
 
 def estimate(
-    chip: Chip, devices: int, needed: Flops, executed: Flops, collectives: dict[str, Traffic], bytes_held: int
+    chip: Chip, devices: int, needed: Flops, executed: Flops, collectives: dict[str, Traffic], memory_bytes: int
 ) -> Estimate:
-    """Of a program on so many devices, whose FLOPs are those of all; `bytes_held` is a device's."""
+    """The estimate of a program on `devices` devices; FLOPs are those of all devices, `memory_bytes` of one."""
     peak = devices * chip.peak_flops
-    matrices = executed.matrices / peak / MATRICES_REACH
-    attention = executed.attention / peak / ATTENTION_REACHES
+    matrices = executed.matrices / peak / MATRICES_MFU
+    attention = executed.attention / peak / ATTENTION_MFU
     ring = collectives.get(RING, Traffic(0, 0)).bytes / chip.link_bandwidth
     others = sum(found.bytes for kind, found in collectives.items() if kind != RING) / (2 * chip.link_bandwidth)
-    memory = 2 * bytes_held / chip.hbm_bandwidth
+    memory = 2 * memory_bytes / chip.hbm_bandwidth
     total = max(max(matrices, others) + max(attention, ring), memory)
     return Estimate(
         matrices=matrices,

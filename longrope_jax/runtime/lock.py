@@ -1,4 +1,8 @@
-"""One run at a time in a work directory."""
+"""One run at a time in a work directory.
+
+Not the package `filelock`: its lock file stays after a release, it does not record the holder, and where a file system
+has no `flock` it falls back to a marker file, which would block the restart of a killed run.
+"""
 
 import contextlib
 import datetime
@@ -23,17 +27,17 @@ _UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 @contextlib.contextmanager
 def hold(workdir: epath.PathLike) -> Iterator[None]:
-    """While it lasts no other run gets this work directory, which is made if need be. Who only reads needs no lock.
+    """Locks a work directory for one run, and makes the directory if needed. Reading needs no lock.
 
-    It is the kernel's lock on the file `.lock` (`flock`) and goes with its process, however that ends: the file that a
-    killed one leaves is in nobody's way. Of the processes of one run the first holds it for all; all have to call this.
+    The lock is the kernel's (`flock`) on the file `.lock`. It ends with its process, also after `kill -9`; a file that
+    a killed process leaves blocks nobody. All processes of one run call this; the first one holds the lock.
 
-    Object stores have no such lock. What could stand in for it, a file whose date is kept fresh, would shut out the
-    restart of a killed run for as long as a network may be slow: there nothing keeps two runs apart. Nor on a file
-    system that can't lock; a warning tells so.
+    Object stores have no such lock, so nothing keeps two runs apart there. Some file systems have none either; a
+    warning says so.
 
     Raises:
-        OSError: the directory can't be made or written to, or another run has it: says who, and what to do.
+        OSError: the directory can't be made or written to, or another run holds the lock; says which process, and what
+            to do.
     """
     workdir = epath.Path(workdir)
     if is_remote(workdir):
@@ -44,7 +48,7 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
     lock, problem = None, None
     if processes.is_first():
         try:
-            lock = _take(Path(workdir))
+            lock = _try_lock(Path(workdir))
         except OSError as error:
             problem = error
     if processes.any_of(problem is not None):
@@ -53,15 +57,15 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            (workdir / NAME).unlink(missing_ok=True)  # while it is ours: afterwards it could be another's
+            (workdir / NAME).unlink(missing_ok=True)  # before the release: afterwards it could be another run's
             os.close(lock)
             if is_new:
-                with contextlib.suppress(OSError):  # not empty, as nearly always
+                with contextlib.suppress(OSError):  # usually not empty
                     os.rmdir(workdir)
 
 
-def _take(workdir: Path) -> int | None:
-    """The lock, as an open file; None where there are none."""
+def _try_lock(workdir: Path) -> int | None:
+    """The file descriptor that holds the lock; None on a file system without locks."""
     path = workdir / NAME
     while True:
         try:
@@ -74,18 +78,20 @@ def _take(workdir: Path) -> int | None:
             holder = _holder(opened)
             os.close(opened)
             if error.errno in _UNSUPPORTED:
-                logging.warning("%s: its file system has no locks; nothing keeps another run out", workdir)
+                logging.warning("%s: its file system has no locks; a second run would not be stopped", workdir)
                 return None
             raise OSError(
-                f"work directory {workdir} is in use by {holder}; wait for it or end it (the lock ends with it, there "
-                "is nothing to be removed), or choose another work directory"
+                f"work directory {workdir} is in use by {holder}; wait for it or stop it (its lock ends with it, no "
+                "file has to be removed), or choose another work directory"
             ) from None
         if _is_at(opened, path):
-            with contextlib.suppress(OSError):  # a full disk: others are kept out, and not told by whom
+            now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
+            with contextlib.suppress(OSError):  # a full disk: the lock works, without the holder's name
                 os.ftruncate(opened, 0)
-                os.write(opened, _this_process())
+                os.write(opened, json.dumps(holder).encode())
             return opened
-        os.close(opened)  # whoever had it has just removed it
+        os.close(opened)  # its previous holder has just removed the file
 
 
 def _is_at(opened: int, path: Path) -> bool:
@@ -95,15 +101,10 @@ def _is_at(opened: int, path: Path) -> bool:
         return False
 
 
-def _this_process() -> bytes:
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}).encode()
-
-
 def _holder(opened: int) -> str:
-    """Who has the lock, as far as its file tells."""
+    """The process that holds the lock, in words."""
     try:
-        told = json.loads(os.pread(opened, 4096, 0))
-        return f"process {told['pid']} on {told['host']}, since {told['since']}"
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # it is only just being written
+        holder = json.loads(os.pread(opened, 4096, 0))
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # the file may be half written
         return "another process"

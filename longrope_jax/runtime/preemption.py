@@ -1,4 +1,4 @@
-"""Machines that are taken away: SIGTERM asks for a checkpoint, after which the same command goes on elsewhere."""
+"""Preemption: after SIGTERM a stage saves a checkpoint and stops; the same command resumes it, on any machine."""
 
 import contextlib
 import itertools
@@ -10,29 +10,29 @@ import jax
 from jax.experimental import multihost_utils
 
 _received = False
-_asked = itertools.count()  # never begins again: the processes agree on a number at which all stop
+_asked = itertools.count()  # never restarts: the processes agree on a number at which all stop
 
 
 class Preempted(Exception):
-    """A stage stopped because it was asked to; nothing is lost.
+    """A stage stopped on request; nothing is lost.
 
     Args:
-        saved: what is kept, in words.
+        saved: what is saved, in words.
     """
 
     def __init__(self, stage: str, saved: str):
-        super().__init__(f"{stage}: asked to stop, {saved}; the same command goes on from there")
+        super().__init__(f"{stage}: asked to stop, {saved}; the same command continues from there")
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[None]:
-    """While it lasts, SIGTERM does not end the process but is what `requested` tells. Save and close within it.
+    """Inside this context SIGTERM does not end the process; `requested` reports it. Save and close inside.
 
-    Any number of them: one that comes while the checkpoint is being saved does not cut it short. Within another `watch`
-    it changes nothing, nor outside of the main thread, which alone may have handlers.
+    More signals change nothing, so none interrupts the saving of a checkpoint. A nested `watch` does nothing, and so
+    does one outside of the main thread, as only the main thread can have signal handlers.
     """
     global _received
-    # JAX's coordination service has a handler of its own, which tells the other processes.
+    # JAX's coordination service has its own handler, which informs the other processes.
     if jax.distributed.is_initialized() or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -49,9 +49,9 @@ def watch() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether to save now and stop. Processes that work together all have to ask equally often, and stop together."""
+    """Whether to save now and stop. All processes must call this equally often; they stop together."""
     global _received
-    # The sync point says yes once; whoever could not stop just then is told again.
+    # The sync point says yes once; a caller that could not stop then gets the same answer again.
     _received = _received or multihost_utils.reached_preemption_sync_point(next(_asked))
     return _received
 

@@ -1,6 +1,6 @@
-"""Several processes as one: `jax.distributed`, from flags or from the cluster's environment.
+"""Several processes of one run: `jax.distributed`, from flags or from the cluster's environment.
 
-Process 0 is the first among equals: it alone writes files, and where processes could see different things it decides.
+Process 0 alone writes files, and it decides where processes could see different things.
 """
 
 import jax
@@ -9,17 +9,17 @@ from jax.experimental import multihost_utils
 
 
 def join(coordinator: str | None, count: int | None, index: int | None) -> None:
-    """Makes this process one of those that run the experiment together; call it before anything else uses JAX.
+    """Connects this process with the others that run the experiment; call it before anything else uses JAX.
 
     Args:
         coordinator: "host:port" of process 0, or "auto": coordinator, count and index come from the environment (Cloud
-            TPU, GKE, Slurm, Open MPI). None: this process is alone.
+            TPU, GKE, Slurm, Open MPI). None: a single process.
         count: how many processes.
         index: which of them this is, from 0.
 
     Raises:
-        ValueError: they don't go together, or the environment tells nothing.
-        RuntimeError: the others did not come.
+        ValueError: the arguments contradict each other, or the environment has no cluster.
+        RuntimeError: the other processes did not connect.
     """
     given = {"num_processes": count, "process_id": index}
     if coordinator is None or coordinator == "auto":
@@ -50,18 +50,22 @@ def is_first() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-    """Until every process has come here: one writes files that the others read."""
+    """A barrier for all processes, for example before they read files that one of them writes.
+
+    Args:
+        what: its name, the same in all processes.
+    """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def any_of(condition: bool) -> bool:
-    """Whether it holds in any process; all have to ask."""
+    """Whether `condition` is true in any process; all processes must call it."""
     if jax.process_count() == 1:
         return condition
     return bool(multihost_utils.process_allgather(np.asarray(condition)).any())
 
 
 def share() -> tuple[int, int]:
-    """(index, count) of this process, to share work out by."""
+    """(index, count) of this process, to divide work by."""
     return jax.process_index(), jax.process_count()

@@ -1,4 +1,4 @@
-"""Profiles: what the devices do in a few steps of a stage, for TensorBoard's profiler or ui.perfetto.dev."""
+"""Profiles of a few steps of a stage, for TensorBoard's profiler or ui.perfetto.dev."""
 
 import contextlib
 import tempfile
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProfileSettings(Settings):
-    """Which steps are looked at; none by default. It may change between the runs of a work directory.
+    """Which steps are profiled; none by default. It may change between the runs of a work directory.
 
     Attributes:
         steps: (first, one after the last), such as (10, 13): steps of training as the metrics number them; batches of
-            candidates of a search and evaluations (one arm at one length), counted from 1 in every process.
+            candidates of a search and evaluations (one method at one length), counted from 1 in every process.
         stage: the stage; "" for all.
     """
 
@@ -44,12 +44,12 @@ class ProfileSettings(Settings):
 
 
 class _Profile:
-    """Traces the wanted steps of one stage into a folder; process 0 alone does."""
+    """Traces the selected steps of one stage into a folder, in process 0."""
 
     def __init__(self, settings: ProfileSettings, folder: epath.Path):
         self._first, self._end = settings.steps
         self._folder = folder
-        self._local: tempfile.TemporaryDirectory | None = None  # where the trace that is running goes to
+        self._local: tempfile.TemporaryDirectory | None = None  # of the running trace
 
     def step(self, name: str, number: int, call: Callable[[], T]) -> T:
         if self._local is None and self._first <= number < self._end:
@@ -63,7 +63,7 @@ class _Profile:
         return result
 
     def finish(self) -> None:
-        """Ends a trace that is running and puts it where it belongs: JAX itself writes to local disks only."""
+        """Stops a running trace and copies it to the folder, as JAX itself writes to local disks only."""
         if self._local is None:
             return
         running, self._local = self._local, None
@@ -77,7 +77,7 @@ _current: ContextVar[_Profile | None] = ContextVar("profile", default=None)
 
 @contextlib.contextmanager
 def of_stage(settings: ProfileSettings, stage: str, workdir: epath.Path) -> Iterator[None]:
-    """Inside, `step` traces what the settings want of this stage, into `workdir/profile/<stage>`."""
+    """Inside this context `step` traces the selected steps of the stage, into `workdir/profile/<stage>`."""
     if not settings.steps or settings.stage not in ("", stage) or not processes.is_first():
         yield
         return
@@ -91,6 +91,6 @@ def of_stage(settings: ProfileSettings, stage: str, workdir: epath.Path) -> Iter
 
 
 def step(name: str, number: int, call: Callable[[], T]) -> T:
-    """`call()` as step `number` of what is called `name`; see `ProfileSettings`."""
+    """Returns `call()`, profiled as step `number` of `name`; see `ProfileSettings`."""
     profile = _current.get()
     return call() if profile is None else profile.step(name, number, call)

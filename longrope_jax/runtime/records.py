@@ -1,6 +1,6 @@
-"""A file of records, one JSON object a line, which a restarted process can bring back to what its checkpoint knows.
+"""Files of records, one JSON object per line, which a restarted process can cut back to its checkpoint.
 
-Of several processes that work together only process 0 writes, what the others would write is the same.
+Only process 0 writes; the other processes would write the same.
 """
 
 import json
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 def append(path: epath.Path, records: Iterable[Record]) -> None:
-    """Adds records at the end of the file, which is made if need be.
+    """Appends records to the file, and makes it if needed.
 
     Raises:
         OSError: it can't be written to.
@@ -27,7 +27,7 @@ def append(path: epath.Path, records: Iterable[Record]) -> None:
     if processes.is_first():
         text = "".join(to_json(record) + "\n" for record in records)
         try:
-            if is_remote(path):  # "a" would begin a new object there
+            if is_remote(path):  # "a" would start a new object there
                 path.write_text((path.read_text() if path.exists() else "") + text)
             else:
                 with path.open("a") as file:
@@ -37,13 +37,13 @@ def append(path: epath.Path, records: Iterable[Record]) -> None:
 
 
 def read(path: epath.Path, fields: Mapping[str, Kind] | None = None) -> list[Record]:
-    """All complete records; nothing if there is no file. A last line cut off by a kill is not one.
+    """All complete records; none if there is no file. A last line that a kill has cut off is ignored.
 
     Args:
-        fields: that every record has beside the name of its stage, see `json_files.Kind`.
+        fields: that every record has besides its stage, see `json_files.Kind`.
 
     Raises:
-        OSError: a line is no such record; it is named.
+        OSError: names a line that is no such record.
     """
     if not path.exists():
         return []
@@ -54,13 +54,13 @@ def read(path: epath.Path, fields: Mapping[str, Kind] | None = None) -> list[Rec
             found.append(json_files.check(json.loads(line.decode()), {"stage": str, **(fields or {})}))
         except (ValueError, RecursionError) as error:
             raise OSError(
-                f"{path} is damaged: line {number}: {error}; without that line the same command goes on"
+                f"{path} is damaged: line {number}: {error}; without that line the same command continues"
             ) from None
     return found
 
 
 def keep(path: epath.Path, wanted: Callable[[Record], bool], fields: Mapping[str, Kind] | None = None) -> None:
-    """Forgets the other records: those that were written after the checkpoint a process goes on from.
+    """Removes all other records: those written after the checkpoint that a process resumes from.
 
     Raises OSError as `read` does.
     """
@@ -74,18 +74,18 @@ def of_stage(path: epath.Path, stage: str, fields: Mapping[str, Kind]) -> list[R
 
 
 def resume(path: epath.Path, stage: str, fields: Mapping[str, Kind]) -> list[Record]:
-    """The same for a process that goes on with them: a last line that a kill cut off is removed from the file."""
+    """The same for a process that will append: removes a last line that a kill has cut off."""
     keep(path, lambda record: True, fields)
     return of_stage(path, stage, fields)
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
-    """JSON that every reader accepts: it has no infinity and no nan, null says that there is no number."""
+    """JSON that every reader accepts: null in place of infinity and nan."""
     return json.dumps(finite(content), indent=indent, allow_nan=False)
 
 
 def finite(content: Any) -> Any:
-    """The same content with None for numbers that are infinite or nan."""
+    """The same content with None in place of infinity and nan."""
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -101,7 +101,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file, from process 0, so that after a kill it has either its old content or all of the new.
+    """Writes a file from process 0; after a kill it has either its old content or all of the new.
 
     Raises:
         OSError: it can't be written, the disk may be full; it has its old content.

@@ -6,11 +6,11 @@ import pytest
 
 from longrope_jax.model.flops import Flops
 from longrope_jax.runtime.collectives import RING, Traffic
-from longrope_jax.runtime.estimate import ATTENTION_REACHES, CHIPS, MATRICES_REACH, TPUS, Chip, chip_of, estimate
+from longrope_jax.runtime.estimate import ATTENTION_MFU, CHIPS, MATRICES_MFU, TPUS, Chip, chip_of, estimate
 
 CHIP = Chip("made_up", "Made Up", peak_flops=100.0, hbm_bytes=1000, hbm_bandwidth=1000.0, link_bandwidth=10.0, torus=2)
 NEEDED, EXECUTED = Flops(600.0, 200.0), Flops(900.0, 300.0)
-MATRICES, ATTENTION = 900 / 200 / MATRICES_REACH, 300 / 200 / ATTENTION_REACHES  # 6 s and 3 s on two devices
+MATRICES, ATTENTION = 900 / 200 / MATRICES_MFU, 300 / 200 / ATTENTION_MFU  # 6 s and 3 s on two devices
 
 
 def on_two(collectives=None, held=0):

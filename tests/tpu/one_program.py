@@ -19,7 +19,7 @@ import jax
 
 from longrope_jax.experiment import kind_of, parse_experiment
 from longrope_jax.experiment.stages import STAGES
-from longrope_jax.runtime.ahead_of_time import compile_lowered, described
+from longrope_jax.runtime.ahead_of_time import compile_lowered, describe_slice
 
 
 class Kept:
@@ -45,13 +45,13 @@ def measure(path: str, stage: str, name: str, topology: str, *changes: str) -> d
             settings = dataclasses.replace(settings, **{field: ast.literal_eval(value)})
         else:
             model = dataclasses.replace(model, **{field: ast.literal_eval(value)})
-    layout, chip = described(topology, experiment.mesh)
+    layout, chip = describe_slice(topology, experiment.mesh)
     programs = STAGES[kind_of(stage)].programs(settings, model, layout)
     (program,) = [program for program in programs if program.name.startswith(name)]
     began = time.monotonic()
     with layout.active():
         kept = Kept(program.lower())
-        found = compile_lowered(kept, chip, began).beside(program.beside, chip)
+        found = compile_lowered(kept, chip, began).with_additional(program.additional_bytes, chip)
     text = kept.compiled.as_text() if kept.compiled else ""
     return {
         "fits": found.fits,

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from longrope_jax.model.ring import ring_attention
 from longrope_jax.model.sharding import partition_spec
-from longrope_jax.runtime.ahead_of_time import described
+from longrope_jax.runtime.ahead_of_time import describe_slice
 from longrope_jax.runtime.collectives import RING, traffic
 from longrope_jax.runtime.estimate import GIB, TPUS
 from longrope_jax.runtime.mesh import MeshSettings
@@ -38,7 +38,7 @@ def test_all_chips_are_here():
 def test_kernels_compile_alone_and_in_the_ring_forward_and_backward(name, dim, dtype):
     """Eight heads on two of keys, 16,384 tokens a device."""
     for axes, is_ring in (("data:-1", False), ("seq:-1", True)):
-        layout, _ = described(SMALL[name], MeshSettings(axes))
+        layout, _ = describe_slice(SMALL[name], MeshSettings(axes))
         devices = layout.mesh.size
         batch, length = (1, 16384 * devices) if is_ring else (devices, 16384)
 
