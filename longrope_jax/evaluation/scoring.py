@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from longrope_jax.model import Llama
-from longrope_jax.model.llama import LOGITS_AT_ONCE, project
+from longrope_jax.model.llama import MAX_LOGITS, project
 from longrope_jax.model.sharding import constrain, shards
 from longrope_jax.rope import FactorTable, RopeFactors
 from longrope_jax.runtime.mesh import Layout
@@ -139,7 +139,7 @@ def _score(
         return log_probabilities, jnp.argmax(logits, axis=-1)[..., None] == chunk[1]
 
     # As in `model/llama.py`: logits of so many places at a time, on every device of its own rows.
-    largest = LOGITS_AT_ONCE * shards("vocab") * shards("batch") // (len(tokens) * model.config.vocab_size)
+    largest = MAX_LOGITS * shards("vocab") * shards("batch") // (len(tokens) * model.config.vocab_size)
     chunk = min(places.shape[1], 2 ** (max(largest, 1).bit_length() - 1))  # both are powers of two
     chunks = (jnp.moveaxis(x.reshape(len(x), -1, chunk, x.shape[-1]), 1, 0) for x in (hidden, targets))
     made = jax.lax.map(of_chunk, tuple(chunks))

@@ -1,18 +1,18 @@
 """Causal self-attention behind one signature: queries, keys, values, positions, segment ids -> mixed values.
 
-A token attends to the tokens of its own segment whose position is not beyond its own. Positions are explicit, so
-packing and any order of the tokens in memory work alike.
+A token attends to the tokens of its own segment up to its own position. Positions are explicit, so packed sequences
+and any order of tokens in memory work.
 
-* `dense` builds the [T, T] scores: short, differentiable in every mode, the reference for the others; O(T^2) memory.
-* `blockwise` is plain JAX for any device (`model/blockwise.py`).
-* `splash` are JAX's Pallas kernels for TPUs (`model/splash.py`); `splash_interpreted` the same kernels interpreted,
-  slowly, on any device.
-* `cudnn` is the fused attention of NVIDIA GPUs (`model/attention.py`).
-* `auto` is the fastest of them that the platform, and what is asked for, allow.
+* `dense` computes all [T, T] scores: short, differentiable in every mode, the reference for the others; O(T^2) memory.
+* `blockwise` is JAX code for any device (`model/blockwise.py`).
+* `splash` are JAX's Pallas kernels for TPUs (`model/splash.py`); `splash_interpreted` the same kernels in slow
+  interpreter mode, on any device.
+* `cudnn` is the fused attention of NVIDIA GPUs.
+* `auto` is the fastest of them that the platform and the arguments allow.
 
-All but dense recompute scores in a backward pass of their own, so that memory is O(B T (H + K) D). Those in
-`PARTIAL_BACKENDS` come as two halves, `forward` and `backward`, that let queries and keys be different tokens: the ring
-(`model/ring.py`) uses them on one shard of keys after the other.
+All but `dense` recompute scores in their own backward pass, so memory is O(B T (H + K) D). `PARTIAL_BACKENDS` have two
+functions, `forward` and `backward`, whose queries and keys may be different tokens: the ring (`model/ring.py`) calls
+them with one shard of keys after the other.
 """
 
 from collections.abc import Callable
@@ -30,14 +30,14 @@ from longrope_jax.model.blocks import (
     by_token,
     correction,
     in_blocks,
-    keep,
     masked_scores,
     may_attend,
+    saveable,
 )
 
 
 class Partial(NamedTuple):
-    """A backend that can attend to some keys now and to others later.
+    """A backend that can attend to a part of the keys.
 
     Attributes:
         choose_block: (tokens, runs of text that they are, head dim, dtype) -> tokens a block.
@@ -57,8 +57,9 @@ PARTIAL_BACKENDS = {
         splash.choose_block, partial(splash.forward, interpret=True), partial(splash.backward, interpret=True)
     ),
 }
+_CUDNN_TYPES = ("bfloat16", "float16")
 BACKENDS = ("auto", "dense", *PARTIAL_BACKENDS, "cudnn")
-_NEEDS = {"splash": "tpu", "cudnn": "gpu"}  # the platform, of those that don't run on all
+_NEEDS = {"splash": "tpu", "cudnn": "gpu"}  # platforms of the backends that don't run everywhere
 
 
 def attention(
@@ -78,7 +79,7 @@ def attention(
         ValueError: the backend can't run here, or not on these arguments.
     """
     backend = resolve(backend, running_on())
-    if backend == "auto":  # a GPU, whose fused kernel knows neither float32 nor segments
+    if backend == "auto":  # on a GPU, whose fused kernel supports neither float32 nor segments
         backend = "cudnn" if cudnn_takes(query.dtype, query.shape[-1], segment_ids is not None) else "blockwise"
     if backend == "dense":
         return dense(query, key, value, positions, segment_ids)
@@ -88,13 +89,13 @@ def attention(
 
 
 def running_on() -> str:
-    """The platform that is being traced for: that of the mesh that is set, which need not be of this machine."""
+    """The platform to trace for: that of the current mesh, which need not be of this machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
 
 
 def resolve(backend: str, platform: str) -> str:
-    """The backend that a name means on a platform; "auto" on a GPU, where it depends on the arguments.
+    """The backend of a name on a platform; stays "auto" on a GPU, where it depends on the arguments.
 
     Raises:
         ValueError: it can't run there.
@@ -106,14 +107,14 @@ def resolve(backend: str, platform: str) -> str:
 
 
 def partial_backend(backend: str, platform: str) -> str:
-    """The same for sequences that are cut over devices; raises ValueError for a backend that needs whole ones."""
+    """The same for sequences that are sharded over devices; raises ValueError for a backend without `Partial`."""
     backend = resolve(backend, platform)
     if backend == "auto":
         return "blockwise"
     if backend not in PARTIAL_BACKENDS:
         able = [name for name in PARTIAL_BACKENDS if _NEEDS.get(name, platform) == platform]
         raise ValueError(
-            f"attention = {backend!r} needs whole sequences; cut over devices (seq > 1) they take {', '.join(able)}"
+            f"attention = {backend!r} needs whole sequences; sharded over devices (seq > 1) they take {', '.join(able)}"
         )
     return backend
 
@@ -131,7 +132,7 @@ def dense(query: Array, key: Array, value: Array, positions: Array, segment_ids:
     mask = may_attend(tokens, tokens)
     query, key, value = by_kv_head(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
     scores = masked_scores(query, key, mask)
-    # A row is never empty: every token sees itself.
+    # No row is empty: every token attends to itself.
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return by_token(jnp.einsum("bkgts,bksd->bkgtd", weights, value), query.shape[3])
 
@@ -139,7 +140,7 @@ def dense(query: Array, key: Array, value: Array, positions: Array, segment_ids:
 def _cudnn(query: Array, key: Array, value: Array, positions: Array, segment_ids: Array | None) -> Array:
     if segment_ids is not None:
         raise ValueError("attention = 'cudnn' can't keep the segments of a packed sequence apart; take 'blockwise'")
-    # The kernel knows no positions. Tokens in another order are rare, but must not be wrong.
+    # The kernel ignores positions. Tokens in another order are rare, but must be right.
     in_order = jnp.all(positions[:, 1:] > positions[:, :-1])
     otherwise = partial(whole, PARTIAL_BACKENDS["blockwise"], positions=positions)
     return jax.lax.cond(in_order, cudnn_attention, otherwise, query, key, value)
@@ -157,7 +158,7 @@ def whole(
     """See `attention` (query [B, T, H, D]), by one of the `PARTIAL_BACKENDS`. Reverse-mode derivatives only.
 
     Memory O(B H T D) forward and backward, plus a few bytes of bookkeeping for every pair of blocks, (T / block)^2.
-    Padding to a multiple of the block, which is chosen by the length if none is given, is done here.
+    Pads to a multiple of the block, which depends on the length if it is None.
     """
     length = query.shape[1]
     block = block or backend.choose_block(length, 1, query.shape[3], query.dtype)
@@ -173,7 +174,7 @@ def _whole(backend: Partial, block: int, query: Array, key: Array, value: Array,
 
 
 def _whole_fwd(backend, block, query, key, value, queries, keys):
-    out, log_sum = keep(*backend.forward(block, query, key, value, queries, keys, value.dtype))
+    out, log_sum = saveable(*backend.forward(block, query, key, value, queries, keys, value.dtype))
     return out, (query, key, value, queries, keys, out, log_sum)
 
 
@@ -185,12 +186,9 @@ def _whole_bwd(backend, block, saved, d_out):
 _whole.defvjp(_whole_fwd, _whole_bwd)
 
 
-_CUDNN_TYPES = ("bfloat16", "float16")
-
-
 def cudnn_takes(dtype: jnp.dtype, head_dim: int, has_segments: bool) -> bool:
-    """Whether the kernel can do it: half precision, a head dim of up to 128 that is a multiple of 8, and one text a
-    sequence (it would need a mask of T x T bytes).
+    """Whether the kernel supports it: half precision, a head dim of up to 128 that is a multiple of 8, and one text per
+    sequence (segments would need a mask of T x T bytes).
     """
     return jnp.dtype(dtype).name in _CUDNN_TYPES and head_dim <= 128 and not head_dim % 8 and not has_segments
 
@@ -198,10 +196,10 @@ def cudnn_takes(dtype: jnp.dtype, head_dim: int, has_segments: bool) -> bool:
 def cudnn_attention(
     query: Float[Array, "B T H D"], key: Float[Array, "B T K D"], value: Float[Array, "B T K D"]
 ) -> Float[Array, "B T H D"]:
-    """Attention of sequences whose tokens lie in their order, see `attention.attention`. Memory O(B T H D).
+    """Attention of sequences whose tokens are in order, see `attention`. Memory O(B T H D).
 
     Raises:
-        ValueError: it is not in half precision, or heads are too wide.
+        ValueError: no half precision, or heads are too wide.
     """
     if not cudnn_takes(query.dtype, query.shape[-1], has_segments=False):
         raise ValueError(

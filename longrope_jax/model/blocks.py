@@ -1,4 +1,4 @@
-"""What all attention shares, that of the cache too: arrays by head and in blocks of tokens, and who sees whom."""
+"""Parts that all attention backends and the cache share: arrays by head, blocks of tokens, and the causal mask."""
 
 from functools import partial
 from typing import NamedTuple
@@ -9,25 +9,27 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-MASKED = -1e30  # finite: a block whose every score is masked must not make NaN
-_NO_QUERY, _NO_KEY = np.int32(-1), np.int32(2**31 - 1)  # positions of padding: it sees nothing, nothing sees it
+MASKED = -1e30  # finite, so that a block with all scores masked gives no NaN
+_NO_QUERY, _NO_KEY = (
+    np.int32(-1),
+    np.int32(2**31 - 1),
+)  # positions of padding: no query attends, no key is visible
+
+SAVED = "attention"
+"""Checkpoint name of the results of attention, which `attention_saveable` saves for the backward pass."""
 
 
-KEPT = "attention"
-"""Name of what has to be kept of attention so that a backward pass need not compute it again (`keep`)."""
-
-
-def keep(out: Float[Array, "*rows D"], log_sum: Float[Array, "*rows"]) -> tuple[Array, Array]:
-    """The two results of `forward`, [..., D] and [...], as what a policy of rematerialisation saves as `KEPT`."""
-    return checkpoint_name(out, KEPT), checkpoint_name(log_sum, KEPT)
+def saveable(out: Float[Array, "*rows D"], log_sum: Float[Array, "*rows"]) -> tuple[Array, Array]:
+    """The two results of `forward`, [..., D] and [...], named so that a remat policy can save them."""
+    return checkpoint_name(out, SAVED), checkpoint_name(log_sum, SAVED)
 
 
 class Tokens(NamedTuple):
-    """Who may see whom.
+    """What the attention mask depends on.
 
     Attributes:
-        positions: the place of every token in its text.
-        segments: the text that it belongs to; None where there is only one.
+        positions: of every token in its text.
+        segments: number of its text; None if there is only one.
     """
 
     positions: Int[Array, "#B T"]
@@ -43,7 +45,7 @@ def in_blocks(
 ) -> tuple[Float[Array, "B K G N D"], Float[Array, "B K N D"], Float[Array, "B K N D"], Tokens, Tokens]:
     """The arguments of `forward` for tokens that attend to each other: query, key, value, queries, keys.
 
-    Heads come first, the G query heads of a key head side by side, and T is padded to N, a multiple of the block.
+    Heads come first, the G query heads of a key head together, and T is padded to N, a multiple of the block.
     """
     pad = -query.shape[1] % block
     query, key, value = by_kv_head(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -60,23 +62,23 @@ def correction(d_out: Float[Array, "*rows D"], out: Float[Array, "*rows D"]) -> 
 
 
 def by_token(out: Float[Array, "B K G N D"], length: int) -> Float[Array, "B T H D"]:
-    """Undoes what `in_blocks` and `by_kv_head` do to queries, for those of `length` tokens."""
+    """The inverse of `in_blocks` and `by_kv_head` for queries of `length` tokens."""
     batch, kv_heads, groups, _, dim = out.shape
     return out[..., :length, :].transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * groups, dim)
 
 
 def key_blocks(block: int, queries: Tokens, keys: Tokens) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
-    """For every query block the range [first, last) of key blocks that it has to look at."""
+    """For every query block the range [first, last) of key blocks that it may attend to."""
     return _range(_visible(block, queries, keys))
 
 
 def query_blocks(block: int, queries: Tokens, keys: Tokens) -> tuple[Int[Array, "M"], Int[Array, "M"]]:
-    """For every key block the range [first, last) of query blocks that look at it."""
+    """For every key block the range [first, last) of query blocks that may attend to it."""
     return _range(_visible(block, queries, keys).T)
 
 
 def _visible(block: int, queries: Tokens, keys: Tokens) -> Bool[Array, "N M"]:
-    """May anything in a pair of blocks attend? Judged by ranges, so sometimes needlessly true."""
+    """Whether any query of a block may attend to any key of another; decided by ranges, so sometimes true in vain."""
     split = lambda x: x.reshape(x.shape[0], -1, block)  # noqa: E731
     ranges = [split(queries.positions).max(-1), split(keys.positions).min(-1)]
     if queries.segments is not None:
@@ -91,7 +93,7 @@ def _visible(block: int, queries: Tokens, keys: Tokens) -> Bool[Array, "N M"]:
             visible &= (query_high[:, None] >= key_low) & (query_low[:, None] <= key_high)
         return visible
 
-    # One sequence after the other: a table of all would be B times as large.
+    # One sequence after the other: a table for all would be B times as large.
     nothing = jnp.zeros((ranges[0].shape[1], ranges[1].shape[1]), bool)
     return jax.lax.scan(lambda seen, row: (seen | in_sequence(*row), None), nothing, ranges)[0]
 
@@ -104,9 +106,9 @@ def _range(visible):
 
 
 def even_block(length: int, largest: int, granule: int = 1) -> int:
-    """The block with which a length is cut in the fewest blocks of at most `largest`, all about equally full.
+    """The block size that splits a length into the fewest blocks of at most `largest`, all about equally full.
 
-    A multiple of `granule`, as `largest` has to be.
+    A multiple of `granule`, as `largest` must be.
     """
     count = -(-length // largest)
     return -(-length // (count * granule)) * granule
@@ -129,11 +131,11 @@ def masked_scores(
 
 
 def product(subscripts: str, left: Array, right: Array) -> Array:
-    """An einsum that adds up in float32; the subscripts say the shapes, "bkgtd,bksd->bkgts" makes [B, K, G, T, S]."""
+    """An einsum that accumulates in float32; subscripts give the shapes, "bkgtd,bksd->bkgts" makes [B, K, G, T, S]."""
     return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
 
 
 def by_kv_head(query: Float[Array, "B T H D"], kv_heads: int) -> Float[Array, "B K G T D"]:
-    """[B, T, H, D] -> [B, K, G, T, D], the G query heads of a key head side by side."""
+    """[B, T, H, D] -> [B, K, G, T, D], the G query heads of a key head together."""
     batch, length, heads, dim = query.shape
     return query.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)

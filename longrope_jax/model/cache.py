@@ -1,12 +1,11 @@
-"""The keys and values of what a model has read, and attention over them.
+"""The KV cache, and attention over it.
 
-The token at position p of a row is in slot p, for every row: prompts of different lengths need no padding on the left,
-nothing has to be stored about a slot, and the causal mask hides all slots that are not written yet or hold something
-stale, as these lie beyond every query's position.
+The token at position p of a row is in slot p. So prompts of different lengths need no padding on the left, a slot needs
+no metadata, and the causal mask hides all slots that are unwritten or stale, as they are beyond every query's position.
 
-Under `jax.set_mesh` the rows, heads and slots of the cache are cut over the mesh (`model/sharding.py`). The slots are
-dealt out to the devices of the `seq` axis block by block, like cards, so that all have the same work however little of
-the cache is used: block b is with device b % n of n.
+Under `jax.set_mesh` the rows, heads and slots of the cache are sharded over the mesh (`model/sharding.py`). Blocks of
+slots are distributed round-robin over the n devices of the `seq` axis, block b on device b % n, so that all have the
+same work however little of the cache is used.
 """
 
 from functools import partial
@@ -21,16 +20,16 @@ from longrope_jax.model.blocks import MASKED, by_kv_head, by_token, product
 from longrope_jax.model.config import LlamaConfig
 from longrope_jax.model.sharding import constrain, partition_spec, shards
 
-BLOCK = 256  # slots that are dealt out, and read, together
-READS = 8  # as many blocks are read at a time where queries are few, else a step would be all loop on an accelerator
+BLOCK = 256  # slots that are distributed, and read, together
+READS = 8  # blocks per read where queries are few, as the loop's overhead would dominate a decoding step
 
 
 class Cache(NamedTuple):
-    """What S slots in N layers hold; make one with `empty_cache`.
+    """Keys and values of S slots in N layers; make one with `empty_cache`.
 
     Attributes:
         keys: rotated.
-        values: as they are.
+        values: not rotated.
     """
 
     keys: Float[Array, "N B S K D"]
@@ -38,11 +37,11 @@ class Cache(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What goes from layer to layer.
+    """What each layer passes to the next.
 
     Attributes:
-        cache: the whole of it, updated in place.
-        layer: whose turn it is.
+        cache: of all layers, updated in place.
+        layer: index of the next layer.
     """
 
     cache: Cache
@@ -54,7 +53,7 @@ CACHE_AXES = ("layers", "batch", "length", "kv_heads", None)
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def empty_cache(config: LlamaConfig, rows: int, slots: int) -> Cache:
-    """For sequences of up to `slots` tokens (see `slots_for`), in the model's dtype, on the mesh that is set.
+    """For sequences of up to `slots` tokens (see `slots_for`), in the model's dtype, on the current mesh.
 
     2 N B S K D elements; the time of attention does not depend on how many of the slots are unused.
     """
@@ -63,9 +62,9 @@ def empty_cache(config: LlamaConfig, rows: int, slots: int) -> Cache:
 
 
 def slots_for(length: int) -> int:
-    """S for sequences of `length` tokens: two blocks or more on every device of the mesh that is set.
+    """S for sequences of `length` tokens: at least two blocks on every device of the current mesh.
 
-    Rounded up by at most an eighth beyond whole blocks, so that few shapes occur, and programs can be used again.
+    Rounded up by at most an eighth beyond whole blocks, so that few shapes occur and compiled programs are reused.
     """
     whole = BLOCK * shards("length")
     step = -(-(2 ** max(0, (length - 1).bit_length() - 4)) // whole) * whole
@@ -83,8 +82,8 @@ def attend(
 
     Query head h uses key head h // (H / K); scores and softmax are float32, the result has the dtype of `value`.
     Tokens with positions beyond the last slot are not written. Time O(B H C D P), P the largest position rounded up to
-    a block; memory O(B H C BLOCK) beside the cache, of which nothing is copied if the caller gives it away (donates
-    it). Over n devices of the `seq` axis: an n-th of the work and memory, and one sum over them of the result's size.
+    a block; memory O(B H C BLOCK) besides the cache, which is not copied if the caller donates
+    it. Over n devices of the `seq` axis: an n-th of the work and memory, and one sum over them of the result's size.
     """
     share = partial(_share, shards("length"))
     if not jax.sharding.get_abstract_mesh().empty:
@@ -102,11 +101,11 @@ def attend(
 
 
 def _share(devices: int, memory: Memory, query: Array, key: Array, value: Array, positions: Array):
-    """What each device does with its slots, shaped like `attend`'s arguments and results."""
+    """One device's part of `attend`, with the same arguments and results."""
     (keys, values), layer = memory
     device = jax.lax.axis_index("seq") if devices > 1 else 0
     block, within = positions // BLOCK, positions % BLOCK
-    # The slot number is beyond the end, so that the write is dropped, for what another device has.
+    # For a token of another device the slot number is beyond the end, so the write is dropped.
     slots = jnp.where(block % devices == device, block // devices * BLOCK + within, keys.shape[2])
     rows = jnp.arange(len(positions))[:, None]
     keys, values = (held.at[layer, rows, slots].set(new, mode="drop") for held, new in ((keys, key), (values, value)))
@@ -115,7 +114,7 @@ def _share(devices: int, memory: Memory, query: Array, key: Array, value: Array,
 
 
 def _mix(devices: int, device, keys: Array, values: Array, layer, query: Array, positions: Array) -> Array:
-    """float32[B, C, H, D] over the slots of all devices: each goes through its own, with an online softmax."""
+    """float32[B, C, H, D] over the slots of all devices; each device reads its own, with an online softmax."""
     batch, tokens, _, dim = query.shape
     held, kv_heads = keys.shape[2] // BLOCK, keys.shape[3]
     query = by_kv_head(query, kv_heads)
@@ -126,8 +125,8 @@ def _mix(devices: int, device, keys: Array, values: Array, layer, query: Array, 
 
         def read(x):
             part = jax.lax.dynamic_slice(x, (layer, 0, j * blocks * BLOCK, 0, 0), size)[0]
-            # As it lies: a compiler that wants heads first for the products would rather have the whole cache so, and
-            # copy it in every layer from the order in which it is written.
+            # In the cache's layout: a compiler that wants heads first for the products would else transpose, and copy,
+            # the whole cache in every layer.
             return with_layout_constraint(part, Layout((0, 1, 2, 3)))
 
         which = (j * blocks + jnp.arange(blocks)) * devices + device
@@ -145,12 +144,12 @@ def _mix(devices: int, device, keys: Array, values: Array, layer, query: Array, 
     used = jnp.clip((positions.max() // BLOCK - device) // devices + 1, 0, held)
     rows = query.shape[:-1]
     start = jnp.zeros(query.shape, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, MASKED, jnp.float32)
-    # Never all at once: XLA would take that read out of the loop, and copy the whole cache in every layer for it.
+    # Never all blocks: XLA would hoist that read out of the loop, and copy the whole cache in every layer.
     together = min(max(1, READS // tokens), held - 1)
     many = jax.lax.fori_loop(0, used // together, partial(for_slots, together), start)
     mixed, total, highest = jax.lax.fori_loop(used // together * together, used, partial(for_slots, 1), many)
     if devices > 1:
-        # Who has seen nothing has summed up what is masked, and has a share of zero.
+        # A device without visible slots has summed masked values; its share is zero.
         share = jnp.exp(highest - jax.lax.pmax(highest, "seq"))
         mixed, total = jax.lax.psum((mixed * share[..., None], total * share), "seq")
     return by_token(mixed / total[..., None], tokens)

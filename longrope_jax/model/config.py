@@ -1,4 +1,4 @@
-"""The architecture of a LLaMA, and the ones people use by name."""
+"""The architecture of a LLaMA, and presets of well-known models."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -36,9 +36,9 @@ class LlamaConfig(Settings):
         dtype: of activations and matrix products; norms, softmax, logits and losses are float32 regardless.
         param_dtype: of parameters.
         attention: backend, see `model/attention.py`.
-        remat: what of a block is kept for the backward pass: "none" keeps all, "nothing_saveable" recomputes all,
-            "attention_saveable" all but the attention itself, whose result it keeps, and which is most of the work at
-            long T; the others are policies of `jax.checkpoint_policies`.
+        remat: what a block saves for the backward pass: "none" saves all, "nothing_saveable" recomputes all,
+            "attention_saveable" recomputes all but the attention itself, which is most of the work at long T; the
+            others are policies of `jax.checkpoint_policies`.
     """
 
     vocab_size: PositiveInt

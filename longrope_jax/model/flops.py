@@ -1,6 +1,6 @@
-"""How much arithmetic a model takes, counted from its sizes: what MFU and step-time estimates divide by time.
+"""FLOPs of a model, counted from its sizes, for MFU and step-time estimates.
 
-The compiler's own count is of no use for that: it counts the body of a loop once, and layers, the ring and the blocks
+The compiler's own count does not work for that: it counts the body of a loop once, and layers, the ring and the blocks
 of attention are loops. A multiplication and an addition are two operations.
 """
 
@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 from longrope_jax.model.config import LlamaConfig
 
-FORWARD, TRAINING = 1, 3  # a backward pass has two products for every one of the forward pass
+FORWARD, TRAINING = 1, 3  # a backward pass has two products for each of the forward pass
 
 
 class Flops(NamedTuple):
     """Floating-point operations of matrix products.
 
     Attributes:
-        matrices: with parameters, which grow with the number of tokens.
-        attention: of queries with keys and of weights with values, which grow with its square: the pairs that a causal
-            mask leaves, T (T + 1) / 2 a sequence.
+        matrices: products with parameters, linear in the number of tokens.
+        attention: products of queries with keys and of weights with values, quadratic: T (T + 1) / 2 causal pairs per
+            sequence.
     """
 
     matrices: float
@@ -33,8 +33,8 @@ class Flops(NamedTuple):
 
 
 def matrix_parameters(config: LlamaConfig) -> int:
-    """Parameters that a token is multiplied with: all but norms and the embedding, which is looked up; the output head
-    counts, tied or not.
+    """Number of parameters in matrix products: all but norms and the embedding lookup; the output head counts, tied or
+    not.
     """
     heads = 2 * config.num_heads + 2 * config.num_kv_heads
     layer = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
@@ -42,11 +42,11 @@ def matrix_parameters(config: LlamaConfig) -> int:
 
 
 def count_flops(config: LlamaConfig, sequences: int, length: int, passes: int = FORWARD) -> Flops:
-    """Of `sequences` sequences of `length` tokens, each attending to all before it.
+    """FLOPs of `sequences` sequences of `length` tokens, each attending to all before it.
 
     Args:
         passes: FORWARD, or TRAINING for forward and backward: what the model needs ("model FLOPs", PaLM, arXiv
-            2204.02311, appendix B), without what rematerialisation computes again.
+            2204.02311, appendix B), without recomputation by rematerialisation.
     """
     tokens, pairs = sequences * length, sequences * length * (length + 1) / 2
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs

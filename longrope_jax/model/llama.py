@@ -1,25 +1,25 @@
-"""A functional LLaMA in Flax Linen: parameters and rope factors are arguments of `apply`, nothing is hidden.
+"""A functional LLaMA in Flax Linen, and its loss: parameters and rope factors are arguments of `apply`.
 
 Architecture (arXiv 2302.13971): pre-norm blocks of grouped-query attention with rotary embedding and of SwiGLU. The
 layers are one `nn.scan`, their parameters stacked on a leading axis, so compile time does not grow with their number.
 
-Under `jax.set_mesh`, and within `jit`, everything with tokens is cut over the mesh, sequences included
-(`model/sharding.py`). Tokens may come in any order in memory, such as the ring's zigzag, if their positions say which.
+Under `jax.set_mesh`, and within `jit`, all arrays with a token axis are sharded over the mesh, sequences included
+(`model/sharding.py`). Tokens may be in any order in memory, such as the ring's zigzag, as positions are explicit.
 """
-
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longrope_jax.model.blocks import KEPT
+from longrope_jax.model.blocks import SAVED
 from longrope_jax.model.cache import Cache, Memory, attend
 from longrope_jax.model.config import LlamaConfig
 from longrope_jax.model.ring import ring_attention
 from longrope_jax.model.sharding import batch_axis, constrain, length_axis, mesh_axes, partition_spec, shards
 from longrope_jax.rope import RopeFactors, apply_rotary, rotary_embedding
+
+MAX_LOGITS = 2**24  # float32 elements on a device, 64 MiB: a bound that does not grow with T
 
 
 class Llama(nn.Module):
@@ -38,15 +38,18 @@ class Llama(nn.Module):
     def setup(self):
         """Declares embed, layers, final_norm and, unless tied, lm_head."""
         config = self.config
-        # Looked up in param_dtype and cast afterwards: a frequent token's gradient is a sum over all its places, which
-        # bfloat16 could not hold.
+        # Looked up in param_dtype and cast afterwards: a frequent token's gradient is a sum over all its positions, for
+        # which bfloat16 is too coarse.
         dtype = config.param_dtype
         self.embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype)
         block = Block
         if config.remat != "none":
-            block = nn.remat(
-                Block, policy=_policy(config.remat), prevent_cse=False
-            )  # scan already keeps the passes apart
+            policy = (
+                jax.checkpoint_policies.save_only_these_names(SAVED)
+                if config.remat == "attention_saveable"
+                else getattr(jax.checkpoint_policies, config.remat)
+            )
+            block = nn.remat(Block, policy=policy, prevent_cse=False)  # scan already separates the passes
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -91,8 +94,8 @@ class Llama(nn.Module):
         cache: Cache,
         last: Int[Array, "B"],
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """C more tokens of every row: logits, in float32, of what follows after token `last` of the C, and the cache
-        with these tokens. Use: `apply(..., method="extend")`; see `model/cache.py`.
+        """Reads C more tokens of every row; returns float32 logits for the token after number `last` of them, and the
+        updated cache. Use: `apply(..., method="extend")`; see `model/cache.py`.
 
         Raises:
             ValueError: factors for another head dimension.
@@ -120,8 +123,8 @@ class Llama(nn.Module):
         with jax.named_scope("rope"):
             tables = rotary_embedding(positions, factors, self.config.rope_theta)
             rotation = tuple(constrain(part, batch_axis(part), length_axis(part), None) for part in tables)
-        # Gathered over fsdp like other parameters at their use, and in one piece as wide as x is: looking up pieces of
-        # rows would have every device make x for all tokens.
+        # Gathered over fsdp like other parameters at their use, with whole rows: a lookup in parts of rows would make
+        # every device compute x for all tokens.
         with jax.named_scope("embed"):
             table = constrain(self.embed.embedding, "vocab", None)
             x = _constrain_tokens(jnp.take(table, tokens, axis=0).astype(self.config.dtype))
@@ -156,7 +159,7 @@ class Block(nn.Module):
     def __call__(
         self, carry: tuple[Float[Array, "B T E"], Memory | None], rotation, positions, segment_ids
     ) -> tuple[tuple[Array, Memory | None], None]:
-        """(x, memory) -> the same, and nothing: the form that `nn.scan` wants. Only decoding has a memory."""
+        """(x, memory) -> ((x, memory), None), as `nn.scan` needs it. Only decoding has a memory."""
         x, memory = carry
         normed = _norm(self.config, "attention_norm")(x)
         mixed, memory = Attention(self.config, name="attention")(normed, memory, rotation, positions, segment_ids)
@@ -178,7 +181,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T E"], memory: Memory | None, rotation, positions, segment_ids
     ) -> tuple[Float[Array, "B T E"], Memory | None]:
-        """x -> what the block adds to the residual stream; memory -> with these tokens, for the next layer."""
+        """x -> the update of the residual stream; memory -> memory with these tokens, for the next layer."""
         config = self.config
 
         def heads(name: str, number: int) -> Float[Array, "B T heads D"]:
@@ -207,21 +210,15 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """x -> what the block adds to the residual stream."""
+        """x -> the update of the residual stream."""
         gate = _projection(self.config.intermediate_size, self.config, "gate")(x)
         up = _projection(self.config.intermediate_size, self.config, "up")(x)
         inner = constrain(nn.silu(gate) * up, "batch", length_axis(x), "mlp")
         return _projection(self.config.hidden_size, self.config, "down")(inner)
 
 
-def _policy(remat: str) -> Callable[..., bool]:
-    if remat == "attention_saveable":
-        return jax.checkpoint_policies.save_only_these_names(KEPT)
-    return getattr(jax.checkpoint_policies, remat)
-
-
 def _constrain_tokens(x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-    return constrain(x, "batch", length_axis(x), None)  # not "embed": fsdp, which cuts parameters by it, has the batch
+    return constrain(x, "batch", length_axis(x), None)  # not "embed": fsdp shards the batch here
 
 
 def _projection(features: int, config: LlamaConfig, name: str) -> nn.Dense:
@@ -232,40 +229,36 @@ def _norm(config: LlamaConfig, name: str) -> nn.RMSNorm:
     return nn.RMSNorm(config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 
-LOGITS_AT_ONCE = 2**24  # elements of float32 on a device: 64 MiB, a bound that does not grow with T
-
-
 @jax.named_scope("loss")
 def token_nll(
     hidden: Float[Array, "B T E"], head: Float[Array, "E V"], targets: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
     """-log p(target) of every position, in nats, float32.
 
-    The sequence is cut into equal chunks whose [B, chunk, V] logits stay below `LOGITS_AT_ONCE` (one position where
-    even that is more); the backward pass makes them again chunk by chunk. Time O(B T E V), memory O(B T E + B V +
-    LOGITS_AT_ONCE). Under a mesh, where it has to be called within `jit`, this is said of one device's part of B, T
-    and V.
+    The sequence is split into equal chunks whose [B, chunk, V] logits stay below `MAX_LOGITS` (one position if
+    even that is more); the backward pass recomputes them chunk by chunk. Time O(B T E V), memory O(B T E + B V +
+    MAX_LOGITS). Under a mesh, call it within `jit`; B, T and V are then one device's part.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return _in_chunks(hidden, head, targets)
     tokens = partition_spec("batch", "length")
-    # Every device goes through its own tokens: chunks of whole sequences would be gathered first, and the gradient of
-    # the head would be summed over devices once a chunk. What is cut along the vocabulary is left to the compiler.
+    # Every device processes its own tokens: chunks of whole sequences would first be gathered, and the head's gradient
+    # would be summed over devices once per chunk. The compiler shards along the vocabulary.
     return jax.shard_map(
         _in_chunks,
         in_specs=(partition_spec("batch", "length", None), partition_spec(None, None), tokens),
         out_specs=tokens,
         axis_names=mesh_axes("batch", "length"),
-        check_vma=False,  # with it, the head's gradient would be summed over devices inside of the loop after all
+        check_vma=False,  # with it, the head's gradient would be summed over devices inside the loop
     )(hidden, head.astype(jnp.float32), targets)  # float32, so that this sum is too
 
 
 def _in_chunks(hidden: Array, head: Array, targets: Array) -> Array:
     batch, length, _ = hidden.shape
-    largest = max(1, LOGITS_AT_ONCE * shards("vocab") // (batch * head.shape[1]))
+    largest = max(1, MAX_LOGITS * shards("vocab") // (batch * head.shape[1]))
     if length <= largest:
         return _nll(hidden, head, targets)
-    chunk = -(-length // -(-length // largest))  # as many chunks as it takes, evenly filled: little padding
+    chunk = -(-length // -(-length // largest))  # the fewest chunks, evenly filled: little padding
     pad = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, pad)))

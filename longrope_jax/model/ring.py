@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from longrope_jax.model.attention import PARTIAL_BACKENDS, attention, partial_backend, running_on
-from longrope_jax.model.blocks import MASKED, Tokens, by_token, correction, in_blocks, keep
+from longrope_jax.model.blocks import MASKED, Tokens, by_token, correction, in_blocks, saveable
 from longrope_jax.model.sharding import batch_axis, partition_spec, shards
 
 
@@ -104,7 +104,7 @@ def _ring_fwd(backend, devices, block, query, key, value, queries, keys):
     # The last step is by itself because it has nothing to send.
     last, merged = jax.lax.fori_loop(0, devices - 1, step, ((key, value, keys), nothing))
     out, log_sum = merge_in(last, merged)
-    out, log_sum = keep(out.astype(value.dtype), log_sum)
+    out, log_sum = saveable(out.astype(value.dtype), log_sum)
     return out, (query, key, value, queries, keys, out, log_sum)
 
 

@@ -86,10 +86,10 @@ def _try_lock(workdir: Path) -> int | None:
             ) from None
         if _is_at(opened, path):
             now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
+            record = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
             with contextlib.suppress(OSError):  # a full disk: the lock works, without the holder's name
                 os.ftruncate(opened, 0)
-                os.write(opened, json.dumps(holder).encode())
+                os.write(opened, json.dumps(record).encode())
             return opened
         os.close(opened)  # its previous holder has just removed the file
 

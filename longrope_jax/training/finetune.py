@@ -1,4 +1,4 @@
-"""The fine-tuning stage: a pretrained or extended model learns a longer window with given factors."""
+"""Fine-tuning: a pretrained or extended model learns a longer window with given factors."""
 
 import dataclasses
 import math
@@ -23,20 +23,20 @@ from longrope_jax.training.loop import HeldOut, LoopSettings, train
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(LoopSettings):
-    """How a model is taught a longer window (LongRoPE sec. 4.1; mixed windows: LongRoPE2).
+    """How a model is fine-tuned to a longer window (LongRoPE sec. 4.1; mixed windows: LongRoPE2).
 
     Attributes:
         length: L', tokens of a sequence.
         factors: the rotation to train with: a search stage, a table stage, or a method such as "yarn".
-        model: the stage whose parameters to start from; "" is the latest before this one.
-        packed: pieces of documents of up to `length` tokens are packed into sequences, kept apart by segment ids, so
-            that all text is used; else segments of exactly `length` tokens are cut from documents that fill them.
-        long_share: share of the sequences that are long; the others are packed with pieces of at most the original
-            length and turn by the original rotation.
+        model: the stage whose parameters it starts from; "" is the latest stage before this one.
+        packed: packs pieces of documents of up to `length` tokens into sequences, with segment ids, so that all text is
+            used; else cuts segments of exactly `length` tokens from documents that are long enough.
+        long_share: share of the long sequences; the others are packed with pieces of at most the original length and
+            use the original rotation.
         evaluate_every: steps between evaluations on held-out documents (those of the search); 0 for none.
         held_out_documents: how many.
-        remat: what the backward pass keeps of a block, see `LlamaConfig`; long sequences can rarely keep all.
-        data: the section of the text, both to train on and held out.
+        remat: what a block saves for the backward pass, see `LlamaConfig`.
+        data: the config section of the text, for training and held out.
     """
 
     length: PositiveInt
@@ -52,7 +52,7 @@ class FinetuneSettings(LoopSettings):
     def batches(
         self, documents: Sequence[Document], tokenizer: Tokenizer, original_length: int, share: tuple[int, int] = (0, 1)
     ):
-        """What is trained on; raises ValueError where the text or the tokenizer does not suffice."""
+        """The iterator of batches; raises ValueError if there is too little text or no BOS or EOS."""
         if tokenizer.bos is None or tokenizer.eos is None:
             raise ValueError("segments begin with BOS and end with EOS; the model's tokenizer does not have both")
         return finetuning_batches(

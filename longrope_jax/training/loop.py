@@ -31,15 +31,15 @@ from longrope_jax.training.step import (
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings(Settings):
-    """What every kind of training has.
+    """Settings of every kind of training.
 
     Attributes:
-        steps: how many.
-        batch: sequences a step, on all devices together.
-        accumulate: into how many parts a batch is cut; only one part's activations are in memory at a time.
-        seed: of fresh parameters and of the order of the data.
-        checkpoint_every: steps.
-        log_every: steps; the loss is looked at that often, while the step after runs, and at every checkpoint.
+        steps: number of training steps.
+        batch: sequences per step, on all devices together.
+        accumulate: parts that a batch is split into; only one part's activations are in memory at a time.
+        seed: of initial parameters and of the order of the data.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between records of metrics; there is one at every checkpoint too.
         optimizer: see `OptimizerSettings`.
     """
 
@@ -67,7 +67,7 @@ class HeldOut:
     """An evaluation during training.
 
     Attributes:
-        every: so many steps.
+        every: steps between evaluations.
         evaluate: params -> scalars by name.
     """
 
@@ -87,26 +87,26 @@ def train(
     bits_per_nat: float,
     held_out: HeldOut | None = None,
 ) -> float:
-    """Trains, and returns the seconds it took; goes on from the newest checkpoint in `workdir/checkpoints/<stage>`.
+    """Trains, and returns the seconds it took; resumes from the newest checkpoint in `workdir/checkpoints/<stage>`.
 
     The parameters are in the last checkpoint, see `load_params`. A resumed run gives bit for bit the parameters of an
-    uninterrupted one: parameters, optimizer, step, factors and the data iterator's state are one checkpoint, and
-    batches depend on nothing else. On another mesh it goes on with the same numbers up to the order of sums.
+    uninterrupted one: a checkpoint has parameters, optimizer, step, factors and the data iterator's state, and batches
+    depend on nothing else. On another mesh the numbers are the same up to the order of sums.
 
     Args:
         batches: iterator of `Batch`, this process's share of rows, with get_state and set_state.
         table: factors by context window.
-        first_params: makes or loads the parameters of step 0; not called when there is a checkpoint.
-        bits_per_nat: what a nat per token is in bits per byte.
+        first_params: makes or loads the parameters of step 0; not called if there is a checkpoint.
+        bits_per_nat: factor from nats per token to bits per byte.
 
     Raises:
         Diverged: names the last good checkpoint; a bad state is never saved.
-        preemption.Preempted: the process was asked to stop; the step it had come to is saved.
+        preemption.Preempted: the process was asked to stop; its current step is saved.
     """
     optimizer = make_optimizer(settings.optimizer, settings.steps)
     schedule = learning_rate(settings.optimizer, settings.steps)
     with (
-        preemption.watch(),  # outermost: a save that is still running is not to be cut short either
+        preemption.watch(),  # outermost: it must not interrupt a save that is still running
         Checkpoints(workdir / "checkpoints" / stage) as checkpoints,
         Metrics(workdir, stage, checkpoints.latest() or 0) as metrics,
     ):
@@ -117,16 +117,16 @@ def train(
             spent = record["seconds"]
         else:
             state = init_state(first_params(), optimizer)
-        began = time.monotonic()
+        started = time.monotonic()
         on_devices = layout.replicate(table)
 
         def fetch():
             batch = next(batches)
-            # What the checkpoint of this batch's step has to remember: the iterator is further on by then.
+            # The checkpoint of this batch's step needs this state: the iterator will have advanced by then.
             return batch, layout.place(batch, layout.share), batches.get_state()
 
         def save(step, position):
-            seconds = spent + time.monotonic() - began
+            seconds = spent + time.monotonic() - started
             items = {
                 "params": state.params,
                 "optimizer": {"step": state.step, "state": state.opt_state},
@@ -149,37 +149,37 @@ def train(
                 run = partial(train_step, model, optimizer, settings.accumulate, state, placed, on_devices)
                 with jax.transfer_guard("disallow"):
                     state, result = profiling.step("train", step, run)
-                del run  # it holds what the step has overwritten
-                # While the devices work on it: the next batch, and what an earlier step had to tell.
+                del run  # it refers to the donated state
+                # While the devices compute: prepare the next batch, and report an earlier step.
                 upcoming = fetch() if step < settings.steps else None
-                progress.tell()
+                progress.report()
                 bar.update()
                 progress.count(batch)
                 is_saved = step % settings.checkpoint_every == 0 or step == settings.steps
                 is_stopped = preemption.requested() and step < settings.steps
                 is_logged = step % settings.log_every == 0 or is_saved
-                is_judged = held_out and (step % held_out.every == 0 or step == settings.steps)
+                is_evaluated = held_out and (step % held_out.every == 0 or step == settings.steps)
                 if is_logged or is_stopped:
-                    progress.note(step, result, state.params, schedule(step - 1), is_logged=is_logged)
-                if is_saved or is_stopped or is_judged:
-                    progress.tell()  # nothing is saved before it is known to be sound
-                if held_out and is_judged:
+                    progress.dispatched(step, result, state.params, schedule(step - 1), is_logged=is_logged)
+                if is_saved or is_stopped or is_evaluated:
+                    progress.report()  # checks the state before it is saved
+                if held_out and is_evaluated:
                     paused = time.monotonic()
                     metrics.write(step, **held_out.evaluate(state.params))
-                    progress.skip(time.monotonic() - paused)  # speed is that of training
+                    progress.skip(time.monotonic() - paused)  # tokens per second count training only
                 if is_saved or is_stopped:
                     save(step, position)
                 if is_stopped:
                     checkpoints.latest()  # waits, and raises if it could not be saved
                     raise preemption.Preempted(stage, f"step {step} of {settings.steps} is saved")
-    return spent + time.monotonic() - began
+    return spent + time.monotonic() - started
 
 
 def load_params(workdir: epath.Path, stage: str, model: Llama, layout: Layout, steps: int) -> dict:
-    """The parameters that a finished stage left behind, alone and straight onto their devices.
+    """The parameters of a finished stage, restored straight onto their devices.
 
     Raises:
-        LookupError: the checkpoint of the last step is not there, or no longer what was written.
+        LookupError: the checkpoint of the last step is missing or damaged.
     """
     with Checkpoints(workdir / "checkpoints" / stage) as checkpoints:
         if checkpoints.latest() != steps:
@@ -191,7 +191,7 @@ def load_params(workdir: epath.Path, stage: str, model: Llama, layout: Layout, s
 
 
 def _restored(checkpoints, step, model, layout, optimizer, table) -> tuple[TrainState, FactorTable, dict]:
-    """A state that was never made first: only its shapes are, then every device reads its part."""
+    """Restores a state from shapes alone: every device reads its own part."""
     abstract = jax.eval_shape(lambda: init_state(init_params(model, 0), optimizer))
     like = layout.abstract(abstract)
     items, record = checkpoints.restore(
@@ -202,5 +202,5 @@ def _restored(checkpoints, step, model, layout, optimizer, table) -> tuple[Train
             "factors": layout.abstract(jax.tree.map(np.asarray, table)),
         },
     )
-    optimizer_items = items["optimizer"]
-    return TrainState(optimizer_items["step"], items["params"], optimizer_items["state"]), items["factors"], record
+    state = TrainState(params=items["params"], step=items["optimizer"]["step"], opt_state=items["optimizer"]["state"])
+    return state, items["factors"], record

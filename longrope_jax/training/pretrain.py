@@ -1,4 +1,4 @@
-"""The pretraining stage: a model from scratch, at its original length."""
+"""Pretraining from scratch at the original length, as a stage and as one function."""
 
 import math
 import tempfile
@@ -36,7 +36,7 @@ class PretrainSettings(LoopSettings):
     def batches(
         self, documents: Sequence[Document], tokenizer: Tokenizer, original_length: int, share: tuple[int, int] = (0, 1)
     ):
-        """What is trained on; raises ValueError where the text or the length does not suffice."""
+        """The iterator of batches; raises ValueError if there is too little text, or the length is too short."""
         needles = Needles(self.needle_share, tokenizer) if self.needle_share else None
         return pretraining_batches(documents, original_length, self.batch, self.seed, share, needles)
 
@@ -50,7 +50,7 @@ def pretrain(
     workdir: epath.Path,
     stage: str,
 ) -> float:
-    """Trains with the original rotation, and returns the seconds it took; see `train`."""
+    """Trains with the original rotation; returns the seconds it took. See `train`."""
     length = model.config.original_length
     return train(
         model,
@@ -65,8 +65,8 @@ def pretrain(
     )
 
 
-class Taught(NamedTuple):
-    """What a training leaves.
+class TrainingResult(NamedTuple):
+    """The result of a training.
 
     Attributes:
         params: of the model, after the last step.
@@ -84,20 +84,20 @@ def train_from_scratch(
     *,
     tokenizer: Tokenizer | None = None,
     layout: Layout | None = None,
-) -> Taught:
-    """Pretrains at the model's original length, as the stage `pretrain` does, but keeps nothing on disk.
+) -> TrainingResult:
+    """Pretrains at the model's original length, as the stage `pretrain` does, but leaves nothing on disk.
 
-    An interrupted one is lost; for long ones there are experiments (`longrope_jax.experiment`).
+    An interrupted training is lost; for long ones use an experiment (`longrope_jax.experiment`).
 
     Args:
         documents: to train on.
-        settings: its `data` is about an experiment and means nothing here.
-        tokenizer: of the documents; without it bytes.
+        settings: of the training; `data` is ignored.
+        tokenizer: of the documents; None means bytes.
         layout: of the devices.
 
     Raises:
-        ValueError: settings, model, text and devices don't go together.
-        Diverged: the loss is not a number any more.
+        ValueError: settings, model, text and devices don't fit together.
+        Diverged: the loss is not finite.
     """
     layout, tokenizer = layout or Layout(), tokenizer or ByteTokenizer()
     settings.check_layout(layout, model.config.original_length)
@@ -105,4 +105,4 @@ def train_from_scratch(
         workdir = epath.Path(folder)
         pretrain(model, layout, settings, documents, tokenizer, workdir, "pretrain")
         params = load_params(workdir, "pretrain", model, layout, settings.steps)
-        return Taught(params, list(records.read(workdir / "metrics.jsonl")))
+        return TrainingResult(params, list(records.read(workdir / "metrics.jsonl")))

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: noted when a step is dispatched, read while the devices do the next one."""
+"""Metrics of a running training: a step's results are read while the devices compute the next step."""
 
 import math
 import time
@@ -27,13 +27,13 @@ class Metrics:
     """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard/<stage>`, in process 0. A context manager.
 
     Args:
-        start: the step to go on from; what a killed run wrote of this stage beyond it is forgotten.
+        start: the step that training resumes from; later records of this stage, by a killed run, are removed.
     """
 
     def __init__(self, workdir: epath.Path, stage: str, start: int = 0):
         self._stage, self._path = stage, workdir / "metrics.jsonl"
         records.keep(self._path, lambda record: record["stage"] != stage or record["step"] <= start, {"step": int})
-        # TensorBoard hides what was written beyond the purge step.
+        # TensorBoard hides events from the purge step on.
         self._board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard" / stage), purge_step=start + 1, write_to_disk=processes.is_first()
         )
@@ -53,11 +53,11 @@ class Metrics:
 
 
 class Diverged(RuntimeError):
-    """The loss is not a number any more."""
+    """The loss, the gradient or a parameter is not finite."""
 
 
-class _Note(NamedTuple):
-    """What is still on the devices of a step, and what the host counted up to it."""
+class _Pending(NamedTuple):
+    """A dispatched step: its results on the devices, and what the host counted up to it."""
 
     step: int
     result: StepResult
@@ -69,12 +69,12 @@ class _Note(NamedTuple):
 
 
 class Progress:
-    """Metrics, the bar's numbers, and the refusal to go on from what is no number.
+    """Writes metrics, updates the progress bar, and stops a training that has diverged.
 
     Args:
-        start: the step that the run goes on from.
-        bits_per_nat: what a nat per token is in bits per byte.
-        checkpoints: where the last good state is, for the message.
+        start: the step that the run resumes from.
+        bits_per_nat: factor from nats per token to bits per byte.
+        checkpoints: name the last good checkpoint in an error.
     """
 
     def __init__(
@@ -90,63 +90,63 @@ class Progress:
     ):
         self._stage, self._config, self._layout, self._bits_per_nat = stage, config, layout, bits_per_nat
         self._metrics, self._bar, self._checkpoints = metrics, bar, checkpoints
-        self._note: _Note | None = None
+        self._pending: _Pending | None = None
         self._pairs, self._shape = 0, (0, 0)
-        self._told_step, self._told_time = start, time.monotonic()
+        self._logged_step, self._logged_time = start, time.monotonic()
 
     def count(self, batch: Batch) -> None:
-        """Hears of every step's batch, this process's share of it."""
+        """Counts the tokens of a step's batch, of which this process has a share."""
         shares = self._layout.share[1]
         self._pairs += shares * attended_pairs(np.asarray(batch.positions))
         self._shape = (shares * batch.tokens.shape[0], batch.tokens.shape[1])
 
-    def note(self, step: int, result: StepResult, params: dict, learning_rate: Array, *, is_logged: bool) -> None:
-        """A step to be told of; does not wait for it. One that is not logged is looked at all the same.
+    def dispatched(self, step: int, result: StepResult, params: dict, learning_rate: Array, *, is_logged: bool) -> None:
+        """Registers a dispatched step without waiting for it. `report` checks it, and logs it if `is_logged`.
 
         Args:
             learning_rate: f32[], of the step.
         """
-        norm = _norm(params)  # now: the next step overwrites them
-        self._note = _Note(step, result, norm, learning_rate, is_logged, self._shape, self._pairs)
+        norm = _norm(params)  # now, as the next step overwrites them
+        self._pending = _Pending(step, result, norm, learning_rate, is_logged, self._shape, self._pairs)
         if is_logged:
             self._pairs = 0
 
-    def tell(self) -> None:
-        """Waits for the step that was noted, if there is one, and writes what is to be logged of it.
+    def report(self) -> None:
+        """Waits for the registered step, if there is one, checks that it is finite and writes its metrics.
 
         Raises:
             Diverged: names the last good checkpoint.
         """
-        if self._note is None:
+        if self._pending is None:
             return
-        note, self._note = self._note, None
-        result, norm, rate = jax.device_get((note.result, note.parameter_norm, note.learning_rate))
-        scalars = {**_scalars(result, note.shape[1], self._bits_per_nat), "parameter_norm": float(norm)}
-        _refuse_nonsense(self._stage, note.step, scalars, self._checkpoints)
-        if not note.is_logged:
+        pending, self._pending = self._pending, None
+        result, norm, rate = jax.device_get((pending.result, pending.parameter_norm, pending.learning_rate))
+        scalars = {**_scalars(result, pending.shape[1], self._bits_per_nat), "parameter_norm": float(norm)}
+        _check_finite(self._stage, pending.step, scalars, self._checkpoints)
+        if not pending.is_logged:
             return
         now = time.monotonic()
-        steps = note.step - self._told_step
-        seconds = (now - self._told_time) / steps
+        steps = pending.step - self._logged_step
+        seconds = (now - self._logged_time) / steps
         speed = throughput(
-            training_flops(self._config, *note.shape, note.pairs / steps),
-            math.prod(note.shape),
+            training_flops(self._config, *pending.shape, pending.pairs / steps),
+            math.prod(pending.shape),
             seconds,
             math.prod(self._layout.shape.values()),
             jax.local_devices()[0].device_kind,
         )
         scalars |= {"learning_rate": float(rate), "step_seconds": seconds, **speed}
         scalars |= memory(device.memory_stats() for device in jax.local_devices())
-        self._metrics.write(note.step, **scalars)
+        self._metrics.write(pending.step, **scalars)
         self._bar.set_postfix(loss=f"{scalars['loss']:.3f}", tokens_per_s=f"{scalars['tokens_per_second']:,.0f}")
-        self._told_step, self._told_time = note.step, now
+        self._logged_step, self._logged_time = pending.step, now
 
     def skip(self, seconds: float) -> None:
-        """Takes time that was spent on something else out of the speed."""
-        self._told_time += seconds
+        """Excludes seconds that were spent on something else from the speed."""
+        self._logged_time += seconds
 
 
-_norm = jax.jit(optax.global_norm)  # a program for all leaves, not several for each
+_norm = jax.jit(optax.global_norm)  # one program for all leaves
 
 
 def _scalars(result: StepResult, length: int, bits_per_nat: float) -> dict[str, float]:
@@ -166,61 +166,60 @@ def _scalars(result: StepResult, length: int, bits_per_nat: float) -> dict[str, 
     }
 
 
-def _refuse_nonsense(stage: str, step: int, scalars: dict[str, float], checkpoints: Checkpoints) -> None:
-    """Loss and gradient are those before the step, the norm is of the parameters after it, which would be saved."""
+def _check_finite(stage: str, step: int, scalars: dict[str, float], checkpoints: Checkpoints) -> None:
+    """Loss and gradient are those before the step, the parameter norm is after it."""
     watched = {name: scalars[name] for name in ("loss", "gradient_norm", "parameter_norm")}
     if not all(map(math.isfinite, watched.values())):
         good = checkpoints.latest()
-        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in watched.items())
+        values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in watched.items())
         raise Diverged(
-            f"{stage}: {told} at step {step}; "
+            f"{stage}: {values} at step {step}; "
             f"last good checkpoint: {checkpoints.directory / str(good) if good else 'none'}"
         )
 
 
 def attended_pairs(positions: Int[np.ndarray, "B T"]) -> int:
-    """Pairs of a query and a key that it sees: a token sees those of its own text up to itself, and positions begin
-    anew in every text that shares a sequence. Padding counts one a token.
+    """Pairs of a query and a key that it attends to.
+
+    A token attends to its own text up to itself; positions restart in every text of a packed sequence. A padding token
+    counts as one pair.
     """
     return int(positions.sum(dtype=np.int64)) + positions.size
 
 
 def training_flops(config: LlamaConfig, sequences: int, length: int, pairs: float) -> Flops:
-    """Model FLOPs of training on so many sequences, with attention over `pairs` (`attended_pairs`) only.
+    """Model FLOPs of training on `sequences`, with attention over `pairs` (`attended_pairs`).
 
-    `count_flops` alone would count sequences of one text, an upper bound where texts are packed.
+    `count_flops` alone assumes one text per sequence, an upper bound for packed texts.
     """
     full = count_flops(config, sequences, length, TRAINING)
     return full._replace(attention=full.attention * pairs / (sequences * length * (length + 1) / 2))
 
 
 def throughput(flops: Flops, tokens: int, seconds: float, devices: int, device_kind: str) -> dict[str, float]:
-    """Metrics of work that took so long on so many devices (as JAX counts them).
+    """Speed of work that took `seconds` on `devices` (as JAX counts them).
 
     Returns:
-        tokens_per_second, and the same per device. Where the chip is known (`runtime/estimate.py`) also the share of
-        its bfloat16 peak that the model's own arithmetic is, recomputation not counted: `mfu` of products with
-        parameters only, `mfu_with_attention` of those of queries, keys and values too.
+        tokens_per_second, and the same per device. For a known chip (`runtime/estimate.py`) also the model FLOPs
+        utilisation, a share of its bfloat16 peak without recomputation: `mfu` counts products with parameters only,
+        `mfu_with_attention` also those of queries, keys and values.
     """
     per_second = tokens / seconds
-    told = {"tokens_per_second": per_second, "tokens_per_second_per_device": per_second / devices}
+    metrics = {"tokens_per_second": per_second, "tokens_per_second_per_device": per_second / devices}
     chip = chip_of(device_kind)
     if chip is not None:
         available = chip.peak_flops * devices * seconds
-        told |= {"mfu": flops.matrices / available, "mfu_with_attention": flops.total / available}
-    return told
+        metrics |= {"mfu": flops.matrices / available, "mfu_with_attention": flops.total / available}
+    return metrics
 
 
 def memory(statistics: Iterable[Mapping[str, int] | None]) -> dict[str, float]:
-    """Bytes of the fullest device, in use now and at most so far.
+    """Memory of the fullest device: bytes in use now, and the peak so far.
 
     Args:
-        statistics: `device.memory_stats()` of every local device; None where the platform does not tell.
+        statistics: `device.memory_stats()` of every local device; None if the platform has none.
     """
-    known = [told for told in statistics if told]
+    known = [device for device in statistics if device]
     names = {"hbm_bytes_in_use": "bytes_in_use", "hbm_peak_bytes": "peak_bytes_in_use"}
-    return {
-        name: float(max(told[key] for told in known if key in told))
-        for name, key in names.items()
-        if any(key in told for told in known)
-    }
+    found = {name: [device[key] for device in known if key in device] for name, key in names.items()}
+    return {name: float(max(sizes)) for name, sizes in found.items() if sizes}

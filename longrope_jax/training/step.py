@@ -31,7 +31,7 @@ class OptimizerSettings(Settings):
         learning_rate: at its peak.
         schedule: after the warmup: "cosine" falls to a tenth of the peak, "linear" to zero, "constant" stays.
         warmup_steps: from zero to the peak.
-        weight_decay: on matrices; norms' scales are spared.
+        weight_decay: on matrices; the scales of norms have none.
         clip_norm: gradients are scaled down to at most this norm.
         beta1, beta2: AdamW's decay rates.
     """
@@ -47,10 +47,10 @@ class OptimizerSettings(Settings):
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes.
+    """Everything that a step changes.
 
     Attributes:
-        step: how many were made.
+        step: number of completed steps.
         params: of the model.
         opt_state: of the optimizer.
     """
@@ -61,11 +61,11 @@ class TrainState:
 
 
 class StepResult(NamedTuple):
-    """What a step tells: sums, so that they can be added over steps before anything is divided.
+    """Sums over one step, so that they can be added over steps before a division.
 
     Attributes:
         nll: summed over the tokens of every range of positions (`BUCKETS` equal parts of the window), nats.
-        tokens: how many tokens each is the sum of.
+        tokens: number of scored tokens of every range.
         gradient_norm: of the mean loss, before clipping.
     """
 
@@ -88,7 +88,7 @@ def learning_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:
 
 @cache
 def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps`; the same object for the same arguments, as `train_step` compiles for each."""
+    """The optimizer of a run of `steps`; cached, as `train_step` compiles for each object."""
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(
@@ -102,18 +102,18 @@ def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTra
 
 
 def init_params(model: Llama, seed: int) -> dict:
-    """Fresh parameters, made by one compiled function; under a mesh each device makes its own part only."""
+    """Initial parameters, made by one compiled function; under a mesh each device makes only its own part."""
     factors = unscaled(model.config.head_dim)
 
     def init(key):
-        return _where_it_belongs(model.init(key, jnp.zeros(smallest_batch(), jnp.int32), factors)["params"])
+        return _sharded(model.init(key, jnp.zeros(smallest_batch(), jnp.int32), factors)["params"])
 
     return jax.jit(init)(jax.random.key(seed))
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the optimizer's moments lie where their parameters do."""
-    return TrainState(jnp.int32(0), params, jax.jit(lambda p: _where_it_belongs(optimizer.init(p)))(params))
+    """The state before the first step; the optimizer's moments are sharded like their parameters."""
+    return TrainState(jnp.int32(0), params, jax.jit(lambda p: _sharded(optimizer.init(p)))(params))
 
 
 @partial(jax.jit, static_argnames=("model", "optimizer", "accumulate"), donate_argnames="state")
@@ -125,15 +125,15 @@ def train_step(
     batch: Batch,
     table: FactorTable,
 ) -> tuple[TrainState, StepResult]:
-    """The next state, and loss and gradient norm of the one before it.
+    """The next state, and loss and gradient norm of the given state.
 
-    Every sequence turns by the factors that `table` has for its own context window. The loss is the sum over all
+    Every sequence uses the factors that `table` has for its own context window. The loss is the sum over all
     scored tokens, of all devices and parts of the batch, divided by their number once.
 
     Args:
-        accumulate: into how many parts the batch is cut, whose gradients are added up one after the other.
+        accumulate: parts that the batch is split into; their gradients are summed one after the other.
 
-    One compilation a shape of the batch. Time O(B T) in the matrices and O(B T^2) in attention; memory O(B T /
+    Compiled once per shape of the batch. Time O(B T) in the matrices and O(B T^2) in attention; memory O(B T /
     accumulate) for activations, split over the mesh's data, fsdp and seq axes, plus one gradient.
     """
 
@@ -151,7 +151,7 @@ def train_step(
 
     def gradient(part):
         (_, sums), gradients = jax.value_and_grad(summed_nll, has_aux=True)(state.params, part)
-        return _where_it_belongs(gradients), sums
+        return _sharded(gradients), sums
 
     if accumulate == 1:
         gradients, (sums, counts) = gradient(batch)
@@ -165,16 +165,16 @@ def train_step(
         gradients = jax.tree.map(lambda g: g / counts.sum().astype(g.dtype), gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    new_state = _where_it_belongs(TrainState(state.step + 1, params, opt_state))
+    new_state = _sharded(TrainState(state.step + 1, params, opt_state))
     return new_state, StepResult(constrain(sums), constrain(counts), constrain(optax.global_norm(gradients)))
 
 
-def _where_it_belongs(tree):
-    """Parameters, or a train state, with every leaf cut over the mesh that is set as its name says."""
+def _sharded(tree):
+    """Parameters, or a train state, with every leaf sharded over the current mesh by its name."""
     mesh = jax.sharding.get_abstract_mesh()
     return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, tree_shardings(mesh, tree))
 
 
 def _constrain_parts(x: Array) -> Array:
-    """[parts, rows] or [parts, rows, T]: the parts come one after the other, so they are not spread."""
+    """[parts, rows] or [parts, rows, T]: parts are processed in sequence, so that axis is not sharded."""
     return constrain(x, None, "batch", *["length"] * (x.ndim - 2))

@@ -97,7 +97,7 @@ def test_the_size_of_a_batch_changes_nothing():
 def test_logits_are_made_some_places_at_a_time(monkeypatch):
     expected = collect(REQUESTS[:3])
     scoring._score.clear_cache()
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 19 * 2)
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 19 * 2)
     found = collect(REQUESTS[:3], tokens_at_once=32)
     scoring._score.clear_cache()
     np.testing.assert_allclose([r.log_probability for r in found], [r.log_probability for r in expected], rtol=1e-5)

@@ -57,7 +57,7 @@ def test_chunked_nll_and_its_gradients_equal_the_unchunked(monkeypatch, chunk):
     d_nll = jnp.asarray(np.random.default_rng(1).standard_normal((BATCH, LENGTH)), jnp.float32)
     wanted = jax.jit(nll_and_gradients)(hidden, head, targets, d_nll)
 
-    monkeypatch.setattr(llama, "LOGITS_AT_ONCE", chunk * BATCH * VOCABULARY)
+    monkeypatch.setattr(llama, "MAX_LOGITS", chunk * BATCH * VOCABULARY)
     chunked = jax.jit(lambda *args: nll_and_gradients(*args)).lower(hidden, head, targets, d_nll)
     assert (f"tensor<{BATCH}x{LENGTH}x{VOCABULARY}xf32>" in chunked.as_text()) == (chunk == LENGTH)
     got = chunked.compile()(hidden, head, targets, d_nll)
@@ -66,7 +66,7 @@ def test_chunked_nll_and_its_gradients_equal_the_unchunked(monkeypatch, chunk):
 
 
 def test_one_token_of_a_huge_batch_may_exceed_the_bound(monkeypatch):
-    monkeypatch.setattr(llama, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(llama, "MAX_LOGITS", 1)
     inputs = make_inputs()
     np.testing.assert_allclose(token_nll(*inputs), exact_nll(*inputs), rtol=1e-5, atol=1e-6)
 
@@ -83,7 +83,7 @@ def test_the_logits_of_a_long_sequence_are_never_held_at_once():
     """2^26 and 2^27 logits, at most 2^24 of them together, forward and backward."""
     short, _ = compile_nll(2**14, token_nll)
     long, all_logits = compile_nll(2**15, token_nll)
-    assert hlo.largest_array(long, "f32") <= llama.LOGITS_AT_ONCE < all_logits
+    assert hlo.largest_array(long, "f32") <= llama.MAX_LOGITS < all_logits
     # What remains to grow with the length is tiny beside the logits of one chunk.
     assert hlo.temporary_bytes(long) < 1.05 * hlo.temporary_bytes(short)
 
@@ -94,7 +94,7 @@ def test_unchunked_logits_are_held_at_once_so_that_the_check_above_means_somethi
 
 
 def test_a_bfloat16_models_gradients_of_embedding_and_head_are_summed_in_float32(monkeypatch):
-    monkeypatch.setattr(llama, "LOGITS_AT_ONCE", 4 * 19)  # 512 chunks of 4 positions
+    monkeypatch.setattr(llama, "MAX_LOGITS", 4 * 19)  # 512 chunks of 4 positions
     sizes = dict(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8)
     tokens = jax.random.randint(jax.random.key(0), (1, 2049), 0, 19)
     tokens = tokens.at[:, ::2].set(3)  # half of all places, where small terms would be lost against the sum

@@ -222,7 +222,7 @@ def test_sharded_loss_and_gradients_equal_the_single_devices(monkeypatch, mesh, 
     """Of all parameters, lam and mscale; in chunks of the loss that are smaller than a device's part."""
     config, sizes, mesh = CONFIGS[config], MESHES[mesh], make_mesh(**MESHES[mesh])
     wanted = on_one_device(config, name)
-    monkeypatch.setattr(llama, "LOGITS_AT_ONCE", 700)
+    monkeypatch.setattr(llama, "MAX_LOGITS", 700)
     params = jax.device_put(make_params(config), tree_shardings(mesh, make_params(config)))
 
     def arguments(order):
@@ -243,7 +243,7 @@ def test_sharded_loss_and_gradients_equal_the_single_devices(monkeypatch, mesh, 
 
 
 def test_gradient_of_a_bfloat16_head_is_summed_over_devices_once_and_in_float32(monkeypatch):
-    monkeypatch.setattr(llama, "LOGITS_AT_ONCE", 700)
+    monkeypatch.setattr(llama, "MAX_LOGITS", 700)
     rng = np.random.default_rng(0)
     width = 12
     hidden = jnp.asarray(rng.standard_normal((BATCH, LENGTH, width)), jnp.bfloat16)
@@ -295,7 +295,7 @@ def long_programs():
     arguments = (parameter_shapes(CONFIG), *factors, text, text, Tokens(text, text))
     programs = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama, "LOGITS_AT_ONCE", 2**18)
+        patch.setattr(llama, "MAX_LOGITS", 2**18)
         for shards in (1, 2, 4, 8):
             with jax.set_mesh(make_mesh(seq=shards)):
                 programs[shards] = hlo.compile_only(gradient_function(CONFIG), *arguments)

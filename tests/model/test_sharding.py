@@ -148,7 +148,8 @@ def test_all_that_does_not_fit_the_mesh_is_listed():
         "intermediate_size = 24 is not a multiple of tensor = 16",
         "vocab_size = 33 is not a multiple of tensor = 16",
         "hidden_size = 16 is not a multiple of fsdp = 5",
-        "attention = 'dense' needs whole sequences; cut over devices (seq > 1) they take blockwise, splash_interpreted",
+        "attention = 'dense' needs whole sequences; sharded over devices (seq > 1) they take blockwise, "
+        "splash_interpreted",
     ):
         assert problem in str(error.value)
     with pytest.raises(ValueError) as error:
