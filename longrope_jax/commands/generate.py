@@ -1,4 +1,4 @@
-"""Text from a model: a pretrained one by its path, or one that an experiment has made (`--mode=generate`)."""
+"""Text from a model: a pretrained one by its path, or one of an experiment (`--mode=generate`)."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,13 +23,13 @@ from longrope_jax.runtime.mesh import Layout, MeshSettings
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """What is written, and how it is drawn.
+    """Prompts, and how new tokens are sampled.
 
     Attributes:
-        prompt_files: a text each; several are one batch.
-        max_new_tokens: at most so many a prompt; less where the model ends its text.
+        prompt_files: one text each; several are one batch.
+        max_new_tokens: per prompt; fewer if the model ends its text.
         sampling: see `Sampling`.
-        seed: of the draws.
+        seed: of sampling.
         switch: see `model/decode.py`: "ahead" takes the factors of prompt and new tokens together, "running" those of
             the length so far.
     """
@@ -42,7 +42,7 @@ class GenerateSettings:
 
 
 class Writer(NamedTuple):
-    """All that generation needs.
+    """A loaded model that generates text.
 
     Attributes:
         model: the architecture.
@@ -60,7 +60,7 @@ class Writer(NamedTuple):
 
 
 def from_path(path: str, factors: str, mesh: MeshSettings) -> Writer:
-    """A Hugging Face folder or a GGUF file, with the rotation it came with or that of a file of factors.
+    """Loads a Hugging Face folder or a GGUF file, with its own rotation or the factors of a file.
 
     Raises:
         ValueError: it can't be loaded, or the factors don't fit.
@@ -73,11 +73,11 @@ def from_path(path: str, factors: str, mesh: MeshSettings) -> Writer:
 
 
 def from_experiment(config: ConfigDict, workdir: epath.PathLike, factors: str, model: str) -> Writer:
-    """The model of a finished stage, with the factors of a table, search or load stage.
+    """Loads the model of a finished stage, with the factors of a table, search or load stage.
 
     Args:
-        factors: the stage; "" is what the model was last trained with.
-        model: the stage; "" is the latest.
+        factors: the stage; "" means the factors that the model was last trained with.
+        model: the stage; "" means the latest.
 
     Raises:
         ValueError: there is no such stage, or it has not finished.
@@ -92,10 +92,10 @@ def from_experiment(config: ConfigDict, workdir: epath.PathLike, factors: str, m
 
 
 def write(writer: Writer, settings: GenerateSettings) -> list[str]:
-    """Generates and prints; one prompt's text appears as it is made. Returns what was added to every prompt.
+    """Generates and prints text, for a single prompt token by token. Returns the new text of every prompt.
 
     Raises:
-        ValueError: a prompt is empty or not there, or is too long for the table of factors.
+        ValueError: a prompt is empty, missing, or too long for the table of factors.
     """
     model, params, tokenizer, table, layout = writer
     prompts = [_prompt(path, tokenizer) for path in settings.prompt_files]
@@ -121,9 +121,9 @@ def _prompt(path: str, tokenizer: Tokenizer) -> Int[np.ndarray, "tokens"]:
 
 
 def _pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Text as it grows. A character may take several tokens: what may still change is held back.
+    """Pieces of text, each as soon as it is final: a character may take several tokens.
 
-    All tokens so far are decoded each time, as tokenizers treat the beginning of a text differently.
+    Decodes all tokens each time, as tokenizers treat the beginning of a text differently.
     """
     seen: list[int] = []
     shown = ""
@@ -137,7 +137,7 @@ def _pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _show(texts: Iterable[str]) -> Sequence[str]:
-    """Prints them one after the other as they come, and returns them."""
+    """Prints texts as they come, and returns them."""
     shown = []
     for text in texts:
         if processes.is_first():

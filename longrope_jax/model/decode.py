@@ -1,7 +1,7 @@
 """Generation: prefill in chunks, then one token of every row a step, with the rope factors of the sequence's length.
 
-Cached keys are rotated by the factors in force when they were written. Other factors from some length on therefore
-mean another cache: where a row crosses a boundary of the table, everything is read again under the new factors.
+Cached keys are rotated by the factors at the time of writing. Other factors therefore need another cache: when a row
+crosses a boundary of the factor table, its batch is prefilled again with the new factors (factor switching).
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,16 +20,19 @@ from longrope_jax.model.sharding import constrain, shards
 from longrope_jax.rope import FactorTable, RopeFactors
 from longrope_jax.settings import NonNegativeFloat, NonNegativeInt, Probability, Settings
 
+SWITCHES = ("ahead", "running")
+ENDED = -1  # instead of a token, for a row that has ended
+
 
 @dataclass(frozen=True)
 class Sampling(Settings):
-    """How a token is drawn; hashable, so it can be static under `jit`.
+    """How a token is sampled; hashable, so it can be static under `jit`.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the most likely token (the first of equals).
-        top_k: only the k most likely tokens are drawn from; 0 is all.
-        top_p: only the most likely tokens that together have at least this probability (nucleus sampling, arXiv
-            1904.09751), of those that top_k leaves, at the temperature.
+        temperature: logits are divided by it; 0 takes the most likely token (greedy; the first of equals).
+        top_k: samples only from the k most likely tokens; 0 means all.
+        top_p: samples only from the most likely tokens that together have at least this probability (nucleus
+            sampling, arXiv 1904.09751), among those of top_k, at the temperature.
     """
 
     temperature: NonNegativeFloat = 0.0
@@ -38,28 +41,26 @@ class Sampling(Settings):
 
 
 def sample(logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling) -> Int[Array, "B"]:
-    """One token a row, each drawn with its own key."""
+    """One token per row, each with its own key."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, restrict(logits, sampling)).astype(jnp.int32)
 
 
 def restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits at the temperature (above 0), -inf for tokens that top_k or top_p exclude; equals stay or go together."""
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature  # no overflow when that is tiny
+    """Logits at the temperature (above 0), -inf where top_k or top_p exclude a token; equal logits are treated alike."""
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature  # no overflow at a tiny temperature
     if not sampling.top_k and sampling.top_p == 1:
         return logits
     highest, _ = jax.lax.top_k(logits, min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
     probabilities = jax.nn.softmax(highest, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The most likely token always stays, as nothing comes before it.
+    # The most likely token always remains, as nothing precedes it.
     lowest = jnp.where(before < sampling.top_p, highest, jnp.inf).min(axis=-1, keepdims=True)
     return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
-SWITCHES = ("ahead", "running")
 GREEDY = Sampling()
-ENDED = -1  # in the place of a token, for a row that has ended
 
 
 def complete(
@@ -84,30 +85,30 @@ def generate(
     switch: str = "ahead",
     chunk: int = 512,
 ) -> Iterator[Int[np.ndarray, "B"]]:
-    """Continues B prompts of any lengths together; yields i32[B], one token a row, as soon as it is known.
+    """Continues B prompts of any lengths together; yields i32[B], one token per row, step by step.
 
-    Under a mesh call it, and iterate, within `jax.set_mesh`. Rows do not depend on each other, but for rounding: what
-    is drawn in a row depends on the seed, its place in the batch, and its own tokens.
+    Under a mesh call it, and iterate, within `jax.set_mesh`. Rows are independent up to rounding: a row's tokens depend
+    on the seed, its index in the batch, and its own tokens.
 
     Args:
         params: of the model, on their mesh.
         table: factors by length, in tokens.
         prompts: token ids, at least one each.
         max_new_tokens: of every row.
-        stops: a row ends at one of these; from there on it yields -1, in the place of the stop token too. The iterator
-            ends when all rows have.
-        seed: of the draws.
-        switch: whose length picks a row's factors. "ahead": prompt and max_new_tokens together, before anything is
-            read. "running": of the tokens so far; every token is the one that a forward pass over all before it, with
-            the factors of their number, would give. Crossing a boundary costs a prefill of the batch.
-        chunk: prompts are read so many tokens at a time.
+        stops: a row ends at one of these tokens; from there on, stop token included, it yields -1. The iterator ends
+            when all rows have ended.
+        seed: of sampling.
+        switch: the length that selects a row's factors. "ahead": prompt and max_new_tokens together, once. "running":
+            the tokens so far; every token is then that of a forward pass over all tokens before it, with the factors
+            of their number. Crossing a boundary of the table costs a prefill of the batch.
+        chunk: tokens per prefill call.
 
     Time: prefill as a forward pass over B times the longest prompt; a step as one token's, and O(B H D P) a layer for
     attention over P tokens so far. Memory: the cache (see `empty_cache`) and O(B chunk) activations. Compiled twice,
     for a chunk and for a step, for every B, `chunk`, number of slots (see `slots_for`) and `sampling`.
 
     Raises:
-        ValueError: before anything is computed; names the argument that is wrong.
+        ValueError: before any computation; names the wrong argument.
     """
     prompts = [np.asarray(prompt) for prompt in prompts]
     _check(model, table, prompts, max_new_tokens, switch, chunk)
@@ -138,7 +139,7 @@ def _check(model, table, prompts, max_new_tokens, switch, chunk) -> None:
 
 
 def _steps(model, params, table, prompts, max_new_tokens, sampling, stops, seed, switch, chunk):
-    # Rows that fill up the mesh have ended before they begin.
+    # Rows that only pad the batch to the mesh have ended at the start.
     rows = -(-len(prompts) // shards("batch")) * shards("batch")
     lengths = np.array([*map(len, prompts)] + [1] * (rows - len(prompts)), np.int32)
     ended = np.arange(rows) >= len(prompts)
@@ -168,7 +169,7 @@ def _steps(model, params, table, prompts, max_new_tokens, sampling, stops, seed,
         now = np.searchsorted(table.boundaries, lengths) if switch == "running" else picked
         if (now != picked).any():
             picked, factors = now, table.select(lengths)
-            # Nothing of the old cache is seen: each chunk is written before it, and what follows it is hidden.
+            # The old cache is invisible: each chunk overwrites it before attention, and the mask hides what follows.
             chosen, cache = _prefill(read, chunk, factors, cache, sequences, lengths)
         else:
             newest = lengths - 1
@@ -178,15 +179,14 @@ def _steps(model, params, table, prompts, max_new_tokens, sampling, stops, seed,
 
 
 def chunk_for(longest: int, chunk: int) -> int:
-    """How many tokens are read together: short prompts need not be filled up to a long chunk, but few sizes occur."""
+    """Tokens per prefill call: short prompts need no padding to a long chunk, and few sizes occur."""
     return min(chunk, 2 ** (longest - 1).bit_length())
 
 
 def _prefill(read, chunk: int, factors: RopeFactors, cache: Cache, sequences, lengths):
     """Reads all sequences from the first token on -> the token that follows each, and the cache.
 
-    Rows that end before the longest does are read on, beyond their end, into slots that nothing sees until the tokens
-    which belong there are written.
+    Shorter rows write padding beyond their end, into slots that stay invisible until their own tokens are written.
     """
     found = []
     for start in range(0, lengths.max(), chunk):
@@ -210,9 +210,9 @@ def advance(
     start: Int[Array, "B"],
     last: Int[Array, "B"],
 ) -> tuple[Int[Array, "B"], Cache]:
-    """Reads C tokens of every row, the first at position `start`; draws what follows after token `last` of them.
+    """Reads C tokens of every row, the first at position `start`; samples the token after number `last` of them.
 
-    The cache that is passed in is used up, not copied.
+    The cache is donated, not copied.
     """
     positions = start[:, None] + np.arange(tokens.shape[1], dtype=np.int32)
     made: Any = model.apply({"params": params}, tokens, factors, positions, cache, last, method="extend")

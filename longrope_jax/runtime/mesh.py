@@ -1,6 +1,6 @@
-"""Devices as a mesh, and host arrays laid out on it: rows over `data` and `fsdp`, tokens over `seq`.
+"""The device mesh, and host arrays placed on it: rows over `data` and `fsdp`, tokens over `seq`.
 
-A run on one device has no mesh at all; everything here is then the identity.
+On one device there is no mesh, and nothing is sharded.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ ORDERS = ("zigzag", "contiguous")
 
 @dataclass(frozen=True)
 class MeshSettings(Settings):
-    """Which devices work together, and how. It may change between the runs of a work directory.
+    """The device mesh. It may change between the runs of a work directory.
 
     Attributes:
-        axes: sizes by axis, such as "data:2,seq:4"; axes that are not named have size 1, one may have -1 for all the
-            devices that are left. `data` splits batches, `fsdp` batches and parameters, `seq` the tokens of a sequence,
+        axes: sizes by axis, such as "data:2,seq:4"; other axes have size 1; one may have -1, which means all remaining
+            devices. `data` splits batches, `fsdp` batches and parameters, `seq` the tokens of a sequence,
             `tensor` heads, MLP and vocabulary.
-        sequence_order: which tokens a device of the `seq` axis holds: "zigzag" gives all the same causal work,
-            "contiguous" keeps neighbours together.
+        sequence_order: which tokens a device of the `seq` axis holds: "zigzag" balances causal attention,
+            "contiguous" gives each device neighbouring tokens.
     """
 
     axes: str = "data:1"
@@ -43,10 +43,10 @@ class MeshSettings(Settings):
 
 
 def parse_axes(text: str, devices: int | None = None) -> dict[str, int]:
-    """ "data:2,seq:4" -> the size of every axis; with the number of devices known, -1 becomes the rest.
+    """ "data:2,seq:4" -> the size of every axis; with the number of devices, -1 becomes the remaining ones.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: names what is wrong.
     """
     shape = dict.fromkeys(AXES, 1)
     named = [part.strip() for part in text.split(",") if part.strip()]
@@ -74,7 +74,7 @@ def parse_axes(text: str, devices: int | None = None) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where arrays lie. `Layout()` is one device.
+    """How arrays are placed on devices. `Layout()` is one device.
 
     Attributes:
         mesh: with all axes of `model/sharding.py`; None on one device.
@@ -86,7 +86,7 @@ class Layout:
 
     @classmethod
     def of(cls, settings: MeshSettings) -> "Layout":
-        """The layout on this machine's devices, or all machines' that take part; raises ValueError if it can't be."""
+        """The layout on the devices of all processes; raises ValueError if the mesh does not fit on them."""
         shape = parse_axes(settings.axes, jax.device_count())
         size = int(np.prod(list(shape.values())))
         if size < jax.device_count() and jax.process_count() > 1:
@@ -109,12 +109,12 @@ class Layout:
 
     @property
     def row_shards(self) -> int:
-        """Into how many parts the rows of a batch are split."""
+        """Number of parts that the rows of a batch are split into."""
         return self.shape["data"] * self.shape["fsdp"]
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the model finds the mesh."""
+        """Sets the mesh inside this context."""
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             yield
 
@@ -137,9 +137,9 @@ class Layout:
 
     @cached_property
     def share(self) -> tuple[int, int]:
-        """(index, count): which part of every batch's rows this process has to load.
+        """(index, count): the part of every batch's rows that this process loads.
 
-        Processes whose devices work on the same rows (a sequence spread over them) load the same part.
+        Processes whose devices work on the same rows (a sequence sharded over them) load the same part.
         """
         if self.mesh is None or jax.process_count() == 1:
             return (0, 1)
@@ -156,9 +156,9 @@ class Layout:
         return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
     def place(self, tree: Any, share: tuple[int, int] = (0, 1)) -> Any:
-        """Host arrays [rows, T] or [rows] -> device arrays, each process giving the rows of its share of the batch.
+        """Host arrays [rows, T] or [rows] -> device arrays, each process passes the rows of its share of the batch.
 
-        Tokens are put into the sequence order of the layout; positions, being tokens' too, go along.
+        Tokens, and their positions, are put into the sequence order of the layout.
         """
         index, count = share
 
@@ -168,7 +168,6 @@ class Layout:
                 array = self.in_sequence_order(array)
             if self.mesh is None:
                 return jax.numpy.asarray(array)
-            spec = partition_spec("batch", *["length"] * (array.ndim - 1))
             first = index * len(array)
 
             def shard(where):
@@ -176,14 +175,14 @@ class Layout:
                 return array[(slice(rows[0] - first, rows[1] - first), *where[1:])]
 
             shape = (count * len(array), *array.shape[1:])
-            return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), shard)
+            return jax.make_array_from_callback(shape, self._row_sharding(array.ndim), shard)
 
         return jax.tree.map(put, tree)
 
     def replicate(self, tree: Any) -> Any:
-        """Arrays of any kind -> device arrays, whole on every device; a transfer that a transfer guard lets pass.
+        """Arrays of any kind -> device arrays, replicated on every device; an explicit transfer for a transfer guard.
 
-        All processes give the same.
+        All processes pass the same arrays.
         """
         if self.mesh is None:
             return jax.device_put(tree)
@@ -197,7 +196,7 @@ class Layout:
         return jax.tree.map(put, jax.device_get(tree))
 
     def in_sequence_order(self, array: Int[np.ndarray, "rows T"]) -> Int[np.ndarray, "rows T"]:
-        """Tokens in the order in which the devices of the `seq` axis hold them."""
+        """Tokens in the order of the devices of the `seq` axis."""
         order = self._order(array.shape[1])
         return array if order is None else array[:, order]
 
@@ -211,29 +210,30 @@ class Layout:
         return zigzag(length, shards) if shards > 1 and self.sequence_order == "zigzag" else None
 
     def abstract_rows(self, *shape: int, dtype: type = np.int32) -> jax.ShapeDtypeStruct:
-        """What `place` makes of arrays of this shape, [rows, T] or [rows]."""
-        if self.mesh is None:
-            return jax.ShapeDtypeStruct(shape, dtype)
-        spec = partition_spec("batch", *["length"] * (len(shape) - 1))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+        """Shape, dtype and sharding of what `place` returns for [rows, T] or [rows]."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._row_sharding(len(shape)))
+
+    def _row_sharding(self, ndim: int) -> NamedSharding | None:
+        """The sharding of [rows, T] or [rows]."""
+        axes = ("batch", "length")[:ndim]
+        return None if self.mesh is None else NamedSharding(self.mesh, partition_spec(*axes))
 
     def abstract_replicated(self, tree: Any) -> Any:
-        """What `replicate` makes of a tree."""
-        where = None if self.mesh is None else NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=where
-            ),
-            tree,
-        )
+        """Shapes, dtypes and shardings of what `replicate` returns."""
+        sharding = None if self.mesh is None else NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+        def struct(leaf):
+            return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding)
+
+        return jax.tree.map(struct, tree)
 
     def abstract(self, tree: Any) -> Any:
-        """Shapes, dtypes and shardings of a tree that need not exist: what a checkpoint is restored into."""
+        """Shapes, dtypes and shardings of parameters or a train state, into which a checkpoint is restored."""
         if self.mesh is None:
-            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
+            first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            shardings = jax.tree.map(lambda _: first, tree)
+        else:
+            shardings = tree_shardings(self.mesh, tree)
         return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            tree,
-            tree_shardings(self.mesh, tree),
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
         )
