@@ -48,7 +48,7 @@ def sample(logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Samplin
 
 
 def restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits at the temperature (above 0), -inf where top_k or top_p exclude a token; equal logits are treated alike."""
+    """Logits at the temperature (above 0), -inf where top_k or top_p exclude a token; equal logits are alike."""
     logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature  # no overflow at a tiny temperature
     if not sampling.top_k and sampling.top_p == 1:
         return logits
