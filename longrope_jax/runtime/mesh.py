@@ -166,7 +166,8 @@ class Layout:
             array = np.asarray(array)
             if array.ndim == 2:
                 array = self.in_sequence_order(array)
-            if self.mesh is None:
+            sharding = self._row_sharding(array.ndim)
+            if sharding is None:
                 return jax.numpy.asarray(array)
             first = index * len(array)
 
@@ -175,7 +176,7 @@ class Layout:
                 return array[(slice(rows[0] - first, rows[1] - first), *where[1:])]
 
             shape = (count * len(array), *array.shape[1:])
-            return jax.make_array_from_callback(shape, self._row_sharding(array.ndim), shard)
+            return jax.make_array_from_callback(shape, sharding, shard)
 
         return jax.tree.map(put, tree)
 
