@@ -45,7 +45,7 @@ LABELS = {
     "narrow_racing": "narrow, racing",
     "cma_es": "CMA-ES",
     "gradient": "ramps, then gradient",
-    "modelled": "with a model of the score",
+    "modelled": "with a surrogate",
     "hybrid": "hybrid, four starts",
     "hybrid_third": "hybrid, one start",
 }

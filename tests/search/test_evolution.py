@@ -280,3 +280,10 @@ def test_settings_by_name_keep_other_numbers():
 def test_settings_that_make_no_sense_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         EvolutionSettings(**bad)
+
+
+def test_a_state_shows_its_best_candidate():
+    state = run()[0]
+    for shown in (repr(state), state._repr_html_()):
+        assert f"{state.nll.min():.4f} nats per token" in shown and str(len(state)) in shown
+    assert "candidates: 0" in repr(state.take(np.zeros(0, int)))

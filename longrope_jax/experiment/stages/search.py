@@ -11,7 +11,6 @@ from longrope_jax.experiment.stage import Before, Stage, factors_target, is_stag
 from longrope_jax.interop.factor_files import factors_for
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, RopeFactors
-from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.objective import make_terms
 from longrope_jax.search.run import run_search
 from longrope_jax.search.seeds import rescaled
@@ -45,10 +44,6 @@ def _check_search_data(settings: SearchSettings, context: RunContext) -> None:
     )
     if settings.held_out_documents:
         fixed_windows(documents["evaluation"], settings.target_length, settings.held_out_documents, settings.seed)
-
-
-def _check_search_layout(settings: SearchSettings, config: LlamaConfig, layout: Layout) -> None:
-    settings.check_layout(layout)
 
 
 def _run_search(settings: SearchSettings, context: RunContext, name: str) -> dict[str, Any]:
@@ -149,8 +144,8 @@ def _load_search(settings: SearchSettings, context: RunContext, name: str, summa
     factors = context.factors[name] = load_stage_factors(context, name)
     context.factors[name + BEST_SEED] = load_stage_factors(context, name + BEST_SEED)
     context.targets |= {name: settings.target_length, name + BEST_SEED: settings.target_length}
-    told = {"lam": factors.lam.tolist(), "n_hat": int(factors.n_hat), "mscale": float(factors.mscale)}
-    context.searches.append({"stage": name, **summary, "factors": told})
+    found = {"lam": factors.lam.tolist(), "n_hat": int(factors.n_hat), "mscale": float(factors.mscale)}
+    context.searches.append({"stage": name, **summary, "factors": found})
 
 
 def _inputs(settings: SearchSettings, before: Before) -> list[str]:
@@ -162,7 +157,7 @@ SEARCH = Stage(
     SearchSettings,
     _check_search,
     _check_search_data,
-    _check_search_layout,
+    lambda settings, config, layout: settings.check_layout(layout),
     _run_search,
     _load_search,
     inputs=_inputs,
