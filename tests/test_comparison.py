@@ -1,4 +1,4 @@
-"""Work directories side by side: what is told of them, where differences may be told, and what is refused."""
+"""Comparison of work directories: its tables, when it has differences, and which directories it refuses."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def cells(text, *starting):
     return [row[len(starting) :] for row in rows if row[: len(starting)] == list(starting)]
 
 
-def test_two_runs_are_put_side_by_side(tmp_path):
+def test_two_runs_are_compared(tmp_path):
     first, second = write_run(tmp_path / "one", 1), write_run(tmp_path / "two", 2)
     path = write_comparison([tmp_path / "one", f"{tmp_path / 'two'}/"], tmp_path / "out")
     text = path.read_text()
@@ -79,9 +79,9 @@ def test_two_runs_are_put_side_by_side(tmp_path):
 
 DIFFERENT_TOKENS = {
     "text": (dict(text="2e"), "their evaluation text differs"),
-    "windows": (dict(names=DOCUMENTS[::-1]), "they were judged on other windows of the same text"),
-    "length": (dict(lengths=(16, 32)), "they were judged on other windows of the same text"),
-    "section": (dict(evaluate={"data": "data_gone"}), "the tokens that they were judged on are not known any more"),
+    "windows": (dict(names=DOCUMENTS[::-1]), "they scored different windows of the same text"),
+    "length": (dict(lengths=(16, 32)), "they scored different windows of the same text"),
+    "section": (dict(evaluate={"data": "data_gone"}), "the tokens that they scored are unknown"),
 }
 
 

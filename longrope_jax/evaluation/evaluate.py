@@ -1,4 +1,4 @@
-"""Perplexity of models and factors side by side, at every length on the same documents, as records in a file."""
+"""The stage `evaluate`: perplexity of every method at every length, on the same documents, as records in a file."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -30,17 +30,17 @@ EVALUATION_RECORD = {
     "nll_by_position": [float],
     "factors": {"lam": [float], "n_hat": int, "mscale": float},
 }
-"""What readers of an evaluation's records rely on, beside the name of the stage."""
+"""The fields of a record in evaluation.jsonl that readers need, beside the name of the stage."""
 
 
 @dataclass(frozen=True)
 class Method(Settings):
-    """What is judged under one name.
+    """A method to evaluate: factors on a model.
 
     Attributes:
-        factors: a table stage, whose factors are chosen by the length of the window; a search stage; or a method,
-            "dynamic_ntk" among them, which extends the model to the longest of the lengths.
-        model: the stage whose parameters are used; "" is the latest.
+        factors: a table stage, which has factors for every window length; a search stage; or a published method, such
+            as "yarn" or "dynamic_ntk", for the longest of the lengths.
+        model: the stage whose parameters are used; "" is the last model stage before.
     """
 
     factors: str
@@ -48,19 +48,19 @@ class Method(Settings):
 
 
 def published_methods() -> dict[str, Method]:
-    """The published methods, on the latest model."""
+    """The published methods, on the model of the last model stage."""
     return {name: Method(name) for name in (*METHODS, "dynamic_ntk")}
 
 
 @dataclass(frozen=True)
 class EvaluationSettings(Settings):
-    """What is judged, how long the windows are, and on what.
+    """The methods, window lengths and documents of an evaluation.
 
     Attributes:
         lengths: window lengths, tokens; the longest is the length of the documents and the methods' target.
         methods: name -> model and factors.
-        controls: methods whose disjoint windows of the original length the others are held against.
-        compared: pairs of methods whose difference at every length is told, paired by document.
+        controls: methods whose disjoint windows of the original length are the control.
+        compared: pairs of methods for a paired comparison at every length.
         documents: how many windows of the longest length, from different documents as far as there are enough.
         stride: of the sliding window beyond the original length, tokens; 0 for disjoint windows. Up to the original
             length windows are always disjoint, as the control is.
@@ -105,7 +105,7 @@ class EvaluatedMethod(NamedTuple):
 def run_evaluation(
     model: Llama,
     layout: Layout,
-    subjects: dict[str, EvaluatedMethod],
+    evaluated: dict[str, EvaluatedMethod],
     settings: EvaluationSettings,
     documents: Sequence[Document],
     workdir: epath.Path,
@@ -114,7 +114,7 @@ def run_evaluation(
     """One record for every (length, method): NLL sums and counts by document, and the curve over positions.
 
     All lengths score the same tokens: documents of the longest length are cut into windows of each. Records are
-    appended to `workdir/evaluation.jsonl` as they are made; those that are there already are not made again. Their
+    appended to `workdir/evaluation.jsonl` one by one; records that are there already are not computed again. Their
     tokens_per_second counts the tokens that are scored; the first of a length has compiling in it.
 
     Raises:
@@ -138,12 +138,12 @@ def run_evaluation(
             if preemption.requested():
                 raise preemption.Preempted(stage, f"{len(done)} of {len(wanted)} records are kept")
             params = None  # or the last method's would stay while the next one's are loaded
-            params, chosen = subjects[name].params(), subjects[name].factors(length)
+            params, chosen = evaluated[name].params(), evaluated[name].factors(length)
             stride = window_stride(settings, config.original_length, length)
-            began = time.monotonic()
+            started = time.monotonic()
             read = partial(token_nll, model, layout, params, chosen, windows.tokens, length, stride)
             nll = profiling.step("evaluation", number, partial(read, settings.tokens_at_once))
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - started
             sums, counts = by_document(nll)
             record = {
                 "stage": stage,
@@ -172,7 +172,7 @@ def window_stride(settings: EvaluationSettings, original_length: int, length: in
 
 
 def by_model(methods: dict[str, Method]) -> Iterable[str]:
-    """Names of the methods, those of one model side by side."""
+    """Names of the methods, grouped by model."""
     return sorted(
         methods,
         key=lambda name: list(dict.fromkeys(method.model for method in methods.values())).index(methods[name].model),
@@ -180,6 +180,6 @@ def by_model(methods: dict[str, Method]) -> Iterable[str]:
 
 
 def recorded_nll(record: dict[str, Any]) -> DocumentNll:
-    """The NLL by file of a record that `run_evaluation` made; no number (of a file of JSON) is an infinite one."""
+    """The NLL by file of a record of `run_evaluation`; null in JSON stands for infinity."""
     sums = np.array([np.inf if value is None else value for value in record["nll_sums"]])
     return by_file(DocumentNll(sums, np.asarray(record["counts"])), record["documents"])

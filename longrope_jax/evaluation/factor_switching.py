@@ -142,8 +142,8 @@ def cost_windows(
                 f"cost_lengths: {length} must be a number of tokens from 1 to {longest}, where factors end"
             )
         if _same(found, others, length):
-            told = ", ".join(map(str, changed))
-            raise ValueError(f"cost_lengths: nothing changes at {length} tokens; it does up to {told}")
+            possible = ", ".join(map(str, changed))
+            raise ValueError(f"cost_lengths: nothing changes at {length} tokens, only up to {possible}")
     windows = {}
     for length in dict.fromkeys(lengths or changed):
         try:

@@ -117,10 +117,10 @@ class HarnessModel(TemplateLM):
         """For `loglikelihood`: (texts, context, continuation) in tokens -> log-probability in nats, is it greedy."""
         pairs = [(context, continuation) for _, context, continuation in requests]
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        made = log_likelihoods(
+        results = log_likelihoods(
             self._model, self._layout, self._params, self._table, pairs, tokens_at_once=self._tokens_at_once
         )
-        for index, likelihood in self._progress(made, len(pairs), "log-likelihoods", disable_tqdm):
+        for index, likelihood in self._progress(results, len(pairs), "log-likelihoods", disable_tqdm):
             answers[index] = tuple(likelihood)
             if requests[index][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
@@ -151,8 +151,8 @@ class HarnessModel(TemplateLM):
             ValueError: the new tokens leave no room for a prompt.
         """
         answers = [""] * len(requests)
-        made = self._generated(requests)
-        for index, text in self._progress(made, len(requests), "generating", disable_tqdm):
+        results = self._generated(requests)
+        for index, text in self._progress(results, len(requests), "generating", disable_tqdm):
             answers[index] = text
             self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return answers
@@ -197,8 +197,10 @@ class HarnessModel(TemplateLM):
         return [_cut(text, until) for text in texts]
 
     @staticmethod
-    def _progress(made: Iterator, total: int, what: str, disable: bool) -> Iterable:
-        return tqdm(made, what, total, unit="request", dynamic_ncols=True, disable=disable or not processes.is_first())
+    def _progress(results: Iterator, total: int, what: str, disable: bool) -> Iterable:
+        return tqdm(
+            results, what, total, unit="request", dynamic_ncols=True, disable=disable or not processes.is_first()
+        )
 
 
 def _sampling(options: dict) -> Sampling:

@@ -105,7 +105,7 @@ def is_found(text: str, answer: str) -> bool:
 def run_retrieval(
     model: Llama,
     layout: Layout,
-    subjects: dict[str, EvaluatedMethod],
+    evaluated: dict[str, EvaluatedMethod],
     settings: RetrievalSettings,
     tokenizer: Tokenizer,
     documents: Sequence[Document],
@@ -115,7 +115,7 @@ def run_retrieval(
     """One record for every (method, length, depth): how many of the tries were hits, and what was generated.
 
     Answers are greedy, with the factors that the method has for prompt and answer together. Records are appended to
-    `workdir/retrieval.jsonl` as they are made; those that are there already are not made again.
+    `workdir/retrieval.jsonl` one by one; records that are there already are not computed again.
 
     Raises:
         preemption.Preempted: the process was asked to stop; finished records are kept.
@@ -138,9 +138,9 @@ def run_retrieval(
             if (name, length, depth) in done:
                 continue
             params = None  # or the last method's would stay while the next one's are loaded
-            params, table = subjects[name].params(), FactorTable.of({length: subjects[name].factors(length)})
+            params, table = evaluated[name].params(), FactorTable.of({length: evaluated[name].factors(length)})
             prompts = make_prompts(settings, tokenizer, documents, length, depth)
-            began, texts = time.monotonic(), []
+            started, texts = time.monotonic(), []
             for first in range(0, len(prompts), settings.prompts_at_once):
                 if preemption.requested():
                     raise preemption.Preempted(stage, f"{len(done)} of {len(wanted)} records are kept")
@@ -160,7 +160,7 @@ def run_retrieval(
                 "depths": [prompt.depth for prompt in prompts],
                 "starts": [prompt.start for prompt in prompts],
                 "seed": settings.seed,
-                "seconds": time.monotonic() - began,
+                "seconds": time.monotonic() - started,
             }
             records.append(path, [record])
             done[name, length, depth] = record
@@ -193,10 +193,10 @@ def find_numbers(
     """
     layout, tokenizer = layout or Layout(), tokenizer or ByteTokenizer()
     settings = replace(settings, methods={name: Method(name) for name in methods})
-    subjects = {name: EvaluatedMethod(lambda: params, partial(factors_at, method)) for name, method in methods.items()}
+    evaluated = {name: EvaluatedMethod(lambda: params, partial(factors_at, method)) for name, method in methods.items()}
     with layout.active(), tempfile.TemporaryDirectory() as folder:
-        made = run_retrieval(model, layout, subjects, settings, tokenizer, documents, epath.Path(folder), "retrieval")
-    return settings, made
+        found = run_retrieval(model, layout, evaluated, settings, tokenizer, documents, epath.Path(folder), "retrieval")
+    return settings, found
 
 
 def _answers(

@@ -57,7 +57,7 @@ def log_likelihoods(
     Args:
         tokens_at_once: rows of about the same length are read in batches of about so many tokens.
 
-    Time as a forward pass over the tokens, filled up to powers of two; logits are made at the continuations only.
+    Time as a forward pass over the tokens, filled up to powers of two; logits are computed at the continuations only.
     Compiled once for every power of two among the lengths, the continuations and the numbers of answers that occur.
 
     Raises:
@@ -77,7 +77,7 @@ def log_likelihoods(
 
 
 def _rows(requests, max_length: int) -> list[_Row]:
-    """Requests that read the same side by side; rows with continuations of about the same length, too."""
+    """Requests that read the same tokens share a row; rows with continuations of about the same length, too."""
     rows: dict[tuple, _Row] = {}
     for index, (context, continuation) in enumerate(requests):
         if not len(context) or not len(continuation):
@@ -110,8 +110,8 @@ def _read(model, layout, params, table, rows, requests, size, width) -> Iterator
             targets[i, : row.scored, j] = requests[request][1]
     lengths = np.array([len(row.inputs) for row in rows] + [1] * (size - len(rows)))
     with layout.active():
-        made = _score(model, params, table.select(lengths), tokens, places, targets)
-    log_probabilities, best = (np.asarray(array) for array in made)
+        scored_rows = _score(model, params, table.select(lengths), tokens, places, targets)
+    log_probabilities, best = (np.asarray(array) for array in scored_rows)
     for i, row in enumerate(rows):
         for j, request in enumerate(row.requests):
             total = log_probabilities[i, : row.scored, j].sum(dtype=np.float64)
@@ -142,8 +142,8 @@ def _score(
     largest = MAX_LOGITS * shards("vocab") * shards("batch") // (len(tokens) * model.config.vocab_size)
     chunk = min(places.shape[1], 2 ** (max(largest, 1).bit_length() - 1))  # both are powers of two
     chunks = (jnp.moveaxis(x.reshape(len(x), -1, chunk, x.shape[-1]), 1, 0) for x in (hidden, targets))
-    made = jax.lax.map(of_chunk, tuple(chunks))
-    log_probabilities, is_best = (constrain(jnp.moveaxis(x, 0, 1).reshape(targets.shape)) for x in made)
+    outputs = jax.lax.map(of_chunk, tuple(chunks))
+    log_probabilities, is_best = (constrain(jnp.moveaxis(x, 0, 1).reshape(targets.shape)) for x in outputs)
     return log_probabilities, is_best
 
 

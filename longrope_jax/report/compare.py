@@ -1,6 +1,6 @@
-"""Several finished work directories side by side -> compare.md, compare.html and figures.
+"""A comparison of several finished work directories -> compare.md, compare.html and figures.
 
-The first is what the others are held against. A difference is told only where both were judged on the same tokens.
+The first run is the baseline. The report has a paired difference only where both runs scored the same tokens.
 """
 
 import json
@@ -68,7 +68,7 @@ def _perplexities(runs: Sequence[Run]) -> tuple[list[str], dict]:
             dict.fromkeys(method for by_n in found.values() for row in by_n.values() for method in row)
         )
         rows = [
-            [plots.label(method), run, *(_told(by_length.get(str(n), {}).get(method)) for n in lengths)]
+            [plots.label(method), run, *(_perplexity_cell(by_length.get(str(n), {}).get(method)) for n in lengths)]
             for method in methods
             for run, by_length in found.items()
             if any(method in row for row in by_length.values())
@@ -104,7 +104,7 @@ def _by_length(by_length: dict[str, dict], method: str) -> dict[int, comparison_
     }
 
 
-def _told(entry: dict[str, Any] | None) -> str:
+def _perplexity_cell(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return _ABSENT
     return "not finite" if entry["ppl"] is None else f"{entry['ppl']:.3f}"
@@ -125,7 +125,7 @@ def _differences(stage: str, runs: Sequence[Run], methods: Sequence[str]) -> lis
         rows += [(method, other, both) for method in methods if any(method == there for _, there in both)]
     if rows:
         lengths = sorted(shared)
-        told = [
+        cells = [
             [
                 plots.label(method),
                 f"{other.name} minus {first.name}",
@@ -135,7 +135,7 @@ def _differences(stage: str, runs: Sequence[Run], methods: Sequence[str]) -> lis
         ]
         parts += [
             DIFFERENCES,
-            table(["", "", *(_length(n, runs) for n in lengths)], told),
+            table(["", "", *(_length(n, runs) for n in lengths)], cells),
         ]
     return parts
 

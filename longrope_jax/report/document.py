@@ -50,8 +50,8 @@ def summarize(
         seconds: wall time by stage.
     """
     evaluated = {
-        stage: summarize_evaluation(settings, made, config.original_length)
-        for stage, (settings, made) in evaluations.items()
+        stage: summarize_evaluation(settings, records_of_stage, config.original_length)
+        for stage, (settings, records_of_stage) in evaluations.items()
     }
     return {
         "original_length": config.original_length,

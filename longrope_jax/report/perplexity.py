@@ -21,7 +21,7 @@ LONGROPE = "longrope"
 """The name of the method that the others are compared with, if an evaluation has it."""
 
 
-def summarize_evaluation(settings: EvaluationSettings, made: Records, original_length: int) -> Summary:
+def summarize_evaluation(settings: EvaluationSettings, records: Records, original_length: int) -> Summary:
     """The summary of one evaluation.
 
     Returns:
@@ -29,15 +29,15 @@ def summarize_evaluation(settings: EvaluationSettings, made: Records, original_l
         differences of the method `longrope` to all others and, beyond the original length (tokens), to the controls at
         the original length; and the headline.
     """
-    nll = {(record["length"], record["method"]): recorded_nll(record) for record in made}
+    nll = {(record["length"], record["method"]): recorded_nll(record) for record in records}
     lengths = sorted({length for length, _ in nll})
     methods = [method for method in settings.methods if (lengths[0], method) in nll]
     summary: Summary = {
         "headline": _headline(nll, settings, original_length),
         "perplexity": {str(n): {method: perplexity(nll[n, method])._asdict() for method in methods} for n in lengths},
-        "documents": sorted(set(made[0]["documents"])),
+        "documents": sorted(set(records[0]["documents"])),
         "start_tokens": {
-            method: {str(r["length"]): r["factors"]["n_hat"] for r in made if r["method"] == method}
+            method: {str(r["length"]): r["factors"]["n_hat"] for r in records if r["method"] == method}
             for method in methods
         },
         "compared": [
@@ -116,7 +116,7 @@ def _suffix(stage: str) -> str:
 
 
 def evaluation_figures(
-    stage: str, summary: Summary, settings: EvaluationSettings, made: Records, config: LlamaConfig
+    stage: str, summary: Summary, settings: EvaluationSettings, records: Records, config: LlamaConfig
 ) -> dict[str, Figure]:
     """By name: perplexity by length, and what the records allow of perplexity by position, and of factors by pair and
     by length.
@@ -127,13 +127,13 @@ def evaluation_figures(
     controls = [method for method in settings.controls if original in by_length and method in by_length[original]]
     figures[f"perplexity_by_length{suffix}"] = plots.perplexity_by_length(by_length, original, controls)
     longest = max(by_length)
-    curves = {r["method"]: r["nll_by_position"] for r in made if r["length"] == longest}
-    at_original = {r["method"]: r["nll_by_position"] for r in made if r["length"] == original}
+    curves = {r["method"]: r["nll_by_position"] for r in records if r["length"] == longest}
+    at_original = {r["method"]: r["nll_by_position"] for r in records if r["length"] == original}
     if controls:
         figures[f"perplexity_by_position{suffix}"] = plots.nll_by_position(
             curves, longest, original, at_original[controls[0]], plots.control_label(controls[0])
         )
-    used = {(r["method"], r["length"]): _factors(r["factors"]) for r in made}
+    used = {(r["method"], r["length"]): _factors(r["factors"]) for r in records}
     at_longest = {method: factors for (method, n), factors in used.items() if n == longest and method in plots.STYLES}
     at_longest.pop("unscaled", None)
     if at_longest:
@@ -186,7 +186,7 @@ def evaluation_section(
 
 
 def evaluation_title(stage: str) -> str:
-    """The heading of an evaluation; the name of its stage is told unless it is the usual `evaluate`."""
+    """The heading of an evaluation; with the name of its stage, unless that is `evaluate`."""
     return "Perplexity by window length" + (f" (stage `{stage}`)" if stage != "evaluate" else "")
 
 

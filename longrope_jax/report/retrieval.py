@@ -12,14 +12,14 @@ from longrope_jax.report.tables import picture, share_cell, table
 Records = list[dict[str, Any]]
 
 
-def summarize_retrieval(settings: RetrievalSettings, made: Records) -> dict[str, Any]:
+def summarize_retrieval(settings: RetrievalSettings, records: Records) -> dict[str, Any]:
     """By method and length: hits, tries, their share with its 95 % interval over all depths; and the share by depth
     where depths were given.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for method in settings.methods:
         for length in sorted(settings.lengths):
-            cells = [record for record in made if (record["method"], record["length"]) == (method, length)]
+            cells = [record for record in records if (record["method"], record["length"]) == (method, length)]
             hits, tries = (sum(cell[key] for cell in cells) for key in ("hits", "tries"))
             share, ci95 = accuracy(hits, tries)
             entry = {"hits": hits, "tries": tries, "accuracy": share, "ci95": ci95}

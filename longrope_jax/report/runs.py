@@ -1,4 +1,4 @@
-"""Finished work directories, read for a comparison, and whether two of them were judged on the same tokens."""
+"""Finished work directories, read for a comparison, and whether two of them scored the same tokens."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -65,14 +65,14 @@ def read_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
 
 
 def other_tokens(a: Run, b: Run, stage: str) -> str:
-    """Why the runs were not judged on the same tokens; "" if they were."""
+    """Why the runs did not score the same tokens; "" if they did."""
     section_a, section_b = (run.config[stage].get("data", "data") for run in (a, b))
     if section_a not in a.text or section_b not in b.text:
-        return "the tokens that they were judged on are not known any more"
+        return "the tokens that they scored are unknown"
     if a.text[section_a] != b.text[section_b]:
         return "their evaluation text differs"
     if a.names[stage] != b.names[stage] or max(a.nll[stage])[0] != max(b.nll[stage])[0]:
-        return "they were judged on other windows of the same text"
+        return "they scored different windows of the same text"
     return ""
 
 

@@ -25,7 +25,7 @@ DOCUMENTS = [Document("text", TOKENIZER.encode(TEXT), len(TEXT))]
 METHODS = {"good": Method("linear"), "short-sighted": Method("unscaled")}
 SETTINGS = RetrievalSettings(lengths=(500, 700), methods=METHODS, tries=5, prompts_at_once=2)
 FACTORS = {"good": rope.linear(8, 4.0), "short-sighted": rope.unscaled(8)}
-SUBJECTS = {
+EVALUATED = {
     name: EvaluatedMethod(lambda name=name: {"name": name}, lambda length, name=name: FACTORS[name]) for name in METHODS
 }
 SIGHT = 300  # tokens that the short-sighted one looks back
@@ -48,8 +48,8 @@ def calls(monkeypatch):
     return made
 
 
-def run(workdir, settings=SETTINGS, subjects=SUBJECTS, model=None, layout=None):
-    return run_retrieval(model, layout or Layout(), subjects, settings, TOKENIZER, DOCUMENTS, workdir, "retrieval")
+def run(workdir, settings=SETTINGS, evaluated=EVALUATED, model=None, layout=None):
+    return run_retrieval(model, layout or Layout(), evaluated, settings, TOKENIZER, DOCUMENTS, workdir, "retrieval")
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_with_a_model_on_a_mesh(tmp_path):
     factors = FACTORS["good"]
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((2, 4), np.int32), factors)["params"]
     settings = RetrievalSettings(lengths=(300,), methods={"good": Method("linear")}, tries=3, prompts_at_once=2)
-    subject = EvaluatedMethod(lambda: params, lambda length: factors)
-    [record] = run(tmp_path, settings, {"good": subject}, model, Layout.of(MeshSettings("data:2")))
+    method = EvaluatedMethod(lambda: params, lambda length: factors)
+    [record] = run(tmp_path, settings, {"good": method}, model, Layout.of(MeshSettings("data:2")))
     prompts = [prompt.tokens for prompt in make_prompts(settings, TOKENIZER, DOCUMENTS, 300, None)]
     new = 300 - len(prompts[0])
     expected = complete(model, params, FactorTable.of({300: factors}), prompts[:2], new, stops=TOKENIZER.stops)

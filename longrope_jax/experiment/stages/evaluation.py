@@ -1,4 +1,4 @@
-"""What the stages `evaluate` and `retrieval` have in common: both judge methods, each a model with factors."""
+"""The stages `evaluate` and `retrieval`: both evaluate methods, each with the factors and the model of a stage."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,10 +23,10 @@ Settings = EvaluationSettings | RetrievalSettings
 
 
 def method_targets(settings: Settings, before: Before) -> dict[str, int | None]:
-    """The lengths (tokens) up to which the methods' factors are good, None for a method.
+    """The lengths (tokens) that the methods' factors are for; None for a published method.
 
     Raises:
-        ValueError: a method names a model or factors that no stage before makes.
+        ValueError: no stage before has the model or the factors of a method.
     """
     targets = {}
     for name, method in settings.methods.items():
@@ -36,13 +36,13 @@ def method_targets(settings: Settings, before: Before) -> dict[str, int | None]:
 
 
 def method_inputs(settings: Settings, before: Before) -> list[str]:
-    """The stages whose models and factors the methods are."""
+    """The stages whose models and factors the methods use."""
     models = {model_stage(method.model, before) for method in settings.methods.values()}
     return sorted(models | set(sources(tuple(method.factors for method in settings.methods.values()), before)))
 
 
-def subjects(settings: Settings, context: RunContext) -> dict[str, EvaluatedMethod]:
-    """The methods with their parameters and factors; methods extend to the longest of the lengths."""
+def evaluated_methods(settings: Settings, context: RunContext) -> dict[str, EvaluatedMethod]:
+    """The methods with their parameters and factors; published methods extend to the longest of the lengths."""
     longest = max(settings.lengths)
     return {
         name: EvaluatedMethod(
@@ -53,11 +53,11 @@ def subjects(settings: Settings, context: RunContext) -> dict[str, EvaluatedMeth
 
 
 def finished_records(path: epath.Path, stage: str, fields: Mapping[str, Kind], count: int) -> list[dict[str, Any]]:
-    """The records that a finished stage left; raises LookupError if they are fewer than `count`."""
-    made = records.of_stage(path, stage, fields)
-    if len(made) < count:
+    """The records of a finished stage; raises LookupError if they are fewer than `count`."""
+    found = records.of_stage(path, stage, fields)
+    if len(found) < count:
         raise LookupError(f"{path} has lost records of it")
-    return made
+    return found
 
 
 def _check_evaluate(settings: EvaluationSettings, config: LlamaConfig, before: Before) -> None:
@@ -88,9 +88,9 @@ def _check_evaluate_layout(settings: EvaluationSettings, config: LlamaConfig, la
 
 
 def _run_evaluate(settings: EvaluationSettings, context: RunContext, name: str) -> dict[str, Any]:
-    documents, judged = context.documents[settings.data]["evaluation"], subjects(settings, context)
-    made = run_evaluation(context.model, context.layout, judged, settings, documents, context.workdir, name)
-    return {"lengths": list(settings.lengths), "seconds": sum(record["seconds"] for record in made)}
+    documents, methods = context.documents[settings.data]["evaluation"], evaluated_methods(settings, context)
+    found = run_evaluation(context.model, context.layout, methods, settings, documents, context.workdir, name)
+    return {"lengths": list(settings.lengths), "seconds": sum(record["seconds"] for record in found)}
 
 
 def _load_evaluate(settings: EvaluationSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
@@ -139,11 +139,11 @@ def _splits(settings: RetrievalSettings) -> tuple[str, ...]:
 
 
 def _run_retrieval(settings: RetrievalSettings, context: RunContext, name: str) -> dict[str, Any]:
-    documents, judged = _documents(settings, context), subjects(settings, context)
-    made = run_retrieval(
-        context.model, context.layout, judged, settings, context.tokenizer, documents, context.workdir, name
+    documents, methods = _documents(settings, context), evaluated_methods(settings, context)
+    found = run_retrieval(
+        context.model, context.layout, methods, settings, context.tokenizer, documents, context.workdir, name
     )
-    return {"lengths": list(settings.lengths), "seconds": sum(record["seconds"] for record in made)}
+    return {"lengths": list(settings.lengths), "seconds": sum(record["seconds"] for record in found)}
 
 
 def _load_retrieval(settings: RetrievalSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:

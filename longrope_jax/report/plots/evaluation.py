@@ -110,7 +110,7 @@ def retrieval_by_length(
     for turn, (name, style) in enumerate(styles_of(accuracy).items()):
         lengths = np.array(sorted(accuracy[name]))
         share, low, high = np.transpose([accuracy[name][length] for length in lengths])
-        lengths = lengths * 1.03 ** (turn - (len(accuracy) - 1) / 2)  # side by side, or intervals would hide each other
+        lengths = lengths * 1.03 ** (turn - (len(accuracy) - 1) / 2)  # intervals must not hide each other
         axes.plot(lengths, share, label=label(name), **style)
         axes.vlines(lengths, low, high, color=style["color"], linewidth=1, alpha=0.6)
     mark_original_length(axes, original_length)

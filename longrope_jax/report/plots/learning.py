@@ -73,11 +73,11 @@ def search_overfitting(held_out: Float[np.ndarray, "changes 3"], spent: float) -
         spent: forward equivalents of the whole search.
     """
     figure, (upper, lower) = new_figure(2, 2.2, columns=1)
-    costs, scores, judged = np.concatenate([held_out, [[spent, *held_out[-1, 1:]]]]).T
+    costs, scores, held_out_nll = np.concatenate([held_out, [[spent, *held_out[-1, 1:]]]]).T
     style = dict(drawstyle="steps-post", markevery=range(len(held_out)), marker=".")
     upper.plot(costs, np.exp(scores), label="search documents", color=STYLES["longrope"]["color"], **style)
-    upper.plot(costs, np.exp(judged), label="held-out documents", color="#1f77b4", **style)
-    lower.plot(costs, judged - scores, color="black", **style)
+    upper.plot(costs, np.exp(held_out_nll), label="held-out documents", color="#1f77b4", **style)
+    lower.plot(costs, held_out_nll - scores, color="black", **style)
     upper.set_ylabel("perplexity of the best")
     upper.set_title("Overfitting to the search documents")
     upper.legend(frameon=False, fontsize=8)

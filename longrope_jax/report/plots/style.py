@@ -1,4 +1,4 @@
-"""How methods, methods and models with factors, look and what a reader is shown for their names."""
+"""Labels, colours and axes that all figures share."""
 
 from collections.abc import Iterable, Sequence
 
@@ -64,7 +64,7 @@ def styles_of(names: Iterable[str]) -> dict[str, dict]:
 
 def new_figure(count: int, height: float, columns: int = 3, sharex: bool | None = None):
     """A figure and `count` panels, up to so many in a row, each so high (inches); of one column, with one x
-    axis unless told otherwise.
+    axis by default.
     """
     columns = min(count, columns)
     sharex = columns == 1 < count if sharex is None else sharex
