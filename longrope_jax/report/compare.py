@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from longrope_jax.evaluation.perplexity import compare
 from longrope_jax.report import plots
 from longrope_jax.report.page import write_pages
+from longrope_jax.report.perplexity import evaluation_title
 from longrope_jax.report.plots import comparison as comparison_plots
 from longrope_jax.report.runs import Run, other_tokens, read_runs
 from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, picture, share_cell, table
@@ -75,7 +76,7 @@ def _perplexities(runs: Sequence[Run]) -> tuple[list[str], dict]:
         ]
         header = ["", "run", *(_length(n, having) for n in lengths)]
         parts += [
-            f"## Perplexity by window length: {stage}\n",
+            f"## {evaluation_title(stage)}\n",
             table(header, rows),
             *_differences(stage, having, methods),
         ]
@@ -97,7 +98,7 @@ def _perplexities(runs: Sequence[Run]) -> tuple[list[str], dict]:
 
 
 def _by_length(by_length: dict[str, dict], method: str) -> dict[int, comparison_plots.Interval]:
-    """Of a method, what is finite."""
+    """Length (tokens) -> finite perplexity of a method, with its interval."""
     entries = {int(n): row[method] for n, row in by_length.items() if method in row and row[method]["ppl"] is not None}
     return {
         n: (entry["ppl"], *(np.nan if end is None else end for end in entry["ci95"])) for n, entry in entries.items()
@@ -111,7 +112,7 @@ def _perplexity_cell(entry: dict[str, Any] | None) -> str:
 
 
 def _differences(stage: str, runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
-    """Of every other run to the first, method by method."""
+    """Paired differences of every other run to the first, by method."""
     first, *others = runs
     parts, rows = [], []
     shared: set[int] = set()
@@ -129,7 +130,12 @@ def _differences(stage: str, runs: Sequence[Run], methods: Sequence[str]) -> lis
             [
                 plots.label(method),
                 f"{other.name} minus {first.name}",
-                *(_difference(other, first, stage, n, method) if (n, method) in both else _ABSENT for n in lengths),
+                *(
+                    difference_cell(compare(other.nll[stage][n, method], first.nll[stage][n, method])._asdict())
+                    if (n, method) in both
+                    else _ABSENT
+                    for n in lengths
+                ),
             ]
             for method, other, both in rows
         ]
@@ -138,10 +144,6 @@ def _differences(stage: str, runs: Sequence[Run], methods: Sequence[str]) -> lis
             table(["", "", *(_length(n, runs) for n in lengths)], cells),
         ]
     return parts
-
-
-def _difference(run: Run, base: Run, stage: str, length: int, method: str) -> str:
-    return difference_cell(compare(run.nll[stage][length, method], base.nll[stage][length, method])._asdict())
 
 
 def _searches(runs: Sequence[Run]) -> tuple[list[str], dict]:
@@ -190,21 +192,21 @@ def _retrievals(runs: Sequence[Run]) -> tuple[list[str], dict]:
         methods = plots.ordered(dict.fromkeys(method for by_method in accuracy.values() for method in by_method))
         lengths = sorted({int(n) for by_method in accuracy.values() for by_n in by_method.values() for n in by_n})
         rows = [
-            [plots.label(method), run, *(_share(by_method[method].get(str(n))) for n in lengths)]
+            [
+                plots.label(method),
+                run,
+                *(share_cell(by_method[method][n]) if n in by_method[method] else _ABSENT for n in map(str, lengths)),
+            ]
             for method in methods
             for run, by_method in accuracy.items()
             if method in by_method
         ]
         parts += [
-            f"## Retrieval: {stage}\n",
+            f"## Retrieval (stage `{stage}`)\n",
             f"How often the hidden number was found, with 95 % Wilson intervals ({tasks}).\n",
             table(["", "run", *map(str, lengths)], rows),
         ]
     return parts, {}
-
-
-def _share(entry: dict[str, Any] | None) -> str:
-    return _ABSENT if entry is None else share_cell(entry)
 
 
 def _configs(runs: Sequence[Run]) -> list[str]:
@@ -233,9 +235,6 @@ def _code(value: Any) -> str:
 
 
 def _seconds(runs: Sequence[Run]) -> list[str]:
-    stages = _stages(runs, "seconds")
-    rows = [
-        [stage, *(f"{run.report['seconds'][stage]:.1f}" if stage in run.report["seconds"] else _ABSENT for run in runs)]
-        for stage in stages
-    ]
+    times = [{stage: f"{value:.1f}" for stage, value in run.report["seconds"].items()} for run in runs]
+    rows = [[stage, *(by_stage.get(stage, _ABSENT) for by_stage in times)] for stage in _stages(runs, "seconds")]
     return ["## Seconds by stage\n", table(["stage", *(run.name for run in runs)], rows)]
