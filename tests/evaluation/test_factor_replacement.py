@@ -64,7 +64,7 @@ def test_a_cost_that_is_no_number_survives_its_file():
 @pytest.mark.parametrize(
     ("lengths", "sizes", "told"),
     [
-        ((16,), (200, 200), "nothing changes at 16 tokens; only up to 32, 64"),
+        ((16,), (200, 200), "nothing changes at 16 tokens, only up to 32, 64"),
         ((65,), (200, 200), "65 must be a number of tokens from 1 to 64"),
         ((-1,), (200, 200), "-1 must be a number of tokens from 1 to 64"),
         ((), (200, 60), "only 'd0' has the 65 tokens of a window, and intervals need two documents"),
