@@ -27,36 +27,27 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import longrope_jax as lr
-from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
-from longrope_jax.experiment import DataSettings
-from longrope_jax.experiment.stages import TableSettings
-from longrope_jax.model import LlamaConfig
-from longrope_jax.runtime.mesh import MeshSettings
-from longrope_jax.runtime.profiling import ProfileSettings
-from longrope_jax.search.settings import EvolutionSettings, SearchSettings
-from longrope_jax.search.space import N_HAT
-from longrope_jax.settings import section
-from longrope_jax.training.finetune import FinetuneSettings
-from longrope_jax.training.pretrain import PretrainSettings
-from longrope_jax.training.step import OptimizerSettings
 
 L = 128
 METHODS = ("linear", "ntk", "yarn")
 DOCUMENTS, LONG_DOCUMENTS = 64, 8
 # The tables use the paper's algorithm, in the wider of two readings.
-_as_published = partial(EvolutionSettings.paper, reach=4)
+_as_published = partial(lr.EvolutionSettings.paper, reach=4)
 
 
 def get_config() -> ConfigDict:
     """The experiment."""
     stages = {
-        "pretrain": PretrainSettings(
-            steps=1300, batch=16, checkpoint_every=260, optimizer=OptimizerSettings(learning_rate=5e-3, warmup_steps=50)
+        "pretrain": lr.PretrainSettings(
+            steps=1300,
+            batch=16,
+            checkpoint_every=260,
+            optimizer=lr.OptimizerSettings(learning_rate=5e-3, warmup_steps=50),
         ),
         **_first_searches(),
         **_first_tables(),
         **_first_evaluations(),
-        "finetune_8x": FinetuneSettings(
+        "finetune_8x": lr.FinetuneSettings(
             length=8 * L,
             batch=4,
             steps=100,
@@ -65,40 +56,40 @@ def get_config() -> ConfigDict:
             checkpoint_every=50,
             evaluate_every=50,
             remat="none",
-            optimizer=OptimizerSettings(learning_rate=1.5e-3, schedule="linear", warmup_steps=20),
+            optimizer=lr.OptimizerSettings(learning_rate=1.5e-3, schedule="linear", warmup_steps=20),
         ),
         **_recovery(),
         **_second_extension(),
     }
     config = ConfigDict()
     config.stages = tuple(stages)
-    config.model = section(LlamaConfig.preset("tiny"))
-    config.data = section(DataSettings())
-    config.mesh = section(MeshSettings())
-    config.profile = section(ProfileSettings())
+    config.model = lr.section(lr.LlamaConfig.preset("tiny"))
+    config.data = lr.section(lr.DataSettings())
+    config.mesh = lr.section(lr.MeshSettings())
+    config.profile = lr.section(lr.ProfileSettings())
     for name, settings in stages.items():
-        config[name] = section(settings)
+        config[name] = lr.section(settings)
     return config
 
 
-def _first_searches() -> dict[str, SearchSettings]:
+def _first_searches() -> dict[str, lr.SearchSettings]:
     """The searches on the pretrained model."""
     common = dict(model="pretrain", documents=5, racing=0.99, held_out_documents=16)
     iterations = {2: 6, 4: 8, 8: 10}
     searches = {
-        f"search_{scale}x": SearchSettings(
+        f"search_{scale}x": lr.SearchSettings(
             target_length=scale * L, evolution=_as_published(iterations=iterations[scale]), **common
         )
         for scale in (2, 4, 8)
     }
     for scale in (4, 8):
-        searches[f"search_lambda_{scale}x"] = SearchSettings(
+        searches[f"search_lambda_{scale}x"] = lr.SearchSettings(
             target_length=scale * L, n_hat=(0,), evolution=_as_published(iterations=iterations[scale]), **common
         )
     return searches
 
 
-def _first_tables() -> dict[str, TableSettings]:
+def _first_tables() -> dict[str, lr.TableSettings]:
     """A factor table per method: its factors for every length, and the original rotation up to L."""
     tables = {method: _from_original((2, 4, 8), [method] * 3) for method in METHODS}
     tables["searched"] = _from_original((2, 4, 8), ["search_2x", "search_4x", "search_8x"])
@@ -106,21 +97,21 @@ def _first_tables() -> dict[str, TableSettings]:
     return {f"table_{name}": table for name, table in tables.items()}
 
 
-def _from_original(scales, factors) -> TableSettings:
+def _from_original(scales, factors) -> lr.TableSettings:
     lengths = tuple(scale * L for scale in (1, *scales))
-    return TableSettings(lengths=lengths, factors=("original", *factors), model="pretrain")
+    return lr.TableSettings(lengths=lengths, factors=("original", *factors), model="pretrain")
 
 
-def _first_evaluations() -> dict[str, EvaluationSettings]:
-    linear, ntk, yarn = (Method(f"table_{method}", "pretrain") for method in METHODS)
-    searched, unscaled = Method("table_searched", "pretrain"), Method("original", "pretrain")
+def _first_evaluations() -> dict[str, lr.EvaluationSettings]:
+    linear, ntk, yarn = (lr.Method(f"table_{method}", "pretrain") for method in METHODS)
+    searched, unscaled = lr.Method("table_searched", "pretrain"), lr.Method("original", "pretrain")
     return {
-        "evaluate_table1_methods": EvaluationSettings(
+        "evaluate_table1_methods": lr.EvaluationSettings(
             lengths=(L, 2 * L, 4 * L, 8 * L),
             documents=DOCUMENTS,
             methods={
                 "unscaled": unscaled,
-                "dynamic_ntk": Method("dynamic_ntk", "pretrain"),
+                "dynamic_ntk": lr.Method("dynamic_ntk", "pretrain"),
                 "linear": linear,
                 "ntk": ntk,
                 "yarn": yarn,
@@ -128,12 +119,12 @@ def _first_evaluations() -> dict[str, EvaluationSettings]:
             },
             compared=(("longrope", "yarn"), ("longrope", "ntk")),
         ),
-        "evaluate_table11_forms": EvaluationSettings(
+        "evaluate_table11_forms": lr.EvaluationSettings(
             lengths=(L, 4 * L, 8 * L),
             documents=DOCUMENTS,
             methods={
                 "linear": linear,
-                "lambda_only": Method("table_lambda", "pretrain"),
+                "lambda_only": lr.Method("table_lambda", "pretrain"),
                 "longrope": searched,
                 "unscaled": unscaled,
             },
@@ -142,24 +133,24 @@ def _first_evaluations() -> dict[str, EvaluationSettings]:
     }
 
 
-def _recovery() -> dict[str, SearchSettings | TableSettings | EvaluationSettings]:
+def _recovery() -> dict[str, lr.SearchSettings | lr.TableSettings | lr.EvaluationSettings]:
     """Short inputs of the fine-tuned model."""
     short = dict(model="finetune_8x", documents=20, documents_at_once=20, upper_bound=4.0)
     few = _as_published(iterations=6)
     return {
-        "search_recovery_1x": SearchSettings(target_length=L, evolution=few, **short),
-        "search_recovery_2x": SearchSettings(target_length=2 * L, evolution=few, **short),
-        "table_recovered": TableSettings(
+        "search_recovery_1x": lr.SearchSettings(target_length=L, evolution=few, **short),
+        "search_recovery_2x": lr.SearchSettings(target_length=2 * L, evolution=few, **short),
+        "table_recovered": lr.TableSettings(
             lengths=(L, 2 * L), factors=("search_recovery_1x", "search_recovery_2x"), model="finetune_8x"
         ),
-        "table_tuned": TableSettings(lengths=(8 * L,), factors=("search_8x",), model="finetune_8x"),
-        "evaluate_table10_recovery": EvaluationSettings(
+        "table_tuned": lr.TableSettings(lengths=(8 * L,), factors=("search_8x",), model="finetune_8x"),
+        "evaluate_table10_recovery": lr.EvaluationSettings(
             lengths=(L, 2 * L),
             documents=4 * DOCUMENTS,
             methods={
-                "original": Method("original", "pretrain"),
-                "tuned_factors": Method("table_tuned", "finetune_8x"),
-                "short_factors": Method("table_recovered", "finetune_8x"),
+                "original": lr.Method("original", "pretrain"),
+                "tuned_factors": lr.Method("table_tuned", "finetune_8x"),
+                "short_factors": lr.Method("table_recovered", "finetune_8x"),
             },
             controls=("original",),
             compared=(("short_factors", "tuned_factors"), ("short_factors", "original"), ("tuned_factors", "original")),
@@ -167,27 +158,27 @@ def _recovery() -> dict[str, SearchSettings | TableSettings | EvaluationSettings
     }
 
 
-def _second_extension() -> dict[str, SearchSettings | TableSettings | EvaluationSettings]:
+def _second_extension() -> dict[str, lr.SearchSettings | lr.TableSettings | lr.EvaluationSettings]:
     """The fine-tuned model at lengths beyond its fine-tuning."""
     # Fewer candidates and documents than a search should have, to save time.
     small = _as_published(population=24, mutations=8, crossovers=8, iterations=7)
     smallest = _as_published(population=16, mutations=6, crossovers=6, iterations=6)
     stages, lengths = {}, tuple(scale * L for scale in (8, 16, 32, 64))
     for scale, documents, evolution in ((16, 3, small), (32, 2, smallest), (64, 2, smallest)):
-        stages[f"search_{scale}x"] = SearchSettings(
+        stages[f"search_{scale}x"] = lr.SearchSettings(
             target_length=scale * L, model="finetune_8x", documents=documents, racing=0.99, evolution=evolution
         )
     others = ("linear", "yarn", "yarn_without_temperature")
     sources = {method: (method,) * 4 for method in others}
     sources["searched"] = ("search_8x", "search_16x", "search_32x", "search_64x")
     for name, factors in sources.items():
-        stages[f"table_second_{name}"] = TableSettings(lengths=lengths, factors=factors, model="finetune_8x")
-    stages["evaluate_table9_second_extension"] = EvaluationSettings(
+        stages[f"table_second_{name}"] = lr.TableSettings(lengths=lengths, factors=factors, model="finetune_8x")
+    stages["evaluate_table9_second_extension"] = lr.EvaluationSettings(
         lengths=lengths,
         documents=LONG_DOCUMENTS,
         methods={
-            **{method: Method(f"table_second_{method}", "finetune_8x") for method in others},
-            "longrope": Method("table_second_searched", "finetune_8x"),
+            **{method: lr.Method(f"table_second_{method}", "finetune_8x") for method in others},
+            "longrope": lr.Method("table_second_searched", "finetune_8x"),
         },
         controls=(),
         compared=tuple(("longrope", method) for method in others),
@@ -204,9 +195,9 @@ def start_tokens(workdir: str) -> None:
     for method, make in (("linear", lr.rope.linear), ("ntk", lr.rope.ntk)):
         for scale in (2, 4):
             factors = make(quickstart.config.head_dim, scale)
-            seeds = {f"n_hat_{n}": factors.replace(n_hat=np.int32(n)) for n in N_HAT if n <= L}
-            only_seeds = EvolutionSettings(population=len(seeds), iterations=0)
-            settings = SearchSettings(
+            seeds = {f"n_hat_{n}": factors.replace(n_hat=np.int32(n)) for n in lr.N_HAT if n <= L}
+            only_seeds = lr.EvolutionSettings(population=len(seeds), iterations=0)
+            settings = lr.SearchSettings(
                 target_length=scale * L, documents=20, documents_at_once=20, published=(method,), evolution=only_seeds
             )
             best = quickstart.search(settings, seeds).best()

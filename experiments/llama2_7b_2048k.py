@@ -34,20 +34,11 @@ splits (`DataSettings`).
 
 from ml_collections import ConfigDict
 
-from longrope_jax.data.corpus import DataSettings
-from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
-from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.experiment.stages import ExportSettings, LoadSettings, TableSettings
-from longrope_jax.runtime.mesh import MeshSettings
-from longrope_jax.runtime.profiling import ProfileSettings
-from longrope_jax.search.settings import EvolutionSettings, SearchSettings
-from longrope_jax.settings import section
-from longrope_jax.training.finetune import FinetuneSettings
-from longrope_jax.training.step import OptimizerSettings
+import longrope_jax as lr
 
 K = 1024
-PAPER = EvolutionSettings.paper()
-HALVED = EvolutionSettings.paper(population=32, mutations=8, crossovers=8)  # LongRoPE sec. 4.1, above 512k
+PAPER = lr.EvolutionSettings.paper()
+HALVED = lr.EvolutionSettings.paper(population=32, mutations=8, crossovers=8)  # LongRoPE sec. 4.1, above 512k
 
 
 def get_config() -> ConfigDict:
@@ -71,13 +62,13 @@ def get_config() -> ConfigDict:
         "retrieval",
         "export",
     )
-    config.mesh = section(MeshSettings(axes="tensor:4,seq:-1"))
-    config.profile = section(ProfileSettings())
-    config.load = section(LoadSettings(path="gs://BUCKET/Llama-2-7b-hf", dtype="bfloat16", preset="llama2_7b"))
-    config.data = section(DataSettings(folder="gs://BUCKET/redpajama", shares=(0.99, 0.01, 0.0)))
-    config.data_pg19 = section(DataSettings(tfds="pg19", tfds_dir="gs://BUCKET/tfds"))
-    config.data_proofpile = section(DataSettings(folder="gs://BUCKET/proofpile", shares=(0.0, 0.0, 1.0)))
-    config.data_books = section(DataSettings(folder="gs://BUCKET/books", shares=(0.0, 0.2, 0.8)))
+    config.mesh = lr.section(lr.MeshSettings(axes="tensor:4,seq:-1"))
+    config.profile = lr.section(lr.ProfileSettings())
+    config.load = lr.section(lr.LoadSettings(path="gs://BUCKET/Llama-2-7b-hf", dtype="bfloat16", preset="llama2_7b"))
+    config.data = lr.section(lr.DataSettings(folder="gs://BUCKET/redpajama", shares=(0.99, 0.01, 0.0)))
+    config.data_pg19 = lr.section(lr.DataSettings(tfds="pg19", tfds_dir="gs://BUCKET/tfds"))
+    config.data_proofpile = lr.section(lr.DataSettings(folder="gs://BUCKET/proofpile", shares=(0.0, 0.0, 1.0)))
+    config.data_books = lr.section(lr.DataSettings(folder="gs://BUCKET/books", shares=(0.0, 0.2, 0.8)))
     _extend(config)
     _evaluate(config)
     return config
@@ -86,8 +77,8 @@ def get_config() -> ConfigDict:
 def _extend(config: ConfigDict) -> None:
     """LongRoPE sec. 3.3."""
     for length in (128, 256):
-        config[f"search_{length}k"] = section(
-            SearchSettings(target_length=length * K, model="load", documents=5, data="data_pg19", evolution=PAPER)
+        config[f"search_{length}k"] = lr.section(
+            lr.SearchSettings(target_length=length * K, model="load", documents=5, data="data_pg19", evolution=PAPER)
         )
     tuning = dict(
         batch=32,
@@ -96,20 +87,22 @@ def _extend(config: ConfigDict) -> None:
         log_every=5,
         evaluate_every=100,
         remat="attention_saveable",
-        optimizer=OptimizerSettings(learning_rate=2e-5, schedule="linear", warmup_steps=20, weight_decay=0.0),
+        optimizer=lr.OptimizerSettings(learning_rate=2e-5, schedule="linear", warmup_steps=20, weight_decay=0.0),
     )
-    config.finetune_128k = section(
-        FinetuneSettings(length=128 * K, steps=400, model="load", factors="search_128k", **tuning)
+    config.finetune_128k = lr.section(
+        lr.FinetuneSettings(length=128 * K, steps=400, model="load", factors="search_128k", **tuning)
     )
-    config.finetune_256k = section(
-        FinetuneSettings(length=256 * K, steps=600, model="finetune_128k", factors="search_256k", **tuning)
+    config.finetune_256k = lr.section(
+        lr.FinetuneSettings(length=256 * K, steps=600, model="finetune_128k", factors="search_256k", **tuning)
     )
-    config.search_2048k = section(
-        SearchSettings(target_length=2048 * K, model="finetune_256k", documents=3, data="data_books", evolution=HALVED)
+    config.search_2048k = lr.section(
+        lr.SearchSettings(
+            target_length=2048 * K, model="finetune_256k", documents=3, data="data_books", evolution=HALVED
+        )
     )
     for length in (4, 8):
-        config[f"search_{length}k"] = section(
-            SearchSettings(
+        config[f"search_{length}k"] = lr.section(
+            lr.SearchSettings(
                 target_length=length * K,
                 model="finetune_256k",
                 upper_bound=4.0,  # the model was tuned with 80 times as much
@@ -120,45 +113,49 @@ def _extend(config: ConfigDict) -> None:
             )
         )
     lengths, searches = (4 * K, 8 * K, 256 * K, 2048 * K), ("search_4k", "search_8k", "search_256k", "search_2048k")
-    config.table = section(TableSettings(lengths=lengths, factors=searches, model="finetune_256k"))
-    config.table_without_recovery = section(
-        TableSettings(lengths=lengths[2:], factors=searches[2:], model="finetune_256k")
+    config.table = lr.section(lr.TableSettings(lengths=lengths, factors=searches, model="finetune_256k"))
+    config.table_without_recovery = lr.section(
+        lr.TableSettings(lengths=lengths[2:], factors=searches[2:], model="finetune_256k")
     )
-    config.table_yarn = section(
-        TableSettings(lengths=lengths[2:], factors=("search_256k", "yarn_without_temperature"), model="finetune_256k")
+    config.table_yarn = lr.section(
+        lr.TableSettings(
+            lengths=lengths[2:], factors=("search_256k", "yarn_without_temperature"), model="finetune_256k"
+        )
     )
 
 
 def _evaluate(config: ConfigDict) -> None:
-    tuned = {"longrope": Method("table"), "without_short_recovery": Method("table_without_recovery")}
-    original = {"original": Method("original", "load")}
+    tuned = {"longrope": lr.Method("table"), "without_short_recovery": lr.Method("table_without_recovery")}
+    original = {"original": lr.Method("original", "load")}
     sliding = dict(stride=256, tokens_at_once=256 * K, methods=tuned | original, controls=("original",))
     lengths = tuple(length * K for length in (4, 8, 16, 32, 64, 128, 256))
-    config.evaluate_proofpile = section(
-        EvaluationSettings(lengths=lengths, documents=10, data="data_proofpile", **sliding)
+    config.evaluate_proofpile = lr.section(
+        lr.EvaluationSettings(lengths=lengths, documents=10, data="data_proofpile", **sliding)
     )
-    config.evaluate_pg19 = section(EvaluationSettings(lengths=lengths[1:6], data="data_pg19", documents=10, **sliding))
-    config.evaluate_books = section(
-        EvaluationSettings(
+    config.evaluate_pg19 = lr.section(
+        lr.EvaluationSettings(lengths=lengths[1:6], data="data_pg19", documents=10, **sliding)
+    )
+    config.evaluate_books = lr.section(
+        lr.EvaluationSettings(
             lengths=tuple(length * K for length in (8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
             stride=256 * K,
             tokens_at_once=256 * K,
-            methods={"longrope": Method("table"), "second_interpolation_yarn": Method("table_yarn")},
+            methods={"longrope": lr.Method("table"), "second_interpolation_yarn": lr.Method("table_yarn")},
             controls=("longrope",),
             documents=20,
             data="data_books",
         )
     )
-    config.retrieval = section(
-        RetrievalSettings(
+    config.retrieval = lr.section(
+        lr.RetrievalSettings(
             lengths=tuple(length * K for length in (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
-            methods={"longrope": Method("table")},
+            methods={"longrope": lr.Method("table")},
             prompts_at_once=1,
             tokens_at_once=8 * K,
         )
     )
-    config.export = section(
-        ExportSettings(
+    config.export = lr.section(
+        lr.ExportSettings(
             factors="table",
             model="finetune_256k",
             dtype="bfloat16",

@@ -26,17 +26,7 @@ Text: long and short documents for fine-tuning, for example RedPajama; PG19 for 
 
 from ml_collections import ConfigDict
 
-from longrope_jax.data.corpus import DataSettings
-from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
-from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.experiment.stages import ExportSettings, LoadSettings, TableSettings
-from longrope_jax.runtime.mesh import MeshSettings
-from longrope_jax.runtime.profiling import ProfileSettings
-from longrope_jax.search.objective import TermSettings
-from longrope_jax.search.settings import EvolutionSettings, SearchSettings
-from longrope_jax.settings import section
-from longrope_jax.training.finetune import FinetuneSettings
-from longrope_jax.training.step import OptimizerSettings
+import longrope_jax as lr
 
 K = 1024
 TARGET = 128 * K
@@ -45,31 +35,31 @@ TARGET = 128 * K
 def get_config() -> ConfigDict:
     """The experiment."""
     return mixed_windows(
-        LoadSettings("gs://BUCKET/Meta-Llama-3-8B", dtype="bfloat16", preset="llama3_8b"), original=8 * K
+        lr.LoadSettings("gs://BUCKET/Meta-Llama-3-8B", dtype="bfloat16", preset="llama3_8b"), original=8 * K
     )
 
 
-def mixed_windows(load: LoadSettings, original: int) -> ConfigDict:
+def mixed_windows(load: lr.LoadSettings, original: int) -> ConfigDict:
     """The experiment for a model with `original` tokens of original length."""
     config = ConfigDict()
     config.stages = ("load", "search", "finetune", "table", "evaluate", "retrieval", "export")
-    config.mesh = section(MeshSettings(axes="tensor:4,seq:-1"))
-    config.profile = section(ProfileSettings())
-    config.load = section(load)
-    config.data = section(DataSettings(folder="gs://BUCKET/redpajama", shares=(0.99, 0.01, 0.0)))
-    config.data_pg19 = section(DataSettings(tfds="pg19", tfds_dir="gs://BUCKET/tfds"))
-    config.search = section(
-        SearchSettings(
+    config.mesh = lr.section(lr.MeshSettings(axes="tensor:4,seq:-1"))
+    config.profile = lr.section(lr.ProfileSettings())
+    config.load = lr.section(load)
+    config.data = lr.section(lr.DataSettings(folder="gs://BUCKET/redpajama", shares=(0.99, 0.01, 0.0)))
+    config.data_pg19 = lr.section(lr.DataSettings(tfds="pg19", tfds_dir="gs://BUCKET/tfds"))
+    config.search = lr.section(
+        lr.SearchSettings(
             target_length=TARGET,
             documents=10,
-            objective={"needle": TermSettings("needle")},
+            objective={"needle": lr.TermSettings("needle")},
             space="critical_dimension",
-            evolution=EvolutionSettings.paper(),
+            evolution=lr.EvolutionSettings.paper(),
             data="data_pg19",
         )
     )
-    config.finetune = section(
-        FinetuneSettings(
+    config.finetune = lr.section(
+        lr.FinetuneSettings(
             length=TARGET,
             steps=2250,
             batch=64,
@@ -80,40 +70,40 @@ def mixed_windows(load: LoadSettings, original: int) -> ConfigDict:
             checkpoint_every=50,
             log_every=5,
             remat="attention_saveable",
-            optimizer=OptimizerSettings(learning_rate=2e-5, schedule="cosine", warmup_steps=50),
+            optimizer=lr.OptimizerSettings(learning_rate=2e-5, schedule="cosine", warmup_steps=50),
         )
     )
-    config.table = section(TableSettings(lengths=(original, TARGET), factors=("original", "search")))
+    config.table = lr.section(lr.TableSettings(lengths=(original, TARGET), factors=("original", "search")))
     lengths = tuple(length * K for length in (4, 8, 16, 32, 64, 128))
-    config.evaluate = section(
-        EvaluationSettings(
+    config.evaluate = lr.section(
+        lr.EvaluationSettings(
             lengths=lengths,
             stride=256,
             tokens_at_once=TARGET,
             documents=10,
             methods={
-                "longrope": Method("table"),
-                "not_tuned": Method("search", "load"),
-                "yarn_not_tuned": Method("yarn", "load"),
-                "original": Method("original", "load"),
+                "longrope": lr.Method("table"),
+                "not_tuned": lr.Method("search", "load"),
+                "yarn_not_tuned": lr.Method("yarn", "load"),
+                "original": lr.Method("original", "load"),
             },
             controls=("original",),
             data="data_pg19",
         )
     )
-    config.retrieval = section(
-        RetrievalSettings(
+    config.retrieval = lr.section(
+        lr.RetrievalSettings(
             lengths=lengths,
             task="needle",
             depths=(0.0, 0.25, 0.5, 0.75, 1.0),
-            methods={"longrope": Method("table")},
+            methods={"longrope": lr.Method("table")},
             prompts_at_once=8,
             tokens_at_once=8 * K,
             data="data_pg19",
         )
     )
-    config.export = section(
-        ExportSettings(
+    config.export = lr.section(
+        lr.ExportSettings(
             factors="table",
             dtype="bfloat16",
             allow_dropping_start_tokens=True,

@@ -19,13 +19,9 @@ Published figures to compare with: the paper's tables have a row of this model f
 
 from ml_collections import ConfigDict
 
+import longrope_jax as lr
 from experiments import llama2_7b_2048k
 from experiments.llama2_7b_2048k import K
-from longrope_jax.data.corpus import DataSettings
-from longrope_jax.experiment.stages import LoadSettings, TableSettings
-from longrope_jax.settings import section
-from longrope_jax.training.finetune import FinetuneSettings
-from longrope_jax.training.step import OptimizerSettings
 
 L = 8 * K
 
@@ -33,10 +29,10 @@ L = 8 * K
 def get_config() -> ConfigDict:
     """The experiment."""
     config = llama2_7b_2048k.get_config()
-    config.load = section(LoadSettings(path="gs://BUCKET/Mistral-7B-v0.1", dtype="bfloat16", preset="mistral_7b"))
-    config.data = section(DataSettings(folder="gs://BUCKET/long-data-collections", shares=(0.99, 0.01, 0.0)))
-    config.finetune = section(
-        FinetuneSettings(
+    config.load = lr.section(lr.LoadSettings(path="gs://BUCKET/Mistral-7B-v0.1", dtype="bfloat16", preset="mistral_7b"))
+    config.data = lr.section(lr.DataSettings(folder="gs://BUCKET/long-data-collections", shares=(0.99, 0.01, 0.0)))
+    config.finetune = lr.section(
+        lr.FinetuneSettings(
             length=16 * K,
             steps=400,
             model="load",
@@ -46,15 +42,15 @@ def get_config() -> ConfigDict:
             checkpoint_every=50,
             log_every=5,
             remat="attention_saveable",
-            optimizer=OptimizerSettings(learning_rate=1e-6, schedule="constant", warmup_steps=20, weight_decay=0.0),
+            optimizer=lr.OptimizerSettings(learning_rate=1e-6, schedule="constant", warmup_steps=20, weight_decay=0.0),
         )
     )
     for name in ("finetune_128k", "finetune_256k", "search_128k", "search_4k"):
         del config[name]
     for name in ("search_2048k", "search_8k", "table", "table_without_recovery", "table_yarn", "export"):
         config[name].model = "finetune"
-    config.table = section(
-        TableSettings(
+    config.table = lr.section(
+        lr.TableSettings(
             lengths=(L, 256 * K, 2048 * K), factors=("search_8k", "search_256k", "search_2048k"), model="finetune"
         )
     )

@@ -22,7 +22,7 @@ from longrope_jax.evaluation.perplexity import DocumentNll, compare
 from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.experiment import DataSettings, prepare, reopen
 from longrope_jax.model import LlamaConfig
-from longrope_jax.report.tables import table
+from longrope_jax.report.tables import markdown_table
 from longrope_jax.rope import stack
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
@@ -96,7 +96,7 @@ def main(*workdirs: str) -> None:
         cells += [f"{d.difference:+.3f} [{d.ci95[0]:+.3f}, {d.ci95[1]:+.3f}]" for d in differences]
         rows.append([workdir, *cells])
     names = "needle minus perplexity", "mix minus perplexity", "perplexity minus yarn"
-    print(table(["nats a digit, 8L", *nll, *names], rows))
+    print(markdown_table(["nats a digit, 8L", *nll, *names], rows))
 
 
 def needle_nll(workdir: str) -> dict[str, DocumentNll]:

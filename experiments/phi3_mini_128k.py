@@ -18,13 +18,13 @@ dimension is pair 25, the theoretical one 31.
 
 from ml_collections import ConfigDict
 
+import longrope_jax as lr
 from experiments.llama3_8b_128k import K, mixed_windows
-from longrope_jax.experiment.stages import LoadSettings
 
 
 def get_config() -> ConfigDict:
     """The experiment."""
-    load = LoadSettings("gs://BUCKET/Phi-3-mini-4k-instruct", dtype="bfloat16", preset="phi3_mini")
+    load = lr.LoadSettings("gs://BUCKET/Phi-3-mini-4k-instruct", dtype="bfloat16", preset="phi3_mini")
     config = mixed_windows(load, original=4 * K)
     config.mesh.axes = "fsdp:4,seq:-1"
     config.finetune.accumulate = 16

@@ -11,48 +11,45 @@ window.
 
 from ml_collections import ConfigDict
 
+import longrope_jax as lr
 from experiments import progressive_tiny
 from experiments.progressive_tiny import L
-from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
-from longrope_jax.experiment.stages import TableSettings
-from longrope_jax.search.settings import EvolutionSettings, SearchSettings
-from longrope_jax.settings import section
 
 
 def get_config() -> ConfigDict:
     """The experiment."""
     config = progressive_tiny.get_config()
     config.stages = (*config.stages, "search_512x", "table_longrope_512x", "table_yarn_512x", "evaluate_512x")
-    config.search_512x = section(
-        SearchSettings(
+    config.search_512x = lr.section(
+        lr.SearchSettings(
             target_length=512 * L,
             model="finetune_8x",
             documents=1,
-            evolution=EvolutionSettings.paper(population=8, mutations=4, crossovers=4, iterations=1),
+            evolution=lr.EvolutionSettings.paper(population=8, mutations=4, crossovers=4, iterations=1),
         )
     )
-    config.table_longrope_512x = section(
-        TableSettings(
+    config.table_longrope_512x = lr.section(
+        lr.TableSettings(
             lengths=(*config.table_longrope.lengths, 512 * L),
             factors=(*config.table_longrope.factors, "search_512x"),
             model="finetune_8x",
         )
     )
-    config.table_yarn_512x = section(
-        TableSettings(
+    config.table_yarn_512x = lr.section(
+        lr.TableSettings(
             lengths=(8 * L, 64 * L, 512 * L),
             factors=("yarn", "yarn_without_temperature", "yarn_without_temperature"),
             model="finetune_yarn",
         )
     )
-    config.evaluate_512x = section(
-        EvaluationSettings(
+    config.evaluate_512x = lr.section(
+        lr.EvaluationSettings(
             lengths=(L, 8 * L, 64 * L, 512 * L),
             documents=5,
             methods={
-                "longrope": Method("table_longrope_512x", "finetune_8x"),
-                "yarn_without_temperature": Method("table_yarn_512x", "finetune_yarn"),
-                "tuned_at_original": Method("original", "finetune_original"),
+                "longrope": lr.Method("table_longrope_512x", "finetune_8x"),
+                "yarn_without_temperature": lr.Method("table_yarn_512x", "finetune_yarn"),
+                "tuned_at_original": lr.Method("original", "finetune_original"),
             },
             controls=("tuned_at_original",),
         )

@@ -14,17 +14,7 @@ the model fine-tuned at L with as many tokens.
 
 from ml_collections import ConfigDict
 
-from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
-from longrope_jax.experiment import DataSettings
-from longrope_jax.experiment.stages import ExportSettings, TableSettings
-from longrope_jax.model import LlamaConfig
-from longrope_jax.runtime.mesh import MeshSettings
-from longrope_jax.runtime.profiling import ProfileSettings
-from longrope_jax.search.settings import EvolutionSettings, SearchSettings
-from longrope_jax.settings import section
-from longrope_jax.training.finetune import FinetuneSettings
-from longrope_jax.training.pretrain import PretrainSettings
-from longrope_jax.training.step import OptimizerSettings
+import longrope_jax as lr
 
 L = 128
 
@@ -51,101 +41,104 @@ def get_config() -> ConfigDict:
         "evaluate",
         "export",
     )
-    config.model = section(LlamaConfig.preset("tiny"))
-    config.data = section(DataSettings())
-    config.mesh = section(MeshSettings())
-    config.profile = section(ProfileSettings())
-    config.pretrain = section(
-        PretrainSettings(
-            steps=1000, batch=16, checkpoint_every=250, optimizer=OptimizerSettings(learning_rate=5e-3, warmup_steps=50)
+    config.model = lr.section(lr.LlamaConfig.preset("tiny"))
+    config.data = lr.section(lr.DataSettings())
+    config.mesh = lr.section(lr.MeshSettings())
+    config.profile = lr.section(lr.ProfileSettings())
+    config.pretrain = lr.section(
+        lr.PretrainSettings(
+            steps=1000,
+            batch=16,
+            checkpoint_every=250,
+            optimizer=lr.OptimizerSettings(learning_rate=5e-3, warmup_steps=50),
         )
     )
 
-    config.search_4x = section(
-        SearchSettings(
+    config.search_4x = lr.section(
+        lr.SearchSettings(
             target_length=4 * L,
             model="pretrain",
             documents_at_once=5,
-            evolution=EvolutionSettings.paper(iterations=5),
+            evolution=lr.EvolutionSettings.paper(iterations=5),
         )
     )
-    config.search_8x = section(
-        SearchSettings(
+    config.search_8x = lr.section(
+        lr.SearchSettings(
             target_length=8 * L,
             model="pretrain",
             documents_at_once=5,
-            evolution=EvolutionSettings.paper(iterations=10),
+            evolution=lr.EvolutionSettings.paper(iterations=10),
         )
     )
 
-    tuning = dict(optimizer=OptimizerSettings(learning_rate=1.5e-3, schedule="linear", warmup_steps=20))
+    tuning = dict(optimizer=lr.OptimizerSettings(learning_rate=1.5e-3, schedule="linear", warmup_steps=20))
     tuning |= dict(checkpoint_every=100, evaluate_every=50, remat="none")
-    config.finetune_4x = section(
-        FinetuneSettings(length=4 * L, batch=8, steps=100, model="pretrain", factors="search_4x", **tuning)
+    config.finetune_4x = lr.section(
+        lr.FinetuneSettings(length=4 * L, batch=8, steps=100, model="pretrain", factors="search_4x", **tuning)
     )
-    config.finetune_8x = section(
-        FinetuneSettings(length=8 * L, batch=4, steps=100, model="finetune_4x", factors="search_8x", **tuning)
+    config.finetune_8x = lr.section(
+        lr.FinetuneSettings(length=8 * L, batch=4, steps=100, model="finetune_4x", factors="search_8x", **tuning)
     )
 
-    config.search_64x = section(
-        SearchSettings(
+    config.search_64x = lr.section(
+        lr.SearchSettings(
             target_length=64 * L,
             model="finetune_8x",
             documents=2,
             # Halved, as in the paper above 512k tokens; and fewer iterations, to save time.
-            evolution=EvolutionSettings.paper(population=24, mutations=8, crossovers=8, iterations=10),
+            evolution=lr.EvolutionSettings.paper(population=24, mutations=8, crossovers=8, iterations=10),
         )
     )
     short = dict(
-        model="finetune_8x", documents=20, documents_at_once=20, evolution=EvolutionSettings.paper(iterations=6)
+        model="finetune_8x", documents=20, documents_at_once=20, evolution=lr.EvolutionSettings.paper(iterations=6)
     )
-    config.search_1x = section(SearchSettings(target_length=L, upper_bound=4.0, **short))
-    config.search_2x = section(SearchSettings(target_length=2 * L, upper_bound=4.0, **short))
-    config.table_longrope = section(
-        TableSettings(
+    config.search_1x = lr.section(lr.SearchSettings(target_length=L, upper_bound=4.0, **short))
+    config.search_2x = lr.section(lr.SearchSettings(target_length=2 * L, upper_bound=4.0, **short))
+    config.table_longrope = lr.section(
+        lr.TableSettings(
             lengths=(L, 2 * L, 8 * L, 64 * L),
             factors=("search_1x", "search_2x", "search_8x", "search_64x"),
             model="finetune_8x",
         )
     )
     # Shows the gain of the second search: the same up to 8L, and the best seed of the second search beyond.
-    config.table_best_seed = section(
-        TableSettings(
+    config.table_best_seed = lr.section(
+        lr.TableSettings(
             lengths=(L, 2 * L, 8 * L, 64 * L),
             factors=("search_1x", "search_2x", "search_8x", "search_64x_best_seed"),
             model="finetune_8x",
         )
     )
 
-    config.finetune_yarn = section(
-        FinetuneSettings(length=8 * L, batch=4, steps=200, model="pretrain", factors="yarn", **tuning)
+    config.finetune_yarn = lr.section(
+        lr.FinetuneSettings(length=8 * L, batch=4, steps=200, model="pretrain", factors="yarn", **tuning)
     )
     for name in ("yarn", "yarn_without_temperature", "yarn_mistral"):
-        config[f"table_{name}"] = section(
-            TableSettings(lengths=(8 * L, 64 * L), factors=("yarn", name), model="finetune_yarn")
+        config[f"table_{name}"] = lr.section(
+            lr.TableSettings(lengths=(8 * L, 64 * L), factors=("yarn", name), model="finetune_yarn")
         )
-    config.finetune_original = section(
-        FinetuneSettings(length=L, batch=32, steps=200, model="pretrain", factors="original", **tuning)
+    config.finetune_original = lr.section(
+        lr.FinetuneSettings(length=L, batch=32, steps=200, model="pretrain", factors="original", **tuning)
     )
 
-    config.evaluate = section(
-        EvaluationSettings(
+    config.evaluate = lr.section(
+        lr.EvaluationSettings(
             lengths=(L // 2, L, 2 * L, 4 * L, 8 * L, 16 * L, 32 * L, 64 * L),
             documents=16,
             methods={
-                "longrope": Method("table_longrope", "finetune_8x"),
-                "longrope_without_second_search": Method("table_best_seed", "finetune_8x"),
-                "yarn": Method("table_yarn", "finetune_yarn"),
-                "yarn_without_temperature": Method("table_yarn_without_temperature", "finetune_yarn"),
-                "yarn_mistral": Method("table_yarn_mistral", "finetune_yarn"),
-                "original": Method("original", "pretrain"),
-                "tuned_at_original": Method("original", "finetune_original"),
+                "longrope": lr.Method("table_longrope", "finetune_8x"),
+                "longrope_without_second_search": lr.Method("table_best_seed", "finetune_8x"),
+                "yarn": lr.Method("table_yarn", "finetune_yarn"),
+                "yarn_without_temperature": lr.Method("table_yarn_without_temperature", "finetune_yarn"),
+                "yarn_mistral": lr.Method("table_yarn_mistral", "finetune_yarn"),
+                "original": lr.Method("original", "pretrain"),
+                "tuned_at_original": lr.Method("original", "finetune_original"),
             },
             controls=("original", "tuned_at_original"),
         )
     )
-    config.export = section(
-        ExportSettings(
+    config.export = lr.section(
+        lr.ExportSettings(
             factors="table_longrope", model="finetune_8x", allow_dropping_start_tokens=True, allow_dropping_lengths=True
         )
     )

@@ -12,42 +12,36 @@ docs/results).
 
 from ml_collections import ConfigDict
 
-from longrope_jax.evaluation.evaluate import EvaluationSettings, Method, published_methods
-from longrope_jax.experiment import DataSettings
-from longrope_jax.experiment.stages import ExportSettings, TableSettings
-from longrope_jax.model import LlamaConfig
-from longrope_jax.runtime.mesh import MeshSettings
-from longrope_jax.runtime.profiling import ProfileSettings
-from longrope_jax.search.settings import EvolutionSettings, SearchSettings
-from longrope_jax.settings import section
-from longrope_jax.training.pretrain import PretrainSettings
-from longrope_jax.training.step import OptimizerSettings
+import longrope_jax as lr
 
 
 def get_config() -> ConfigDict:
     """The experiment."""
     config = ConfigDict()
     config.stages = ("pretrain", "search", "evaluate", "table", "export")
-    config.model = section(LlamaConfig.preset("tiny"))
-    config.data = section(DataSettings())
-    config.pretrain = section(
-        PretrainSettings(
-            steps=1300, batch=16, checkpoint_every=260, optimizer=OptimizerSettings(learning_rate=5e-3, warmup_steps=50)
+    config.model = lr.section(lr.LlamaConfig.preset("tiny"))
+    config.data = lr.section(lr.DataSettings())
+    config.pretrain = lr.section(
+        lr.PretrainSettings(
+            steps=1300,
+            batch=16,
+            checkpoint_every=260,
+            optimizer=lr.OptimizerSettings(learning_rate=5e-3, warmup_steps=50),
         )
     )
-    config.search = section(
-        SearchSettings(
-            target_length=1024, documents=5, racing=0.9, ramps=128, evolution=EvolutionSettings(iterations=22)
+    config.search = lr.section(
+        lr.SearchSettings(
+            target_length=1024, documents=5, racing=0.9, ramps=128, evolution=lr.EvolutionSettings(iterations=22)
         )
     )
-    config.evaluate = section(
-        EvaluationSettings(
-            lengths=(64, 128, 256, 512, 1024), methods={**published_methods(), "longrope": Method("search")}
+    config.evaluate = lr.section(
+        lr.EvaluationSettings(
+            lengths=(64, 128, 256, 512, 1024), methods={**lr.published_methods(), "longrope": lr.Method("search")}
         )
     )
     # The original rotation up to L, the searched factors beyond: the two sets that a Hugging Face folder can store.
-    config.table = section(TableSettings(lengths=(128, 1024), factors=("original", "search")))
-    config.export = section(ExportSettings(factors="table", allow_dropping_start_tokens=True))
-    config.mesh = section(MeshSettings())
-    config.profile = section(ProfileSettings())
+    config.table = lr.section(lr.TableSettings(lengths=(128, 1024), factors=("original", "search")))
+    config.export = lr.section(lr.ExportSettings(factors="table", allow_dropping_start_tokens=True))
+    config.mesh = lr.section(lr.MeshSettings())
+    config.profile = lr.section(lr.ProfileSettings())
     return config

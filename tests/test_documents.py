@@ -1,6 +1,5 @@
 """README and docs: the files, targets and modules that they name exist, and their code runs."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -8,6 +7,9 @@ from pathlib import Path
 
 import hurry
 import pytest
+
+import longrope_jax
+import longrope_jax.rope
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -95,17 +97,22 @@ def test_references_are_spelled_out(document):
 
 
 def test_short_names_are_in_the_api():
-    """`__all__` of the package and of rope, which people import from."""
+    """The names of the package and of rope, which people import from."""
     index = (ROOT / "docs/api/index.md").read_text()
-    for module in ("longrope_jax", "longrope_jax.rope"):
-        tree = ast.parse((ROOT / module.replace(".", "/") / "__init__.py").read_text())
-        (public,) = (
-            ast.literal_eval(node.value)
-            for node in tree.body
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-        )
-        missing = {name for name in public if not re.search(rf"`longrope_jax(\.\w+)*\.{name}`", index)}
-        assert not missing
+    assert not {name for name in longrope_jax.__all__ if f"| `lr.{name}` |" not in index}
+    assert not {name for name in longrope_jax.rope.__all__ if not re.search(rf"`longrope_jax(\.\w+)*\.{name}`", index)}
+
+
+def test_every_short_name_is_there():
+    assert all(hasattr(longrope_jax, name) for name in longrope_jax.__all__)
+
+
+def test_configs_and_notebooks_need_one_import():
+    """`search_comparison.py` and `needle_tiny.py` are scripts too, which look inside."""
+    configs = [path for path in (ROOT / "experiments").glob("*.py") if "def get_config" in path.read_text()]
+    texts = {path.name: path.read_text() for path in [*configs, *(ROOT / "notebooks").glob("*.ipynb")]}
+    deeper = {name for name, text in texts.items() if re.search(r"from longrope_jax|import longrope_jax\.", text)}
+    assert len(texts) > 10 and deeper <= {"search_comparison.py", "needle_tiny.py"}
 
 
 def test_configs_that_are_named_are_configs():

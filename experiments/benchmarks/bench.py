@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from longrope_jax.report.tables import table
+from longrope_jax.report.tables import markdown_table
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
@@ -69,7 +69,7 @@ def told(entry: dict) -> str:
 def summary(results: list[dict]) -> str:
     """The table of one run."""
     rows = [[entry["case"], told(entry), entry.get("against", ""), entry.get("better", "")] for entry in results]
-    return table(["benchmark", "ratio", "of what", "better"], rows)
+    return markdown_table(["benchmark", "ratio", "of what", "better"], rows)
 
 
 def changes(before: dict, after: dict) -> str:
@@ -94,7 +94,7 @@ def changes(before: dict, after: dict) -> str:
         if before["machine"].get(key) != value and key not in ("when", "load")
     ]
     header = ["benchmark", before["machine"]["commit"], after["machine"]["commit"], "times as good"]
-    return table(header, rows) + "".join(f"{line}\n" for line in differing)
+    return markdown_table(header, rows) + "".join(f"{line}\n" for line in differing)
 
 
 def read(path: Path) -> dict:

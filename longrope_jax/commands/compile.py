@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from longrope_jax import json_files
 from longrope_jax.experiment import check_layout, kind_of, parse_experiment
 from longrope_jax.experiment.stages import STAGES
-from longrope_jax.report.tables import table
+from longrope_jax.report.tables import markdown_table
 from longrope_jax.runtime.ahead_of_time import Compiled, Program, compile_lowered, describe_slice
 from longrope_jax.runtime.estimate import ASSUMPTIONS, GIB, Chip, Estimate, estimate
 from longrope_jax.runtime.mesh import Layout
@@ -145,12 +145,12 @@ def _markdown(report: dict[str, Any], rows: list[_Row]) -> str:
     parts = [
         f"# {report['topology']}: {report['devices']} devices as {mesh}\n",
         f"Memory of a device in GiB; it has {_gib(report['hbm_bytes'])}.\n",
-        table(_MEMORY_HEADER, [_memory_cells(row, report["hbm_bytes"]) for row in rows]),
+        markdown_table(_MEMORY_HEADER, [_memory_cells(row, report["hbm_bytes"]) for row in rows]),
         *(["What does not fit, and what to change:\n", "".join(suggestions)] if suggestions else []),
         f"Time, estimated and not measured: {hours:.2g} hours. Communication is hidden where it takes no longer than "
         "the computation that it overlaps with. Assumptions:\n",
         "".join(f"* {assumption};\n" for assumption in ASSUMPTIONS),
-        table(_TIME_HEADER, times) if times else "",
+        markdown_table(_TIME_HEADER, times) if times else "",
         "What a device receives in one run, GiB, and how often:\n",
         _traffic_table([row for row in rows if row.compiled.fits]),
     ]
@@ -192,7 +192,7 @@ def _traffic_table(rows: list[_Row]) -> str:
         sent = (f"{_gib(found[kind].bytes)} ({found[kind].count})" if kind in found else "" for kind in kinds)
         return (row.stage, row.program.name, *sent)
 
-    return table(("stage", "program", *kinds), [cells(row) for row in rows])
+    return markdown_table(("stage", "program", *kinds), [cells(row) for row in rows])
 
 
 def _gib(size: int | None) -> str:

@@ -17,7 +17,7 @@ from longrope_jax.report.page import write_pages
 from longrope_jax.report.perplexity import evaluation_title
 from longrope_jax.report.plots import comparison as comparison_plots
 from longrope_jax.report.runs import Run, other_tokens, read_runs
-from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, picture, share_cell, table
+from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, markdown_table, picture, share_cell
 from longrope_jax.runtime.records import flat
 
 _ABSENT = "–"
@@ -56,7 +56,7 @@ def _overview(runs: Sequence[Run]) -> str:
         [run.name, f"{run.workdir}", f"{run.report['original_length']}", ", ".join(run.config["stages"])]
         for run in runs
     ]
-    return table(["run", "work directory", "L", "stages"], rows)
+    return markdown_table(["run", "work directory", "L", "stages"], rows)
 
 
 def _perplexities(runs: Sequence[Run]) -> tuple[list[str], dict]:
@@ -77,7 +77,7 @@ def _perplexities(runs: Sequence[Run]) -> tuple[list[str], dict]:
         header = ["", "run", *(_length(n, having) for n in lengths)]
         parts += [
             f"## {evaluation_title(stage)}\n",
-            table(header, rows),
+            markdown_table(header, rows),
             *_differences(stage, having, methods),
         ]
         names = [run.name for run in having]
@@ -141,7 +141,7 @@ def _differences(stage: str, runs: Sequence[Run], methods: Sequence[str]) -> lis
         ]
         parts += [
             DIFFERENCES,
-            table(["", "", *(_length(n, runs) for n in lengths)], cells),
+            markdown_table(["", "", *(_length(n, runs) for n in lengths)], cells),
         ]
     return parts
 
@@ -177,7 +177,7 @@ def _searches(runs: Sequence[Run]) -> tuple[list[str], dict]:
         "## Searches\n",
         "Best perplexity on the documents of each search, and of the same candidate on documents held out from it. A "
         "forward equivalent is a candidate read on all search documents.\n",
-        table([*header, "best", "held out"], rows),
+        markdown_table([*header, "best", "held out"], rows),
         picture("search convergence", "compare_searches"),
     ]
     return parts, {"compare_searches": comparison_plots.searches_by_run(curves, [run.name for run in runs])}
@@ -204,7 +204,7 @@ def _retrievals(runs: Sequence[Run]) -> tuple[list[str], dict]:
         parts += [
             f"## Retrieval (stage `{stage}`)\n",
             f"How often the hidden number was found, with 95 % Wilson intervals ({tasks}).\n",
-            table(["", "run", *map(str, lengths)], rows),
+            markdown_table(["", "run", *map(str, lengths)], rows),
         ]
     return parts, {}
 
@@ -220,7 +220,7 @@ def _configs(runs: Sequence[Run]) -> list[str]:
     ]
     if not rows:
         return ["## Configs\n", "They are the same.\n"]
-    return ["## Where the configs differ\n", table(["field", *(run.name for run in runs)], rows)]
+    return ["## Where the configs differ\n", markdown_table(["field", *(run.name for run in runs)], rows)]
 
 
 def _sections(config: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
@@ -237,4 +237,4 @@ def _code(value: Any) -> str:
 def _seconds(runs: Sequence[Run]) -> list[str]:
     times = [{stage: f"{value:.1f}" for stage, value in run.report["seconds"].items()} for run in runs]
     rows = [[stage, *(by_stage.get(stage, _ABSENT) for by_stage in times)] for stage in _stages(runs, "seconds")]
-    return ["## Seconds by stage\n", table(["stage", *(run.name for run in runs)], rows)]
+    return ["## Seconds by stage\n", markdown_table(["stage", *(run.name for run in runs)], rows)]

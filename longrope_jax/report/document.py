@@ -22,7 +22,7 @@ from longrope_jax.report.perplexity import (
 )
 from longrope_jax.report.retrieval import retrieval_figure, retrieval_section, summarize_retrieval
 from longrope_jax.report.search import search_figures, search_section
-from longrope_jax.report.tables import picture, table
+from longrope_jax.report.tables import markdown_table, picture
 from longrope_jax.runtime import records
 from longrope_jax.runtime.records import to_json, write_whole
 
@@ -133,7 +133,9 @@ def _markdown(config: LlamaConfig, report: dict[str, Any], evaluations: Evaluati
         f"{config.num_layers} layers, head dimension {config.head_dim}, original length L = {config.original_length} "
         "tokens.\n"
     )
-    return "\n".join([*parts, "## Model\n", model, "## Seconds by stage\n", table(["stage", "seconds"], seconds)])
+    return "\n".join(
+        [*parts, "## Model\n", model, "## Seconds by stage\n", markdown_table(["stage", "seconds"], seconds)]
+    )
 
 
 def _export_section(stage: str, export: dict[str, Any]) -> list[str]:

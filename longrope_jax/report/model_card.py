@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
+from longrope_jax import __version__
 from longrope_jax.evaluation.factor_switching import Cost
 from longrope_jax.evaluation.perplexity import Perplexity
 from longrope_jax.model import LlamaConfig
-from longrope_jax.report.tables import table as markdown_table
+from longrope_jax.report.tables import markdown_table
 from longrope_jax.rope import FactorTable
 
 PAPER = "https://arxiv.org/abs/2402.13753"
@@ -57,7 +57,7 @@ def model_card(card: Card) -> str:
         f"# {card.title}\n",
         f"A language model of {layers}, width {config.hidden_size} and {config.vocab_size:,} tokens in its vocabulary, "
         f"pretrained for contexts of {original:,} tokens. Its rotary position embedding is rescaled for up to "
-        f"{longest:,}, in the format of [LongRoPE]({PAPER}), by longrope_jax {version('longrope_jax')}. Tensors: "
+        f"{longest:,}, in the format of [LongRoPE]({PAPER}), by longrope_jax {__version__}. Tensors: "
         f"{card.form}. Licence and training data are those of the model that it was made from.\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained(".")  # or the name of this repository\n'

@@ -11,7 +11,7 @@ from longrope_jax.evaluation.evaluate import EvaluationSettings, published_metho
 from longrope_jax.evaluation.perplexity import DocumentNll, compare, perplexity
 from longrope_jax.model import LlamaConfig
 from longrope_jax.report import plots
-from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, picture, table
+from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, markdown_table, picture
 
 Records = list[dict[str, Any]]
 Summary = dict[str, Any]
@@ -107,7 +107,7 @@ def perplexity_table(summary: Summary, original_length: int) -> str:
         [plots.label(method), *(f"{summary['perplexity'][n][method]['ppl']:.2f}" for n in lengths)]
         for method in plots.ordered(summary["perplexity"][lengths[0]])
     ]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _suffix(stage: str) -> str:
@@ -207,7 +207,7 @@ def _methods(summary: Summary, settings: EvaluationSettings) -> list[str]:
     if any(map(any, tokens)):
         columns[f"start tokens at {', '.join(summary['perplexity'])}"] = [", ".join(map(str, row)) for row in tokens]
     rows = zip(map(plots.label, settings.methods), *columns.values(), strict=True)
-    return ["### Methods\n", table(["", *columns], [list(row) for row in rows])]
+    return ["### Methods\n", markdown_table(["", *columns], [list(row) for row in rows])]
 
 
 def _pairs(summary: Summary, original_length: int) -> list[str]:
@@ -218,7 +218,7 @@ def _pairs(summary: Summary, original_length: int) -> list[str]:
         for pair in summary["compared"]
     ]
     header = ["", *(length_heading(int(n), original_length) for n in lengths)]
-    return [DIFFERENCES, table(header, rows)] if rows else []
+    return [DIFFERENCES, markdown_table(header, rows)] if rows else []
 
 
 def _comparisons(summary: Summary, longest: str, original_length: int) -> list[str]:
@@ -240,7 +240,7 @@ def _comparisons(summary: Summary, longest: str, original_length: int) -> list[s
         ]
         header = ["LongRoPE minus", "nats per token", "95 % interval", "perplexity lower by", "documents better"]
         if rows:
-            parts += [f"### LongRoPE against the others at {length} tokens\n", table(header, rows)]
+            parts += [f"### LongRoPE against the others at {length} tokens\n", markdown_table(header, rows)]
     if parts:
         parts.append(
             "Differences are paired by document; the interval is a bootstrap over documents. A positive difference to "

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from longrope_jax.evaluation.retrieval import RetrievalSettings, accuracy
 from longrope_jax.report import plots
-from longrope_jax.report.tables import picture, share_cell, table
+from longrope_jax.report.tables import markdown_table, picture, share_cell
 
 Records = list[dict[str, Any]]
 
@@ -59,6 +59,6 @@ def retrieval_section(stage: str, summary: dict[str, Any]) -> list[str]:
         f"## Retrieval: {stage}, {summary['task']}\n",
         "How often the first number in a greedy continuation was the hidden one; lengths are tokens of prompt and "
         f"answer together; 95 % Wilson intervals; seed {summary['seed']}.\n",
-        table(["", *lengths], rows),
+        markdown_table(["", *lengths], rows),
         picture("numbers found", stage),
     ]

@@ -25,7 +25,7 @@ def share_cell(found: Mapping[str, Any]) -> str:
     return f"{found['hits']} of {found['tries']} [{100 * low:.0f}, {100 * high:.0f}] %"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, padded so that it can be read in a terminal as well."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     rule = ["-" * width for width in widths]

@@ -1,5 +1,7 @@
 """Algorithm 1 of LongRoPE (arXiv 2402.13753, sec. 3.3).
 
+::
+
     P_0 <- the seeds, and mutations of the seeds until there are P candidates
     for i = 1 .. T:
         top-k <- the k candidates with the lowest loss so far

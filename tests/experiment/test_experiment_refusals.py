@@ -143,3 +143,30 @@ def test_an_unwritable_work_directory_is_refused(tmp_path):
     done = subprocess.run(command(tmp_path / "file" / "run"), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and "file/run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    return [\n", "line 2: SyntaxError: '[' was never closed"),
+        (
+            "import longrope_jax as lr\n\ndef get_config():\n    return lr.TableSettings((2, 1), ())\n",
+            "line 4: ValueError: lengths = (2, 1) must be rising numbers of tokens",
+        ),
+    ],
+    ids=["in code", "of syntax", "of settings"],
+)
+def test_an_error_in_a_config_file_is_one_line_with_its_place(tmp_path, source, message):
+    file = tmp_path / "mine.py"
+    file.write_text(source)
+    line = [sys.executable, "-m", "longrope_jax.main", f"--config={file}", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, f"error: {file}, {message}\n")
+
+
+def test_help_is_no_error():
+    done = subprocess.run(
+        [sys.executable, "-m", "longrope_jax.main", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0 and "--workdir" in done.stdout and not done.stderr

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from fuzz.campaign import Failure, timed_run
 from fuzz.formats import FORMATS
 
-from longrope_jax.report.tables import table
+from longrope_jax.report.tables import markdown_table
 
 _STEP = 2500  # inputs that a process reads in one go
 
@@ -43,7 +43,7 @@ def main() -> None:
             for failure in failures[:20]:
                 print(f"  {failure.number}: {failure.why}", flush=True)
             is_sound = is_sound and not failures
-    print(table(["format", "inputs", "read", "refused", "failures", "seconds of a core"], rows))
+    print(markdown_table(["format", "inputs", "read", "refused", "failures", "seconds of a core"], rows))
     sys.exit(0 if is_sound else 1)
 
 

@@ -22,7 +22,6 @@ from tokenizers import pre_tokenizers
 
 from experiments import progressive_tiny
 from longrope_jax import experiment
-from longrope_jax.commands import compile
 from longrope_jax.data import corpus
 from longrope_jax.data.corpus import DataSettings
 from longrope_jax.data.sources import open_source
@@ -31,6 +30,7 @@ from longrope_jax.data.token_files import StoredDocuments, is_finished
 from longrope_jax.evaluation import evaluate, retrieval
 from longrope_jax.evaluation.evaluate import recorded_nll
 from longrope_jax.experiment.stages import LoadSettings, TableSettings
+from longrope_jax.json_files import read_object
 from longrope_jax.runtime import checkpoints, records
 from longrope_jax.settings import section
 
@@ -125,7 +125,7 @@ def make_compile_report(folder: Path) -> list[str]:
 
 
 def read_compile_report(folder: Path, name: str) -> None:
-    assert isinstance(compile._known(epath.Path(folder / name)), dict)
+    assert isinstance(read_object(epath.Path(folder / name), {"known": dict})["known"], dict)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

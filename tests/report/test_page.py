@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from longrope_jax.report.page import to_page
-from longrope_jax.report.tables import picture, table
+from longrope_jax.report.tables import markdown_table, picture
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -29,7 +29,7 @@ def test_a_page_holds_its_pictures(folder):
 
 
 def test_a_page_has_tables_which_scroll_and_a_list_of_its_sections(folder):
-    text = f"# A & B\n\n## First `x`\n\n{table(['a', 'b'], [['1', '2']])}\n## Second\n\n### Below\n"
+    text = f"# A & B\n\n## First `x`\n\n{markdown_table(['a', 'b'], [['1', '2']])}\n## Second\n\n### Below\n"
     page = to_page(text, folder)
     assert "<title>A &amp; B</title>" in page
     assert '<div class="table"><table>' in page and "<td>2</td>" in page and page.count("</table></div>") == 1
