@@ -1,19 +1,17 @@
-"""Values, and the words of others, in the words of an error."""
+"""Values and messages, short enough for one line of an error."""
 
 from typing import Any
 
-_LONGEST = 1000  # characters of what others say: a page of a terminal
+_MAX_LENGTH = 1000  # characters: a page of a terminal
 
 
 def shortened(value: Any) -> str:
-    """A value as a message shows it: of a long list or text only the beginning."""
+    """The repr of a value on one line, cut after 80 characters."""
     text = repr(value).replace("\n", " ")  # a ConfigDict has several lines
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def beginning(told: object) -> str:
-    """What a library, or settings, said is wrong, which may repeat a whole file: on one line, and of a long text only
-    its beginning.
-    """
-    line = " ".join(str(told).split())
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+def beginning(message: object) -> str:
+    """A message on one line, cut after 1,000 characters: those of libraries may repeat a whole file."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= _MAX_LENGTH else f"{line[: _MAX_LENGTH - 3]}..."

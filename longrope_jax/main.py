@@ -149,7 +149,7 @@ def keep_programs(directory: str | None, workdir: epath.PathLike | None) -> None
     not the run.
 
     Args:
-        directory: a path, gs:// among them; "" for no cache; None for what JAX was told otherwise
+        directory: a path, gs:// among them; "" for no cache; None for what JAX is configured with
             (`JAX_COMPILATION_CACHE_DIR`), else `compilation_cache` in the work directory where there are accelerators.
             On CPUs programs compile in seconds, and are good for one make of processor only.
         workdir: the work directory, if there is one.
@@ -157,8 +157,8 @@ def keep_programs(directory: str | None, workdir: epath.PathLike | None) -> None
     import jax
 
     if directory is None:
-        told = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds it at run time
-        if told or workdir is None or jax.default_backend() == "cpu":
+        configured = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds it at run time
+        if configured or workdir is None or jax.default_backend() == "cpu":
             return
         directory = os.path.join(os.fspath(workdir), "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", directory or None)

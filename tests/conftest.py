@@ -2,7 +2,7 @@
 
 import os
 
-import hurry
+import fast_compilation
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {hurry.flags(devices=8)}".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast_compilation.flags(devices=8)}".strip()
 pytest_plugins = ("object_store",)

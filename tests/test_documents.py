@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hurry
+import fast_compilation
 import pytest
 
 import longrope_jax
@@ -137,7 +137,7 @@ def test_code_runs(page, blocks, made, tmp_path):
     """All blocks of the page, or only the first ones, because the others need a reader's files."""
     found = [block for language, block in FENCED.findall((ROOT / page).read_text()) if language == "python"]
     (tmp_path / "page.py").write_text("\n".join(found[:blocks]))
-    environment = hurry.environment(devices=1) | {"PYTHONPATH": str(ROOT)}
+    environment = fast_compilation.environment(devices=1) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all((tmp_path / name).exists() for name in made)

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from speeds import SPEEDS
+from timing_fields import SPEEDS
 
 from longrope_jax.runtime.checkpoints import Checkpoints
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
-from speeds import SPEEDS
+from timing_fields import SPEEDS
 
 from longrope_jax import experiment
 from longrope_jax.data import sources, token_files

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hurry
+import fast_compilation
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,12 @@ LANGUAGES = {"german": dict(LC_ALL="de_DE.ISO-8859-1", TZ="Europe/Berlin"), "tur
 
 
 def start(folder, workdir, settings):
-    environment = {**hurry.environment(1), "PYTHONWARNDEFAULTENCODING": "1", "PYTHONPATH": str(ROOT), **settings}
+    environment = {
+        **fast_compilation.environment(1),
+        "PYTHONWARNDEFAULTENCODING": "1",
+        "PYTHONPATH": str(ROOT),
+        **settings,
+    }
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(folder), str(workdir)],
         env={name: value for name, value in environment.items() if name != "PYTHONIOENCODING"},

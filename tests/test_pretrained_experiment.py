@@ -251,7 +251,7 @@ def test_what_can_t_be_written_is_told(config, checkpoint, workdir, prompts):
 def test_a_stage_that_has_lost_its_files_is_named(config, workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / "copied")
     (tmp_path / "copied" / "factors" / "table.json").unlink()
-    with pytest.raises(ValueError, match="table has lost what it left: .*table.json is gone"):
+    with pytest.raises(ValueError, match="table lost its results: .*table.json is missing"):
         generate.from_experiment(config, tmp_path / "copied", "table", "")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from speeds import SPEEDS
+from timing_fields import SPEEDS
 
 from longrope_jax import experiment, rope
 from longrope_jax.evaluation.evaluate import EvaluationSettings, Method

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
-from speeds import SPEEDS
+from timing_fields import SPEEDS
 
 from longrope_jax.experiment import DataSettings
 from longrope_jax.experiment.stages import evaluation, search, training

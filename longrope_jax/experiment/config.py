@@ -79,9 +79,9 @@ def parse_experiment(config: ConfigDict) -> Experiment:
         parse(ProfileSettings, config.get("profile", ConfigDict()), "profile"),
         parsed,
     )
-    naming_section("profile", experiment.profile.check_stages, tuple(stages))
+    with_section_name("profile", experiment.profile.check_stages, tuple(stages))
     for name, settings in experiment.stages.items():
-        naming_section(name, stage_of(name).check, settings, experiment.model, before(experiment.stages, name))
+        with_section_name(name, stage_of(name).check, settings, experiment.model, before(experiment.stages, name))
     return experiment
 
 
@@ -89,15 +89,15 @@ def check_layout(experiment: Experiment, layout: Layout, stages: Container[str])
     """Raises ValueError if the model, or one of these stages, can't be spread over the devices."""
     first = next(iter(experiment.stages))
     described_in = first if isinstance(experiment.stages[first], LoadSettings) else "model"
-    naming_section(described_in, check_platform, experiment.model.attention, layout.platform)
-    naming_section("mesh", check_mesh, experiment.model, layout.shape, layout.platform)
+    with_section_name(described_in, check_platform, experiment.model.attention, layout.platform)
+    with_section_name("mesh", check_mesh, experiment.model, layout.shape, layout.platform)
     for name, settings in experiment.stages.items():
         if name in stages:
-            naming_section(name, stage_of(name).check_layout, settings, experiment.model, layout)
+            with_section_name(name, stage_of(name).check_layout, settings, experiment.model, layout)
 
 
-def naming_section(name: str, check: Callable, *arguments) -> None:
-    """Runs a stage's check; what it has to say, a ValueError, gets the name of the section that it is about."""
+def with_section_name(name: str, check: Callable, *arguments) -> None:
+    """Runs a check; its ValueError gets the name of the config section in front."""
     try:
         check(*arguments)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What stages hand on: models, factors and results, found again by the names of the stages that made them."""
+"""The run context: the outputs of the stages so far, found by stage name, and factor files in the work directory."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,8 +17,6 @@ from longrope_jax.rope import (
     RopeFactors,
     Trained,
     extend,
-    load_factors,
-    load_table,
     save_factors,
     save_table,
     unscaled,
@@ -27,31 +25,31 @@ from longrope_jax.runtime import processes, records
 from longrope_jax.runtime.mesh import Layout
 
 BEST_SEED = "_best_seed"
-"""Added to the name of a search it names the best of what that started from, as a source of factors."""
+"""Suffix of a search stage's name: the source of factors that is the best seed of that search."""
 ORIGINAL = "original"
-"""The source of factors that is the rotation of the pretrained model, whatever a model was tuned with since."""
+"""The source of factors that is the rotation of the pretrained model, lambda = 1."""
 DYNAMIC = "dynamic_ntk"
-"""The source of factors that is NTK by the length at hand."""
+"""The source of factors that is NTK at the current length."""
 
 
 @dataclass
 class RunContext:
-    """What stages leave for the ones after them.
+    """The outputs of the stages so far. Stages read it and add to it.
 
     Attributes:
         model: the architecture.
-        layout: of the devices.
-        documents: by section of text and split, those that stages read.
-        tokenizer: makes the tokens of `documents`.
+        layout: the devices.
+        documents: the documents of a text section, by section and split.
+        tokenizer: the tokenizer of `documents`.
         workdir: the work directory.
-        trained: by the stages that make parameters, in order: what they trained with last.
-        read_params: by the same: reads their parameters from where they are kept.
-        factors: by search, table and load stages.
-        targets: by search stage and the best seed of one: up to how many tokens its factors are good.
-        searches: one summary a search stage.
-        evaluations: by evaluate stage: its settings and its records.
-        retrievals: by retrieval stage: the same.
-        exports: one summary an export stage.
+        trained: stage -> the factors it last trained with, in order. Only stages that make parameters.
+        read_params: the same stages -> a function that reads their parameters from disk.
+        factors: the factors of search, table and load stages.
+        targets: search stage, or its best seed -> the longest length of its factors, in tokens.
+        searches: one summary per search stage.
+        evaluations: evaluate stage -> its settings and its records.
+        retrievals: retrieval stage -> its settings and its records.
+        exports: export stage -> its summary.
     """
 
     model: Llama
@@ -70,39 +68,37 @@ class RunContext:
     _loaded: tuple[str, dict] | None = None
 
     def model_stage(self, name: str) -> str:
-        """The stage that `name` means; "" is the latest so far."""
+        """The stage of this name; "" is the latest that made parameters."""
         return name or list(self.trained)[-1]
 
     def params(self, stage: str) -> dict:
-        """Parameters that a stage left; only one stage's are in memory at a time."""
+        """The parameters of a stage. Only one stage's parameters are in memory at a time."""
         stage = self.model_stage(stage)
         if self._loaded is None or self._loaded[0] != stage:
             self._loaded = None
             self._loaded = stage, self.read_params[stage]()
         return self._loaded[1]
 
-    def forget_params(self) -> None:
-        """Frees what is in memory; who needs parameters again reads them again."""
+    def release_params(self) -> None:
+        """Frees the parameters in memory. The next `params` reads them again."""
         self._loaded = None
 
-    def give_away_params(self, stage: str) -> dict:
-        """The same to someone who overwrites them: they are not kept here."""
+    def pop_params(self, stage: str) -> dict:
+        """The parameters of a stage for a caller that overwrites them: this object forgets them."""
         params, self._loaded = self.params(stage), None
         return params
 
     def table(self, source: str, model: str) -> FactorTable:
-        """Factors by length: a table or load stage's, a search's for all up to its target; "" for those that a stage's
-        model was last trained with, or came with.
-        """
+        """Factors by length of a table, load or search stage; "" for those that stage `model` last trained with."""
         source = source or self.model_stage(model)
         if source not in self.factors:
             trained = self.trained[source]
             return FactorTable.of({trained.length: trained.factors})
-        found = self.factors[source]
-        return found if isinstance(found, FactorTable) else FactorTable.of({self.targets[source]: found})
+        factors = self.factors[source]
+        return factors if isinstance(factors, FactorTable) else FactorTable.of({self.targets[source]: factors})
 
     def source(self, name: str, model: str, target: int) -> Callable[[int], RopeFactors]:
-        """Length (tokens) -> the factors that a source of factors has for it, on a stage's model."""
+        """A function: length in tokens -> factors of a source (a stage or a method), for the model of stage `model`."""
         config, trained = self.model.config, self.trained[self.model_stage(model)]
         if name in self.factors:
             found = self.factors[name]
@@ -116,12 +112,12 @@ class RunContext:
         return lambda length: fixed
 
 
-def save_stage_factors(context: RunContext, name: str, factors: RopeFactors, target: int, **metadata: Any) -> None:
-    """Writes one set of factors, for windows of up to `target` tokens."""
+def save_factors_of(context: RunContext, name: str, factors: RopeFactors, target: int, **metadata: Any) -> None:
+    """Writes `factors/<name>.json`: factors for windows of up to `target` tokens."""
     if processes.is_first():
         config = context.model.config
         save_factors(
-            _new_file(context, name),
+            _new_factor_file(context, name),
             factors,
             **records.finite(metadata),
             stage=name,
@@ -131,35 +127,22 @@ def save_stage_factors(context: RunContext, name: str, factors: RopeFactors, tar
         )
 
 
-def load_stage_factors(context: RunContext, name: str) -> RopeFactors:
-    """What `save_stage_factors` wrote; raises LookupError if it is gone."""
-    return load_factors(_found(context, name), context.model.config.head_dim)
-
-
-def save_stage_table(context: RunContext, name: str, table: FactorTable, **metadata: Any) -> None:
-    """Writes factors by length."""
+def save_table_of(context: RunContext, name: str, table: FactorTable, **metadata: Any) -> None:
+    """Writes `factors/<name>.json`: factors by length."""
     if processes.is_first():
         model = dataclasses.asdict(context.model.config)
-        save_table(_new_file(context, name), table, stage=name, model=model, **metadata)
+        save_table(_new_factor_file(context, name), table, stage=name, model=model, **metadata)
 
 
-def load_stage_table(context: RunContext, name: str) -> FactorTable:
-    """What `save_stage_table` wrote; raises LookupError if it is gone."""
-    return load_table(_found(context, name), context.model.config.head_dim)
-
-
-def _new_file(context: RunContext, name: str) -> epath.Path:
-    path = _file(context, name)
-    path.parent.mkdir(exist_ok=True)
-    return path
-
-
-def _found(context: RunContext, name: str) -> epath.Path:
-    path = _file(context, name)
+def factor_file(context: RunContext, name: str) -> epath.Path:
+    """`factors/<name>.json` of a finished stage; raises LookupError if it is missing."""
+    path = context.workdir / "factors" / f"{name}.json"
     if not path.exists():
-        raise LookupError(f"{path} is gone")
+        raise LookupError(f"{path} is missing")
     return path
 
 
-def _file(context: RunContext, name: str) -> epath.Path:
-    return context.workdir / "factors" / f"{name}.json"
+def _new_factor_file(context: RunContext, name: str) -> epath.Path:
+    folder = context.workdir / "factors"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{name}.json"

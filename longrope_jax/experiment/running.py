@@ -13,11 +13,11 @@ from longrope_jax.experiment import text
 from longrope_jax.experiment.config import (
     Experiment,
     check_layout,
-    naming_section,
     parse_experiment,
     reads,
     stage_of,
     tokenizer_of,
+    with_section_name,
 )
 from longrope_jax.experiment.fingerprint import check_fingerprints, fingerprint, finished_file, started_file
 from longrope_jax.experiment.stages import RunContext
@@ -40,7 +40,7 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ru
     Call it, and `execute`, while `lock.hold` keeps others out of the work directory.
 
     Raises:
-        ValueError: a bad config, unusable data, devices that don't fit, or a work directory in which a stage has begun
+        ValueError: a bad config, unusable data, devices that don't fit, or a work directory in which a stage started
             with other settings; one line.
         OSError: the work directory can't be written to.
     """
@@ -54,7 +54,7 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ru
     documents = text.read(experiment.data, reads(experiment.stages), tokenizer, workdir)
     context = RunContext(Llama(experiment.model), layout, documents, tokenizer, workdir)
     for name, settings in experiment.stages.items():
-        naming_section(name, stage_of(name).check_data, settings, context)
+        with_section_name(name, stage_of(name).check_data, settings, context)
     # Only now: a config that could not run must not keep a mended one out of its work directory.
     write_whole(workdir / "config.json", to_json(json.loads(config.to_json()), indent=1) + "\n")
     return experiment, context
@@ -77,7 +77,7 @@ def reopen(config: ConfigDict, workdir: epath.PathLike) -> RunContext:
             try:
                 stage_of(name).load(settings, context, name, _summary(finished))
             except LookupError as error:
-                raise ValueError(f"{finished}: {name} has lost what it left: {error.args[0]}") from None
+                raise ValueError(f"{finished}: {name} lost its results: {error.args[0]}") from None
     if not context.trained:
         raise ValueError(f"work directory {workdir} has no finished stage of this config that makes a model")
     return context
@@ -87,7 +87,7 @@ def execute(experiment: Experiment, context: RunContext) -> epath.Path:
     """Runs the stages that have not finished, writes the report and returns its path.
 
     Raises:
-        preemption.Preempted: the process was asked to stop; finished stages are kept, and what the one under way saved.
+        preemption.Preempted: the process was asked to stop; finished stages and the last checkpoint are saved.
     """
     workdir, seconds = context.workdir, {}
     with preemption.watch(), context.layout.active():
@@ -106,7 +106,7 @@ def execute(experiment: Experiment, context: RunContext) -> epath.Path:
 
 
 def _run_or_skip(name: str, experiment: Experiment, context: RunContext) -> dict[str, Any]:
-    """The stage's summary; what it leaves is handed on."""
+    """Runs a stage, or loads it if it has finished. Returns its summary."""
     settings, finished = experiment.stages[name], finished_file(context.workdir, name)
     if processes.any_of(finished.exists()):
         lost = None
@@ -116,7 +116,7 @@ def _run_or_skip(name: str, experiment: Experiment, context: RunContext) -> dict
         except (LookupError, ValueError) as error:
             lost = " ".join(map(str, error.args))
         if not processes.any_of(lost is not None):
-            _tell(f"{name}: finished before, skipped")
+            _print_once(f"{name}: finished before, skipped")
             return summary
         logging.warning("%s: finished before, but %s; running it again", name, lost)
     if processes.is_first():
@@ -142,10 +142,10 @@ def _layout(experiment: Experiment, workdir: epath.Path) -> Layout:
 
 
 def _summary(finished: epath.Path) -> dict[str, Any]:
-    """What a stage that has finished tells of itself."""
+    """The summary of a finished stage."""
     return json_files.read_object(finished, {"seconds": float})
 
 
-def _tell(line: str) -> None:
+def _print_once(line: str) -> None:
     if processes.is_first():
         print(line)

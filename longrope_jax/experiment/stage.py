@@ -1,4 +1,4 @@
-"""What a kind of stage is."""
+"""A kind of stage, and how the settings of a stage refer to earlier stages: by the names of models and factors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ class Stage:
 
     Attributes:
         settings: the class of its settings.
-        check: (settings, model config, settings of the stages before) -> None, raises if they don't go together.
-        check_data: (settings, context) -> None, raises if the text does not suffice.
-        check_layout: (settings, model config, layout) -> None, raises if the work can't be spread over the devices.
-        run: (settings, context, name) -> summary, JSON-able, with its seconds; leaves the stage's results on disk.
-        load: (settings, context, name, summary) -> None, hands the results on, whether the stage has just run or did
-            so before. Raises LookupError if they are not there any more.
-        inputs: (settings, settings of the stages before) -> names of the stages whose results it takes.
-        splits: settings -> which splits it reads of the text that `settings.data` names.
-        programs: (settings, model config, layout) -> what it runs again and again, see `experiment/programs.py`.
-        resumes: whether it goes on from what it has left behind when it was stopped, rather than begin again.
+        check: (settings, model config, settings of earlier stages) -> None. Raises ValueError if they do not fit.
+        check_data: (settings, context) -> None. Raises ValueError if the text is too short.
+        check_layout: (settings, model config, layout) -> None. Raises ValueError if the mesh does not fit.
+        run: (settings, context, name) -> summary for JSON, with its seconds. Writes the results to disk.
+        load: (settings, context, name, summary) -> None. Adds the results on disk to the context. Raises LookupError if
+            they are missing.
+        inputs: (settings, settings of earlier stages) -> names of the stages whose results it uses.
+        splits: settings -> the splits it reads of the text section `settings.data`.
+        programs: (settings, model config, layout) -> its compiled programs, see `experiment/programs.py`.
+        resumes: whether a stopped stage continues from its checkpoint. Otherwise it starts again.
     """
 
     settings: type
@@ -42,11 +42,11 @@ class Stage:
 
 
 def nothing(*_) -> None:
-    """The check of a stage that has nothing to check."""
+    """The check of a stage without anything to check."""
 
 
 Before = dict[str, Any]
-"""The settings of the stages before one, by name."""
+"""The settings of the earlier stages, by name."""
 
 
 def model_stage(name: str, before: Before, field_name: str = "model") -> str:

@@ -1,4 +1,4 @@
-"""The text of an experiment: which sections the stages name, and their tokens, made once and read from files."""
+"""The text of an experiment: its sections in the config, and their tokens, which are made once and read from files."""
 
 import hashlib
 import json
@@ -19,11 +19,11 @@ from longrope_jax.runtime.records import to_json, write_whole
 from longrope_jax.settings import parse
 
 Reads = dict[str, tuple[str, tuple[str, ...]]]
-"""Of every stage that names text the section, and which of its splits the stage reads, maybe none."""
+"""Stage -> the text section it names, and the splits of that section it reads (possibly none)."""
 
 
 def is_text_section(name: str) -> bool:
-    """Whether a section of a config is one of text, going by its name."""
+    """Whether the name of a config section is that of a text section."""
     return name == "data" or (name.startswith("data_") and len(name) > len("data_"))
 
 
@@ -31,20 +31,20 @@ def parse_sections(config: ConfigDict, reads: Reads) -> dict[str, DataSettings]:
     """The sections of text, by name.
 
     Raises:
-        ValueError: a stage names one that is not there, no stage names one that is, one is wrong, or two are the same.
+        ValueError: a section is missing, unused, invalid, or equal to another one.
     """
     there = [name for name in config if is_text_section(name)]
     for stage, (section, splits) in reads.items():
         if not is_text_section(section):
             raise ValueError(f"config.{stage}.data = {shortened(section)} must be 'data' or begin with 'data_'")
         if splits and section not in there:
-            told = f"; there are {', '.join(there)}" if there else ""
-            raise ValueError(f"config.{section} is missing, the text that config.{stage}.data names{told}")
+            known = f"; there are {', '.join(there)}" if there else ""
+            raise ValueError(f"config.{section} is missing, the text that config.{stage}.data names{known}")
     named = {section for section, _ in reads.values()}
     for section in there:
         if section not in named:
-            told = ", ".join(f"{stage}.data = {shortened(section)}" for stage, (section, _) in reads.items())
-            raise ValueError(f"config.{section} is read by no stage{': ' if told else ''}{told}")
+            named_by = ", ".join(f"{stage}.data = {shortened(section)}" for stage, (section, _) in reads.items())
+            raise ValueError(f"config.{section} is read by no stage{': ' if named_by else ''}{named_by}")
     sections = {section: parse(DataSettings, config[section], section) for section in there}
     for section, settings in sections.items():
         first = next(name for name in sections if sections[name] == settings)
@@ -56,12 +56,12 @@ def parse_sections(config: ConfigDict, reads: Reads) -> dict[str, DataSettings]:
 def read(
     sections: dict[str, DataSettings], reads: Reads, tokenizer: Tokenizer, workdir: epath.Path
 ) -> dict[str, dict[str, Sequence[Document]]]:
-    """The documents by section and split, those that some stage reads; what is not there in tokens yet is made now.
+    """The documents that the stages read, by section and split. Missing tokens are made now.
 
-    All processes call it, and have to see the same work directory.
+    All processes must call it with the same work directory.
 
     Raises:
-        ValueError: there is no such text, or a stage reads a split that is empty; one line.
+        ValueError: the text does not exist, or a split that a stage reads is empty; one line.
     """
     needed: dict[str, dict[str, list[str]]] = {}
     for stage, (section, splits) in reads.items():
@@ -72,9 +72,9 @@ def read(
         settings = sections[section]
         folder = _folder(settings, section, tokenizer, workdir)
         all_stages = {stage for names in stages.values() for stage in names}
-        has_begun = any((workdir / "stages" / f"{stage}.started.json").exists() for stage in all_stages)
-        if not processes.any_of(has_begun):
-            _forget_if_changed(settings, folder, workdir)
+        has_started = any((workdir / "stages" / f"{stage}.started.json").exists() for stage in all_stages)
+        if not processes.any_of(has_started):
+            _remove_if_changed(settings, folder, workdir)
         try:
             _tokenize(settings, folder, stages, tokenizer, workdir)
         except ValueError as error:
@@ -84,13 +84,13 @@ def read(
 
 
 def _folder(settings: DataSettings, section: str, tokenizer: Tokenizer, workdir: epath.Path) -> epath.Path:
-    """Where the tokens of a source are, as this tokenizer makes them."""
-    told = json.dumps([settings.to_record(), tokenizer.fingerprint], sort_keys=True)
-    return workdir / "tokens" / f"{section}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    """The folder with the tokens of a source; its name depends on the source and the tokenizer."""
+    key = json.dumps([settings.to_record(), tokenizer.fingerprint], sort_keys=True)
+    return workdir / "tokens" / f"{section}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def _forget_if_changed(settings: DataSettings, folder: epath.Path, workdir: epath.Path) -> None:
-    """Before any stage has begun a folder may be mended; from then on its text is what it was."""
+def _remove_if_changed(settings: DataSettings, folder: epath.Path, workdir: epath.Path) -> None:
+    """Removes outdated tokens. A source may change until the first stage that reads it has started."""
     note = folder / "source.json"
     if processes.is_first():
         found = {"source": settings.to_record(), "listing": sources.folder_fingerprint(settings.folder)}
@@ -112,12 +112,12 @@ def _noted(folder: epath.Path) -> dict[str, Any]:
 
 
 def _refuse_changed_files(settings: DataSettings, folder: epath.Path, workdir: epath.Path) -> None:
-    """A split that is asked for later is cut from the same documents as the others were; text files were kept."""
+    """Refuses a folder that changed after a stage started: all splits must come from the same files."""
     if sources.is_built(settings, workdir / "data") or not (folder / "source.json").exists():
         return
     if _noted(folder)["listing"] != sources.folder_fingerprint(settings.folder):
         raise ValueError(
-            f"the files of {settings.folder} are not those that a stage has begun with; text that has changed needs a "
+            f"the files of {settings.folder} are not those that a stage started with; changed text needs a "
             "section of its own"
         )
 

@@ -24,7 +24,7 @@ from longrope_jax.model import blockwise
 from longrope_jax.model.blocks import MASKED, Tokens, even_block, may_attend
 
 _LANES = 128  # what the kernels want blocks to be a multiple of
-_COMPARED_AT_ONCE = 2**24  # pairs of a query and a key, to find last keys
+_COMPARED_PAIRS = 2**24  # pairs of a query and a key, to find last keys
 _MASK_VALUE = kernels.DEFAULT_MASK_VALUE
 
 
@@ -45,7 +45,7 @@ class Blocks(NamedTuple):
 # The largest that the compiler finds room for, in bfloat16, with a head dim of up to 128; by JAX's name of the chip.
 # Larger blocks read keys less often: at 1024 queries a block, HBM could bring them several times as fast as needed.
 _LARGEST = {"TPU v6 lite": Blocks(2048, 1024, 1024), "TPU7x": Blocks(2048, 1024, 1024)}
-_ELSEWHERE = Blocks(1024, 512, 1024)  # v4, v5e, v5p: 16 MiB for a kernel
+_DEFAULT = Blocks(1024, 512, 1024)  # v4, v5e, v5p: 16 MiB for a kernel
 _WIDE = Blocks(512, 512, 512)  # float32, or a head dim above 128
 
 
@@ -54,7 +54,7 @@ def blocks_for(head_dim: int, dtype: jnp.dtype) -> Blocks:
     if head_dim > 128 or jnp.dtype(dtype).itemsize > 2:
         return _WIDE
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return _LARGEST.get(device.device_kind, _ELSEWHERE)
+    return _LARGEST.get(device.device_kind, _DEFAULT)
 
 
 def choose_block(length: int, runs: int, head_dim: int, dtype: jnp.dtype) -> int:
@@ -195,7 +195,7 @@ def _reach(queries: Tokens, keys: Tokens) -> tuple[Int[Array, "T"], Int[Array, "
         seen = may_attend(*_as_batch((query, keys))).reshape(-1)
         return jnp.min(jnp.where(seen, numbers, count)), jnp.max(jnp.where(seen, numbers, -1))
 
-    return jax.lax.map(ends, jax.tree.map(lambda x: x[:, None], queries), batch_size=_COMPARED_AT_ONCE // count)
+    return jax.lax.map(ends, jax.tree.map(lambda x: x[:, None], queries), batch_size=_COMPARED_PAIRS // count)
 
 
 def _schedule(block: int, count: int, reach: tuple[Int[Array, "T"], Int[Array, "T"]], by_key: bool = False) -> MaskInfo:

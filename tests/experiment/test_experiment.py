@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-import hurry
+import fast_compilation
 import numpy as np
 import pytest
 from tiny_experiment import LENGTH, ROOT, TARGET, Stopped, change, contents, forbid_work, read
@@ -169,7 +169,7 @@ def test_a_command_that_is_asked_to_stop_exits_with_75_and_goes_on(config, tmp_p
         f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({config.to_dict()})\n"
     )
     line = [sys.executable, "-m", "longrope_jax.main", f"--config={path}", f"--workdir={workdir}"]
-    quickly = hurry.environment(devices=1)
+    quickly = fast_compilation.environment(devices=1)
     process = subprocess.Popen(
         line, cwd=ROOT, env=quickly, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )

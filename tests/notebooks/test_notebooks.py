@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hurry
+import fast_compilation
 import nbformat
 import pytest
 
@@ -37,7 +37,7 @@ def workdir(tmp_path_factory):
 def run(path, output, **changes):
     line = [sys.executable, FOLDER / "execute.py", path, f"--output={output}", "--set"]
     line += [f"{name}={value}" for name, value in changes.items()]
-    return subprocess.run(line, env=hurry.environment(devices=1), capture_output=True, text=True)
+    return subprocess.run(line, env=fast_compilation.environment(devices=1), capture_output=True, text=True)
 
 
 def code_cells(path):

@@ -2,7 +2,7 @@ import json
 import subprocess
 import sys
 
-import hurry
+import fast_compilation
 import jax
 import pytest
 
@@ -28,7 +28,7 @@ print(json.dumps(counted))
 def counts(directory):
     """Hits and misses of a new process."""
     command = [sys.executable, "-c", PROGRAM, str(directory)]
-    done = subprocess.run(command, env=hurry.environment(1), capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=fast_compilation.environment(1), capture_output=True, text=True, check=True)
     counted = json.loads(done.stdout.splitlines()[-1])
     return counted.get("cache_hits", 0), counted.get("cache_misses", 0)
 

@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-import hurry
+import fast_compilation
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
@@ -38,7 +38,7 @@ with lock.hold(workdir):
 def start(workdir, coordinator="none", count=1, index=0):
     return subprocess.Popen(
         [sys.executable, "-c", HOLD, str(workdir), coordinator, str(count), str(index)],
-        env=hurry.environment(1),
+        env=fast_compilation.environment(1),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -162,7 +162,7 @@ def test_a_place_that_is_no_directory_is_told(tmp_path):
 def test_the_command_ends_with_one_line_where_another_run_is(tmp_path):
     command = [sys.executable, "-m", "longrope_jax.main", "--config=experiments/quickstart.py", f"--workdir={tmp_path}"]
     with lock.hold(tmp_path):
-        done = subprocess.run(command, cwd=ROOT, env=hurry.environment(1), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=fast_compilation.environment(1), capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
         f"error: work directory {tmp_path} is in use by process {os.getpid()}"

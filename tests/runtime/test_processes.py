@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hurry
+import fast_compilation
 import jax
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def start(workdir, axes, coordinator="none", count=1, index=0, devices=1):
     workdir.mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(workdir), axes, coordinator, str(count), str(index)],
-        env=hurry.environment(devices),
+        env=fast_compilation.environment(devices),
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from speeds import SPEEDS
+from timing_fields import SPEEDS
 
 import longrope_jax as lr
 from longrope_jax.data.corpus import Document

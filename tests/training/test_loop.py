@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from speeds import SPEEDS
+from timing_fields import SPEEDS
 
 import longrope_jax as lr
 from longrope_jax.data.corpus import Document

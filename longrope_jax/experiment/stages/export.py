@@ -24,7 +24,7 @@ from longrope_jax.runtime import processes, records
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import DocumentCount, Seed, Settings, one_of
 
-# What a card tells of a stage's summary, as far as it has it, and what it leaves out of its settings.
+# Fields of a stage's summary that a model card shows, and fields of its settings that it omits.
 _RESULTS = ("parameters", "evaluations", "best_nll", "seconds")
 _HOUSEKEEPING = ("dtype", "param_dtype", "attention", "log_every", "checkpoint_every", "data")
 
@@ -121,7 +121,7 @@ def _warn_of_start_tokens(settings: ExportSettings, source: Any, before: Before)
 
 
 def _run_export(settings: ExportSettings, context: RunContext, name: str) -> dict[str, Any]:
-    began = time.monotonic()
+    started = time.monotonic()
     config = context.model.config
     dtype = settings.dtype or config.param_dtype
     found = context.table(settings.factors, settings.model)
@@ -161,7 +161,7 @@ def _run_export(settings: ExportSettings, context: RunContext, name: str) -> dic
         "lengths": [int(boundary) for boundary in exported.boundaries],
         "dropped": dropped,
         "costs": [cost.to_record() for cost in costs],
-        "seconds": time.monotonic() - began,
+        "seconds": time.monotonic() - started,
     }
 
 
@@ -205,13 +205,13 @@ def _history(context: RunContext, name: str) -> dict[str, dict[str, Any]]:
     def add(stage: str) -> None:
         if stage in steps:
             return
-        begun = _recorded(context, stage)
-        for earlier in begun[f"stages before {stage}"]:
+        fingerprint = _recorded(context, stage)
+        for earlier in fingerprint[f"stages before {stage}"]:
             add(earlier)
         summary = json_files.read_object(context.workdir / "stages" / f"{stage}.json")
-        settings = records.flat(begun[stage])
-        told = {key: value for key, value in settings.items() if value not in ("", None) and key not in _HOUSEKEEPING}
-        steps[stage] = told | {key: summary[key] for key in _RESULTS if key in summary}
+        settings = records.flat(fingerprint[stage])
+        shown = {key: value for key, value in settings.items() if value not in ("", None) and key not in _HOUSEKEEPING}
+        steps[stage] = shown | {key: summary[key] for key in _RESULTS if key in summary}
 
     for stage in _recorded(context, name)[f"stages before {name}"]:
         add(stage)
@@ -219,7 +219,7 @@ def _history(context: RunContext, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _recorded(context: RunContext, stage: str) -> dict[str, Any]:
-    """What was noted of a stage as it began: its settings, and the stages that it builds on."""
+    """The fingerprint of a stage: its settings and its input stages."""
     return json_files.read_object(context.workdir / "stages" / f"{stage}.started.json")
 
 

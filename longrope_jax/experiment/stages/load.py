@@ -30,20 +30,20 @@ def _check_load_data(settings: LoadSettings, context: RunContext) -> None:
 
 def _run_load(settings: LoadSettings, context: RunContext, name: str) -> dict[str, Any]:
     """Reads it once, so that a damaged file stops the experiment here. Nothing is copied."""
-    began = time.monotonic()
+    started = time.monotonic()
     _register(settings, context, name)
     sizes = jax.tree.map(lambda leaf: leaf.size, context.params(name))
     return {
         "path": settings.path,
         "parameters": sum(jax.tree.leaves(sizes)),
         "files": _files(settings.path),
-        "seconds": time.monotonic() - began,
+        "seconds": time.monotonic() - started,
     }
 
 
 def _load_load(settings: LoadSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
     if summary.get("files") != _files(settings.path):
-        raise ValueError(f"{settings.path}: the files are not those that this work directory began with")
+        raise ValueError(f"{settings.path}: the files are not those that this work directory started with")
     _register(settings, context, name)
 
 

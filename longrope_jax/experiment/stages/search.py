@@ -5,12 +5,12 @@ from typing import Any
 
 from longrope_jax import json_files
 from longrope_jax.data.windows import fixed_windows
-from longrope_jax.experiment.context import BEST_SEED, RunContext, load_stage_factors, save_stage_factors
+from longrope_jax.experiment.context import BEST_SEED, RunContext, factor_file, save_factors_of
 from longrope_jax.experiment.programs import search_programs
 from longrope_jax.experiment.stage import Before, Stage, factors_target, is_stage, model_stage, sources
 from longrope_jax.interop.factor_files import factors_for
 from longrope_jax.model import LlamaConfig
-from longrope_jax.rope import FactorTable, RopeFactors
+from longrope_jax.rope import FactorTable, RopeFactors, load_factors
 from longrope_jax.search.objective import make_terms
 from longrope_jax.search.run import run_search
 from longrope_jax.search.seeds import rescaled
@@ -67,7 +67,7 @@ def _run_search(settings: SearchSettings, context: RunContext, name: str) -> dic
         "documents": result.documents,
         "settings": dataclasses.asdict(settings),
     }
-    save_stage_factors(
+    save_factors_of(
         context,
         name,
         result.factors,
@@ -77,7 +77,7 @@ def _run_search(settings: SearchSettings, context: RunContext, name: str) -> dic
         scores=scores,
         provenance=provenance,
     )
-    save_stage_factors(context, name + BEST_SEED, result.best_seed, settings.target_length, model_stage=start)
+    save_factors_of(context, name + BEST_SEED, result.best_seed, settings.target_length, model_stage=start)
     return {
         "target_length": settings.target_length,
         "model": start,
@@ -141,8 +141,10 @@ _SUMMARY = {
 
 def _load_search(settings: SearchSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
     json_files.check(summary, _SUMMARY)
-    factors = context.factors[name] = load_stage_factors(context, name)
-    context.factors[name + BEST_SEED] = load_stage_factors(context, name + BEST_SEED)
+    factors = context.factors[name] = load_factors(factor_file(context, name), context.model.config.head_dim)
+    context.factors[name + BEST_SEED] = load_factors(
+        factor_file(context, name + BEST_SEED), context.model.config.head_dim
+    )
     context.targets |= {name: settings.target_length, name + BEST_SEED: settings.target_length}
     found = {"lam": factors.lam.tolist(), "n_hat": int(factors.n_hat), "mscale": float(factors.mscale)}
     context.searches.append({"stage": name, **summary, "factors": found})

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from longrope_jax.experiment.context import RunContext, load_stage_table, save_stage_table
+from longrope_jax.experiment.context import RunContext, factor_file, save_table_of
 from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, nothing, sources
 from longrope_jax.experiment.stages.settings import TableSettings
 from longrope_jax.model import LlamaConfig
-from longrope_jax.rope import FactorTable
+from longrope_jax.rope import FactorTable, load_table
 
 
 def _check_table(settings: TableSettings, config: LlamaConfig, before: Before) -> None:
@@ -24,7 +24,7 @@ def _run_table(settings: TableSettings, context: RunContext, name: str) -> dict[
         length: context.source(source, settings.model, length)(length)
         for length, source in zip(settings.lengths, settings.factors, strict=True)
     }
-    save_stage_table(
+    save_table_of(
         context,
         name,
         FactorTable.of(entries),
@@ -35,7 +35,7 @@ def _run_table(settings: TableSettings, context: RunContext, name: str) -> dict[
 
 
 def _load_table(settings: TableSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
-    context.factors[name] = load_stage_table(context, name)
+    context.factors[name] = load_table(factor_file(context, name), context.model.config.head_dim)
 
 
 TABLE = Stage(

@@ -7,11 +7,11 @@ import numpy as np
 
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.data.windows import fixed_windows
-from longrope_jax.experiment.context import RunContext, load_stage_factors, save_stage_factors
+from longrope_jax.experiment.context import RunContext, factor_file, save_factors_of
 from longrope_jax.experiment.programs import finetune_programs, pretrain_programs
 from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, sources
 from longrope_jax.model import LlamaConfig
-from longrope_jax.rope import FactorTable, RopeFactors, Trained, unscaled
+from longrope_jax.rope import FactorTable, RopeFactors, Trained, load_factors, unscaled
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.training.finetune import FinetuneSettings, finetune
 from longrope_jax.training.loop import load_params
@@ -90,24 +90,24 @@ def _run_finetune(settings: FinetuneSettings, context: RunContext, name: str) ->
     factors = _finetune_factors(settings, context)
     start = context.model_stage(settings.model)
     if (context.workdir / "checkpoints" / name).exists():
-        context.forget_params()  # it goes on from there, and would have no use for those it began with
+        context.release_params()  # it continues from its checkpoint
     seconds = finetune(
         context.model,
         context.layout,
         settings,
         factors,
-        lambda: context.give_away_params(start),
+        lambda: context.pop_params(start),
         context.documents[settings.data],
         context.tokenizer,
         context.workdir,
         name,
     )
-    save_stage_factors(context, name, factors, settings.length, method=settings.factors, model_stage=start)
+    save_factors_of(context, name, factors, settings.length, method=settings.factors, model_stage=start)
     return {"steps": settings.steps, "seconds": seconds}
 
 
 def _load_finetune(settings: FinetuneSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
-    factors = load_stage_factors(context, name)
+    factors = load_factors(factor_file(context, name), context.model.config.head_dim)
     context.read_params[name] = partial(
         load_params, context.workdir, name, context.model, context.layout, settings.steps
     )

@@ -389,6 +389,6 @@ COMMANDS = {
 @pytest.mark.parametrize(("flags", "told"), COMMANDS.values(), ids=COMMANDS)
 def test_the_command_line_says_so_in_one_line(tmp_path, flags, told):
     line = [sys.executable, "-m", "longrope_jax.main", "--mode=compile", "--config=experiments/quickstart.py"]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     done = subprocess.run([*line, f"--workdir={tmp_path}", *flags], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.strip().splitlines()) == 1
