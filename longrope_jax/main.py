@@ -171,7 +171,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         absl.flags.Error: arguments that are no flags.
     """
     if {"--help", "-h"} & set(argv):
-        print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
+        module = flags.FLAGS.find_module_defining_flag("workdir")  # its name depends on the command that started it
+        print(f"{__doc__}\n{flags.FLAGS.module_help(module)}")
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)

@@ -165,8 +165,8 @@ def test_an_error_in_a_config_file_is_one_line_with_its_place(tmp_path, source, 
     assert (done.returncode, done.stderr) == (2, f"error: {file}, {message}\n")
 
 
-def test_help_is_no_error():
-    done = subprocess.run(
-        [sys.executable, "-m", "longrope_jax.main", "--help"], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0 and "--workdir" in done.stdout and not done.stderr
+@pytest.mark.parametrize("start", [("-m", "longrope_jax.main"), ("-c", "from longrope_jax.main import cli; cli()")])
+def test_help_is_no_error(start):
+    """Of the module, and of the console command."""
+    done = subprocess.run([sys.executable, *start, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "--max_new_tokens" in done.stdout and not done.stderr
