@@ -1,14 +1,15 @@
 """Sphinx configuration: `make docs` builds docs/_build/html."""
 
-import importlib.metadata
 import pathlib
 import typing
+
+import longrope_jax
 
 typing.GENERATING_DOCUMENTATION = "longrope_jax"  # jaxtyping's switch: the pages show types as written
 
 project = "longrope_jax"
 author = "the longrope_jax authors"
-release = importlib.metadata.version("longrope_jax")
+release = longrope_jax.__version__
 
 extensions = [
     "myst_parser",

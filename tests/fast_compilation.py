@@ -3,11 +3,12 @@
 Without LLVM's optimisations, and without the newer emitters of fused loops, which take half of the time that is left.
 """
 
-import importlib.metadata
 import os
 
+import jaxlib
+
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 12):
+if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 12):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # later ones have no others, and end at a flag they don't know
 
 
