@@ -100,7 +100,7 @@ def _run(argv: list[str], until_done: contextlib.ExitStack) -> None:
         print(f"\n{saved}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

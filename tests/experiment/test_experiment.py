@@ -182,7 +182,7 @@ def test_a_command_that_is_asked_to_stop_exits_with_75_and_goes_on(config, tmp_p
     assert process.wait() == 75, told
     assert "Traceback" not in told
     stopped = int(
-        re.search(r"\npretrain: asked to stop, step (\d+) of 400 is saved; the same command goes on", told)[1]
+        re.search(r"\npretrain: asked to stop, step (\d+) of 400 is saved; the same command continues", told)[1]
     )
     assert [entry["step"] for entry in read(workdir / "metrics.jsonl")] == list(range(1, stopped + 1))
     subprocess.run(line, cwd=ROOT, env=quickly, check=True, capture_output=True)
