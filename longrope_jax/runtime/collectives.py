@@ -1,7 +1,8 @@
-"""What devices send each other in a compiled program, read from the compiler's text (HLO), with loops multiplied out.
+"""The bytes that devices send each other in a compiled program, read from the compiler's text (HLO). Loops count as
+often as they run.
 
-JAX has no interface for this: `cost_analysis` counts a loop's body once and does not name collectives, `HloModule` has
-computations without attributes, and its serialized protos need TensorFlow's classes.
+JAX has no interface for this: the instructions of an `HloModule` have opcodes and operands, but no shapes, no groups
+and no called computations, which only their text has.
 """
 
 import math
