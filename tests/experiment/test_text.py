@@ -157,7 +157,7 @@ def test_splits_that_are_asked_for_later_are_cut_from_the_same_documents(tmp_pat
         begin(run, "pretrain")
         make(tmp_path / make.__name__, count=33)
         if make is make_records:
-            with pytest.raises(ValueError, match="config.data: the files of .* are not those that a stage has begun"):
+            with pytest.raises(ValueError, match="config.data: the files of .* are not those that a stage started"):
                 read(run, settings, both)
             continue
         found = names(read(run, settings, both))
