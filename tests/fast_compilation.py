@@ -1,4 +1,4 @@
-"""Programs of tests are compiled in a fast_compilation: nearly all the time of the tests is the compiler's.
+"""Tests compile their programs with few optimisations: nearly all the time of the tests is the compiler's.
 
 Without LLVM's optimisations, and without the newer emitters of fused loops, which take half of the time that is left.
 """

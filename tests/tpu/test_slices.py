@@ -68,7 +68,7 @@ TOKENS = 2048 * 1024
 def measured(*arguments):
     """In a process of its own, as memory is what it took at most."""
     line = [sys.executable, "-m", "tests.tpu.one_program", LLAMA2, *arguments]
-    # Without the flags by which tests fast_compilation this machine's compiler.
+    # Without the flags by which tests speed up this machine's compiler.
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "XLA_FLAGS": ""}
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
