@@ -16,7 +16,7 @@ PROGRESSIVE ?= runs/progressive
 ABLATIONS ?= runs/ablations
 FUZZ_INPUTS ?= 20000
 
-.PHONY: setup setup-dev quickstart notebooks progressive progressive_512x ablations smollm2 test slow fuzz parity tpu test-matrix versus_pytorch bench docs lint clean
+.PHONY: setup setup-dev quickstart notebooks progressive progressive_512x ablations smollm2 test slow fuzz parity tpu test-matrix test-package versus_pytorch bench docs lint clean
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -130,6 +130,20 @@ define make_matrix_venv
 	touch .venv-$(1)/installed
 endef
 
+# A wheel and an sdist in dist/. The tests of the unpacked sdist pass with the installed wheel, away from this repository.
+test-package: .venv-package/installed
+	rm -rf dist
+	.venv-package/bin/python -m build --outdir dist .
+	.venv-package/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
+	tar -xzf dist/*.tar.gz -C dist && rm -r dist/longrope_jax-*/longrope_jax
+	ln -s "$$(.venv-package/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/longrope_jax" dist/longrope_jax-*/
+	cd dist/longrope_jax-*/ && $(CURDIR)/.venv-package/bin/python -m pytest --numprocesses=2 --dist=loadfile
+
+.venv-package/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet build -r requirements-dev.txt
+	touch $@
+
 # From the docstrings too, which are those of the library that is imported: the same .venv, as one of its own would hold JAX
 # once more. All anew (-E), as pages that are taken over would not be warned of again; a warning is an error.
 docs: .venv/installed-docs
@@ -147,4 +161,4 @@ lint: setup-dev
 	$(RUN) -m mypy
 
 clean:
-	rm -rf .venv .venv-parity .venv-tpu $(MATRIX:%=.venv-%) docs/_build runs
+	rm -rf .venv .venv-parity .venv-tpu .venv-package $(MATRIX:%=.venv-%) dist docs/_build runs
