@@ -6,7 +6,8 @@ from typing import Any, TypeGuard
 
 from etils import epath
 
-from longrope_jax.errors import shortened
+from longrope_jax.errors import naming, shortened
+from longrope_jax.settings import Rule
 
 Kind = Any
 """What a value has to be: a type; `[kind]`, a list of them; `{name: kind}`, an object with these fields at least;
@@ -24,6 +25,40 @@ def is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and is_number(value) and value > 0
 
 
+def numbers(count: int | None = None) -> Rule:
+    """The rule that a JSON value is a list of numbers below 2^31, of so many of them if that is known."""
+
+    def accepts(value: Any) -> bool:
+        return isinstance(value, list) and (count is None or len(value) == count) and all(map(is_number, value))
+
+    return Rule(accepts, f"must be a list of {'' if count is None else f'{count} '}numbers below 2^31")
+
+
+def optional(rule: Rule) -> Rule:
+    """The rule for a field that may be missing or null."""
+    return Rule(lambda value: value is None or rule.accepts(value), rule.text)
+
+
+SIZE = Rule(is_size, "must be a positive whole number")
+POSITIVE = Rule(lambda value: is_number(value) and value > 0, "must be a positive number")
+
+
+def problems(content: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
+    """What is wrong with the fields of an object, a message each. A missing field counts as null."""
+    values = {name: content.get(name) for name in rules}
+    return [f"{name} = {shortened(values[name])} {rule.text}" for name, rule in rules.items()
+            if not rule.accepts(values[name])]  # fmt: skip
+
+
+def field(content: Mapping[str, Any], name: str, rule: Rule, default: Any = None) -> Any:
+    """A field of an object, the default where it is missing or null; raises ValueError if it breaks the rule."""
+    value = content.get(name)
+    value = default if value is None else value
+    if wrong := problems({name: value}, {name: rule}):
+        raise ValueError(wrong[0])
+    return value
+
+
 def read_object(path: epath.PathLike, fields: Mapping[str, Kind] | None = None) -> dict[str, Any]:
     """The JSON object that a file holds.
 
@@ -33,10 +68,8 @@ def read_object(path: epath.PathLike, fields: Mapping[str, Kind] | None = None) 
         OSError: there is no such file.
     """
     path = epath.Path(path)
-    try:
+    with naming(path):
         return check(json.loads(path.read_text()), fields or {})
-    except (ValueError, RecursionError) as error:  # ValueError: of Unicode and JSON too
-        raise ValueError(f"{path}: {error}") from None
 
 
 def check(content: Any, fields: Mapping[str, Kind]) -> dict[str, Any]:

@@ -2,21 +2,23 @@
 
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 from etils import epath
 from flax.traverse_util import flatten_dict
+from huggingface_hub import split_state_dict_into_shards_factory
 from jaxtyping import Array, Float
 from safetensors.numpy import save
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
 from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
-from longrope_jax.interop.architectures import ARCHITECTURES, checkpoint_tensors
+from longrope_jax.interop.architectures import ARCHITECTURES, CheckpointTensor, checkpoint_tensors
+from longrope_jax.interop.gguf.tokenizer import tokenizer_of
 from longrope_jax.model import LlamaConfig
 from longrope_jax.model.sharding import constrain
 from longrope_jax.rope import FactorTable, to_huggingface, two_lengths, unsupported_by_huggingface
@@ -24,7 +26,6 @@ from longrope_jax.runtime import processes
 
 SHARD_BYTES = 2**30
 """Maximum size of a file (unless one tensor is larger). The host needs about three times as much memory."""
-_BOS, _EOS = "<s>", "</s>"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 PARTIAL = ".partial"
 """Suffix of a folder that is being written; it is renamed when it is complete."""
@@ -32,14 +33,6 @@ PARTIAL = ".partial"
 
 class UnsupportedByFormat(ValueError):
     """The format does not support a property of the factors, and dropping it was not allowed."""
-
-
-class _Tensor(NamedTuple):
-    """A tensor to write: its name, its shape, and the parameters that are its rows, each with its layer."""
-
-    name: str
-    shape: tuple[int, ...]
-    parts: list[tuple[str, int | None]]
 
 
 def fit_to_format(
@@ -220,77 +213,63 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _tensors(config: LlamaConfig, architecture: str) -> list[_Tensor]:
-    """All tensors of the folder in order: the embedding, the layers, the rest."""
-    found: dict[str, _Tensor] = {}
-    places: dict[str, int] = {}
-    for leaf, stored in checkpoint_tensors(config, fused=architecture == "Phi3ForCausalLM").items():
-        is_stacked = "{}" in stored.tensor
-        for number in range(config.num_layers) if is_stacked else [None]:
-            name = stored.tensor.format(number)
-            tensor = found.setdefault(name, _Tensor(name, stored.shape, []))
-            tensor.parts.append((leaf, number))
-            places[name] = number if number is not None else (-1 if leaf.startswith("embed/") else config.num_layers)
-    return sorted(found.values(), key=lambda tensor: places[tensor.name])
+_Part = tuple[str, CheckpointTensor, int | None]
+"""A parameter, where it is stored, and the layer, if every layer has such a parameter."""
 
 
-def _write_tensors(folder: epath.Path, tensors: list[_Tensor], params: dict, dtype: np.dtype, shard_bytes: int) -> None:
+def _tensors(config: LlamaConfig, architecture: str) -> dict[str, list[_Part]]:
+    """The tensors of the folder in order, the layers one after the other: name -> the parameters that are its rows."""
+    found: dict[str, list[_Part]] = {}
+    parameters = checkpoint_tensors(config, fused=architecture == "Phi3ForCausalLM").items()
+    for is_stacked, group in itertools.groupby(parameters, lambda parameter: parameter[1].is_stacked):
+        for number, (leaf, stored) in itertools.product(range(config.num_layers) if is_stacked else [None], group):
+            found.setdefault(stored.tensor.format(number), []).append((leaf, stored, number))
+    return found
+
+
+def _write_tensors(
+    folder: epath.Path, tensors: dict[str, list[_Part]], params: dict, dtype: np.dtype, shard_bytes: int
+) -> None:
     """Writes the safetensors, and their index if there are several files."""
-    leaves = flatten_dict(params, sep="/")
-    shards = list(_shards(tensors, lambda tensor: int(np.prod(tensor.shape)) * dtype.itemsize, shard_bytes))
-    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    names = ["model.safetensors"] if len(shards) == 1 else names
-    with tqdm(
-        total=len(tensors),
-        desc=f"writing {folder.name.removesuffix(PARTIAL)}",
-        unit="tensor",
-        dynamic_ncols=True,
-        disable=not processes.is_first(),
-    ) as bar:
-        for name, shard in zip(names, shards, strict=True):
+    leaves, is_first = flatten_dict(params, sep="/"), processes.is_first()
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda parts: math.prod(parts[0][1].shape) * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    what = f"writing {folder.name.removesuffix(PARTIAL)}"
+    with tqdm(total=len(tensors), desc=what, unit="tensor", dynamic_ncols=True, disable=not is_first) as bar:
+        for file, names in split.filename_to_tensors.items():
             arrays = {}
-            for tensor in shard:
-                found = _as_stored(tensor, leaves, dtype)
-                if processes.is_first():
-                    arrays[tensor.name] = found
+            for name in names:
+                found = _as_stored(tensors[name], leaves, dtype)
+                if is_first:
+                    arrays[name] = found
                 bar.update()
-            if processes.is_first():
-                (folder / name).write_bytes(save(arrays, metadata={"format": "pt"}))
-    if len(shards) > 1 and processes.is_first():
-        size = sum(int(np.prod(tensor.shape)) for tensor in tensors) * dtype.itemsize
-        where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": size}, "weight_map": where}
+            if is_first:
+                (folder / file).write_bytes(save(arrays, metadata={"format": "pt"}))
+    if split.is_sharded and is_first:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_bytes(_json(index))
 
 
-def _shards(tensors: list[_Tensor], size: Callable[[_Tensor], int], max_bytes: int) -> Iterator[list[_Tensor]]:
-    """Groups consecutive tensors into files."""
-    shard: list[_Tensor] = []
-    for tensor in tensors:
-        if shard and sum(map(size, shard)) + size(tensor) > max_bytes:
-            yield shard
-            shard = []
-        shard.append(tensor)
-    yield shard
+def _as_stored(parts: list[_Part], leaves: Mapping[str, Array], dtype: np.dtype) -> Float[np.ndarray, "..."]:
+    """A tensor in Hugging Face's layout: matrices are [out, in]."""
+    rows = []
+    for leaf, stored, number in parts:
+        part = np.asarray(_whole(leaves[leaf], number))
+        rows.append((part.T if stored.is_transposed else part).astype(dtype))
+    return np.ascontiguousarray(rows[0] if len(rows) == 1 else np.concatenate(rows))
 
 
-def _as_stored(tensor: _Tensor, leaves: Mapping[str, Array], dtype: np.dtype) -> Float[np.ndarray, "..."]:
-    """A tensor in Hugging Face's layout: matrices are [out, in]; ours are [in, out], except the embedding."""
-    parts = []
-    for leaf, number in tensor.parts:
-        part = np.asarray(_whole(leaves[leaf], 0 if number is None else number, is_stacked=number is not None))
-        is_transposed = part.ndim == 2 and leaf != "embed/embedding"
-        parts.append((part.T if is_transposed else part).astype(dtype))
-    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
-
-
-@jax.jit(static_argnames="is_stacked")
-def _whole(leaf: Array, number: int, is_stacked: bool) -> Array:
+@jax.jit
+def _whole(leaf: Array, number: int | None) -> Array:
     """A parameter, or one layer of it, replicated to every device of the current mesh."""
-    return constrain(leaf[number] if is_stacked else leaf)
+    return constrain(leaf if number is None else leaf[number])
 
 
-def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer, longest: int) -> Mapping[str, bytes]:
     """Name -> content of the files from which Transformers makes the same tokenizer: the files that it was read from,
     or for bytes a vocabulary of 256.
 
@@ -305,23 +284,19 @@ def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, bytes]:
     return files
 
 
-def _byte_files() -> dict[str, bytes]:
+def _byte_files() -> Mapping[str, bytes]:
     """BPE without merges over GPT-2's characters for bytes, in the order of `ByteTokenizer`'s ids."""
     # Bytes that are printable in Latin-1 are themselves; the others are characters from U+0100 on, in order.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(ByteLevel.alphabet())
     others = (character for character in alphabet if character > "\xff")
-    vocab = {chr(byte) if chr(byte) in alphabet else next(others): byte for byte in range(256)}
-    made = tokenizers.Tokenizer(models.BPE(vocab | {_BOS: ByteTokenizer.bos, _EOS: ByteTokenizer.eos}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([_BOS, _EOS])
-    made.post_processor = processors.TemplateProcessing(
-        single=f"{_BOS} $A", pair=f"{_BOS} $A {_BOS}:1 $B:1", special_tokens=[(_BOS, ByteTokenizer.bos)]
-    )
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "bos_token": _BOS,
-        "eos_token": _EOS,
+    characters = [chr(byte) if chr(byte) in alphabet else next(others) for byte in range(256)]
+    metadata = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": [*characters, "<s>", "</s>"],
+        "merges": [],
+        "bos_token_id": ByteTokenizer.bos,
+        "eos_token_id": ByteTokenizer.eos,
+        "add_bos_token": True,
     }
-    return {"tokenizer.json": made.to_str().encode(), _TOKENIZER_CONFIG: _json(config)}
+    return tokenizer_of({f"tokenizer.ggml.{name}": value for name, value in metadata.items()}).files

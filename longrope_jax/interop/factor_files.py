@@ -1,31 +1,34 @@
 """Reads and writes factors by length in every supported file format: ours, CSV, and configs of Hugging Face."""
 
 import json
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from absl import logging
 from etils import epath
 
-from longrope_jax.errors import shortened
+from longrope_jax.errors import naming, shortened
 from longrope_jax.files import write_whole
-from longrope_jax.interop.architectures import parse_rotation
+from longrope_jax.interop.architectures import ROPE_THETA, parse_rotation
 from longrope_jax.interop.pretrained import read_config
-from longrope_jax.json_files import is_number, is_size
+from longrope_jax.json_files import SIZE, field, is_number, numbers, optional, problems, read_object
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import (
     FactorTable,
-    from_huggingface,
     load_factors,
+    load_metadata,
     load_table,
     save_factors,
     save_table,
     to_huggingface,
 )
-from longrope_jax.rope.huggingface import rope_type
+from longrope_jax.rope.huggingface import ORIGINAL, rope_parameters, rope_type
+from longrope_jax.settings import Rule
 
 KINDS = ("longrope_jax", "huggingface", "csv")
-_ORIGINAL = "original_max_position_embeddings"
+_RULES = {"rope_theta": optional(ROPE_THETA), "original_length": optional(SIZE)}
+_FACTOR = Rule(
+    lambda value: is_number(value) and value >= 1, "must be 1 or more, if there is no max_position_embeddings"
+)
 
 
 class LoadedFactors(NamedTuple):
@@ -43,10 +46,8 @@ class LoadedFactors(NamedTuple):
 
     def check(self) -> "LoadedFactors":
         """Returns self; raises ValueError if a number is out of range."""
-        if self.base is not None and not (is_number(self.base, 1e30) and self.base > 1):
-            raise ValueError(f"rope_theta = {shortened(self.base)} must be a number above 1")
-        if self.original_length is not None and not is_size(self.original_length):
-            raise ValueError(f"original_length = {shortened(self.original_length)} must be a positive number of tokens")
+        if wrong := problems({"rope_theta": self.base, "original_length": self.original_length}, _RULES):
+            raise ValueError("; ".join(wrong))
         return self
 
 
@@ -67,10 +68,10 @@ def read_factors(path: epath.PathLike, target_length: int | None = None, head_di
     path = epath.Path(path)
     if not path.exists():
         raise ValueError(f"factors = {str(path)!r} do not exist")
-    try:
-        content = _read_content(path)
-        if content is None or str(content.get("format", "")).startswith("longrope_jax."):
-            loaded = _read_own(path, content or {}, target_length, head_dim)
+    with naming(path):
+        content = {} if path.suffix == ".csv" else _read_content(path)
+        if path.suffix == ".csv" or str(content.get("format", "")).startswith("longrope_jax."):
+            loaded = _read_own(path, "entries" in content, target_length, head_dim)
         elif target_length is not None:
             raise ValueError(f"target_length = {target_length} is for a single set of factors; this file has its own")
         elif "hidden_size" in content or "head_dim" in content:
@@ -80,9 +81,6 @@ def read_factors(path: epath.PathLike, target_length: int | None = None, head_di
             loaded = _read_rope_parameters(content)
         loaded.table.factors.check(head_dim, monotone="warn")
         return loaded.check()
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
 
 
 def factors_for(path: epath.PathLike, config: LlamaConfig, target_length: int | None = None) -> FactorTable:
@@ -132,70 +130,43 @@ def write_factors(path: epath.PathLike, loaded: LoadedFactors, kind: str, length
         write_whole(path, (json.dumps(_rope_parameters(loaded), indent=2, allow_nan=False) + "\n").encode())
 
 
-def _read_content(path: epath.Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or a model's config; None for a CSV."""
-    if path.suffix == ".csv":
-        return None
-    if path.is_dir() or path.suffix == ".gguf":
-        return read_config(path)
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"neither a .csv nor JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError("must hold an object")
-    return content
+def _read_content(path: epath.Path) -> dict[str, Any]:
+    return read_config(path) if path.is_dir() or path.suffix == ".gguf" else read_object(path)
 
 
-def _read_own(
-    path: epath.Path, content: dict[str, Any], target_length: int | None, head_dim: int | None
-) -> LoadedFactors:
-    metadata = _mapping(content.get("metadata"))
-    model = _mapping(metadata.get("model"))
-    base = metadata.get("rope_theta", model.get("rope_theta"))
-    original = metadata.get("original_length", model.get("original_length"))
-    if "entries" in content:
+def _read_own(path: epath.Path, is_table: bool, target_length: int | None, head_dim: int | None) -> LoadedFactors:
+    metadata = {} if path.suffix == ".csv" else load_metadata(path)
+    model = metadata.get("model")
+    known = (model if isinstance(model, dict) else {}) | metadata
+    if is_table:
         if target_length is not None:
             raise ValueError(f"target_length = {target_length} is for a single set of factors; this is a table")
-        return LoadedFactors(load_table(path, head_dim), base, original)
-    boundary = metadata.get("target_length") if target_length is None else target_length
-    if boundary is None:
-        raise ValueError("the longest sequence for these factors is unknown. Give a target_length")
-    if not is_size(boundary):
-        raise ValueError(f"target_length = {shortened(boundary)} must be a positive number of tokens")
-    return LoadedFactors(FactorTable.of({boundary: load_factors(path, head_dim)}), base, original)
+        table = load_table(path, head_dim)
+    else:
+        if target_length is None and "target_length" not in metadata:
+            raise ValueError("the longest sequence for these factors is unknown. Give a target_length")
+        boundary = field({"target_length": target_length}, "target_length", SIZE, metadata.get("target_length"))
+        table = FactorTable.of({boundary: load_factors(path, head_dim)})
+    return LoadedFactors(table, known.get("rope_theta"), known.get("original_length"))
 
 
-def _read_rope_parameters(content: Mapping[str, Any]) -> LoadedFactors:
+def _read_rope_parameters(content: dict[str, Any]) -> LoadedFactors:
     """`rope_parameters` without a model, alone or beside the lengths of a config.json. Only type longrope can be read,
     because its lists of factors give the head dimension.
     """
-    rope = content.get("rope_scaling") or content.get("rope_parameters") or content
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_parameters = {shortened(rope)} must be an object")
+    is_alone = not (content.get("rope_scaling") or content.get("rope_parameters"))
+    config = {"rope_parameters": content} if is_alone else content
+    rope = rope_parameters(config)
     if rope_type(rope) != "longrope":
         raise ValueError(
             f"rope_type = {shortened(rope_type(rope))} needs head dimension and lengths of the model; "
             "give its whole config.json"
         )
-    original = content.get(_ORIGINAL, rope.get(_ORIGINAL))
-    if not is_size(original):
-        raise ValueError(f"{_ORIGINAL} = {shortened(original)} must be a positive number of tokens")
-    longest, factor = content.get("max_position_embeddings"), rope.get("factor")
-    if longest is None:
-        if not is_number(factor) or factor < 1:
-            raise ValueError(f"factor = {shortened(factor)} must be 1 or more, if there is no max_position_embeddings")
-        longest = round(factor * original)
-    if not is_size(longest) or longest < original:
-        raise ValueError(
-            f"max_position_embeddings = {shortened(longest)} must be a number of tokens, {original} or more"
-        )
-    lam = rope.get("long_factor")
-    if not isinstance(lam, list):
-        raise ValueError(f"long_factor = {shortened(lam)} must be a list of numbers, half of the head dimension")
-    base = rope.get("rope_theta", content.get("rope_theta"))
-    table = from_huggingface({**rope, _ORIGINAL: original}, 2 * len(lam), 10000.0, longest)
-    return LoadedFactors(table, base, original)
+    original = field(rope, ORIGINAL, SIZE)
+    longest = content.get("max_position_embeddings") or round(field(rope, "factor", _FACTOR) * original)
+    head_dim = 2 * len(field(rope, "long_factor", numbers()))
+    rotation = parse_rotation({**config, "head_dim": head_dim, "max_position_embeddings": longest})
+    return LoadedFactors(rotation.table, rope.get("rope_theta"), rotation.original_length)
 
 
 def _rope_parameters(loaded: LoadedFactors) -> dict[str, Any]:
@@ -203,23 +174,14 @@ def _rope_parameters(loaded: LoadedFactors) -> dict[str, Any]:
         raise ValueError("the context that the model was pretrained for is unknown. Give an original_length")
     rope = to_huggingface(loaded.table, loaded.original_length or int(loaded.table.boundaries[0]))
     if loaded.base is not None:
-        rope = {**rope, "rope_theta": loaded.base}
-    return {
-        "max_position_embeddings": int(loaded.table.boundaries[-1]),
-        _ORIGINAL: rope[_ORIGINAL],
-        "rope_parameters": rope,
-    }
+        rope["rope_theta"] = loaded.base
+    longest = int(loaded.table.boundaries[-1])
+    return {"max_position_embeddings": longest, ORIGINAL: rope[ORIGINAL], "rope_parameters": rope}
 
 
 def _write_csv(path: epath.Path, table: FactorTable, length: int | None) -> None:
-    length = int(table.boundaries[-1]) if length is None else length
-    if not is_size(length):
-        raise ValueError(f"length = {length!r} must be a positive number of tokens")
+    length = field({"length": length}, "length", SIZE, int(table.boundaries[-1]))
     save_factors(path, table.select(length))
     if len(table.boundaries) > 1:
         lengths = ", ".join(str(boundary) for boundary in table.boundaries)
         logging.warning("%s has only the factors for %d tokens, of those for %s", path, length, lengths)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

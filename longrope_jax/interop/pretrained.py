@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from longrope_jax import json_files
 from longrope_jax.data.tokenizer import SubwordTokenizer
+from longrope_jax.errors import naming
 from longrope_jax.files import cached_copy
-from longrope_jax.interop.architectures import CheckpointTensor, checkpoint_tensors, parse_config
+from longrope_jax.interop.architectures import EMBEDDING, HEAD, CheckpointTensor, checkpoint_tensors, parse_config
 from longrope_jax.interop.gguf import gguf_tokenizer, open_gguf
 from longrope_jax.interop.tensors import FolderTensors, TensorSource
 from longrope_jax.model import LlamaConfig
@@ -30,7 +31,6 @@ from longrope_jax.runtime import processes
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _BUFFER = "rotary_emb.inv_freq"  # in old files; it is computed, not learned
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MAX_NAMES = 50  # in a message
 _BATCH = 1 << 22  # numbers to read and cast together
 
@@ -76,10 +76,8 @@ def load_pretrained(path: epath.PathLike, *, mesh: Mesh | None = None, **changes
 
 def describe_pretrained(path: epath.PathLike, **changes: str) -> tuple[LlamaConfig, FactorTable]:
     """Only the architecture and the factors, without the weights. Raises ValueError as `load_pretrained` does."""
-    try:
+    with naming(path):
         return parse_config(read_config(path), **changes)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any]:
@@ -130,17 +128,13 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), like)
     else:
         shardings = tree_shardings(mesh, like)
-    with tqdm(
-        total=sum(config.num_layers if "{}" in stored.tensor else 1 for stored in wanted.values()),
-        desc=f"reading {path.name}",
-        unit="tensor",
-        dynamic_ncols=True,
-        disable=not processes.is_first(),
-    ) as bar:
+    total = sum(config.num_layers if stored.is_stacked else 1 for stored in wanted.values())
+    is_quiet = not processes.is_first()
+    with tqdm(total=total, desc=f"reading {path.name}", unit="tensor", dynamic_ncols=True, disable=is_quiet) as bar:
 
         def read(where, leaf, sharding):
             stored = wanted[jax.tree_util.keystr(where, simple=True, separator="/")]
-            if "{}" not in stored.tensor:
+            if not stored.is_stacked:
                 bar.update()
                 return _read_tensor(source, stored.tensor, stored, leaf, sharding)
             stack = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
@@ -183,11 +177,11 @@ def _problems(config: LlamaConfig, wanted: dict[str, CheckpointTensor], source: 
     expected = {
         stored.tensor.format(number): stored.shape
         for stored in wanted.values()
-        for number in range(config.num_layers if "{}" in stored.tensor else 1)
+        for number in range(config.num_layers if stored.is_stacked else 1)
     }
     unexpected = sorted(present.keys() - expected.keys())
-    if config.tie_embeddings and _HEAD in unexpected:
-        unexpected.remove(_HEAD)  # some files store the tied embedding twice
+    if config.tie_embeddings and HEAD in unexpected:
+        unexpected.remove(HEAD)  # some files store the tied embedding twice
     differences = {"missing": sorted(expected.keys() - present.keys()), "unexpected": unexpected}
     problems = [f"{len(names)} {kind} tensors: {_join_names(names)}" for kind, names in differences.items() if names]
     for name in sorted(expected.keys() & present.keys()):
@@ -207,49 +201,39 @@ def _join_names(names: list[str]) -> str:
 def _check_tied_head(config: LlamaConfig, source: TensorSource) -> list[str]:
     """A problem if the model is tied but its checkpoint has a head that differs from the embedding."""
     shapes = source.shapes()
-    if not config.tie_embeddings or _HEAD not in shapes:
+    if not config.tie_embeddings or HEAD not in shapes:
         return []
-    whole = tuple(slice(0, size) for size in shapes[_EMBEDDING][0])
-    if shapes[_HEAD] == shapes[_EMBEDDING] and all(
-        np.array_equal(source.read(_HEAD, rows), source.read(_EMBEDDING, rows)) for rows in _row_blocks(whole)
+    whole = tuple(slice(0, size) for size in shapes[EMBEDDING][0])
+    if shapes[HEAD] == shapes[EMBEDDING] and all(
+        np.array_equal(source.read(HEAD, rows), source.read(EMBEDDING, rows)) for rows in _row_blocks(whole)
     ):
         return []
-    return [f"{_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings = True; with false, both are used"]
+    return [f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings = True; with false, both are used"]
 
 
 def _params_like(config: LlamaConfig, wanted: dict[str, CheckpointTensor]) -> dict:
     """Shape and dtype of every parameter, from those of its tensor: tracing the model would take much longer."""
     like: dict = {}
     for leaf, stored in wanted.items():
-        rows, *columns = stored.shape
-        if stored.rows is not None:
-            rows = stored.rows[1] - stored.rows[0]
-        shape = (*columns[::-1], rows) if _is_transposed(stored) else (rows, *columns)
-        layers = (config.num_layers,) * ("{}" in stored.tensor)
+        shape = (stored.rows.stop - stored.rows.start, *stored.shape[1:])
+        shape = shape[::-1] if stored.is_transposed else shape
+        layers = (config.num_layers,) if stored.is_stacked else ()
         like[leaf] = jax.ShapeDtypeStruct(layers + shape, jnp.dtype(config.param_dtype))
     return unflatten_dict(like, sep="/")
-
-
-def _is_transposed(stored: CheckpointTensor) -> bool:
-    """Our matrices are [in, out], except the embedding."""
-    return len(stored.shape) == 2 and stored.tensor != _EMBEDDING
 
 
 def _read_tensor(
     source: TensorSource, name: str, stored: CheckpointTensor, like: jax.ShapeDtypeStruct, sharding: Sharding
 ) -> Array:
     """A tensor on its devices; each device reads only its part."""
-    is_transposed = _is_transposed(stored)
-    first_row = 0 if stored.rows is None else stored.rows[0]
 
     def part(index):
         where = [slice(*axis.indices(size)) for axis, size in zip(index, like.shape, strict=True)]
         found = _allocate(tuple(axis.stop - axis.start for axis in where), like.dtype)
-        as_stored = found.T if is_transposed else found
-        rows, *columns = where[::-1] if is_transposed else where
-        start = first_row + rows.start
+        as_stored, (rows, *columns) = (found.T, where[::-1]) if stored.is_transposed else (found, where)
+        start = stored.rows.start + rows.start
         # Casts and transposes a few rows at a time: a whole tensor would be in memory twice.
-        for block, *rest in _row_blocks((slice(start, first_row + rows.stop), *columns)):
+        for block, *rest in _row_blocks((slice(start, stored.rows.start + rows.stop), *columns)):
             as_stored[block.start - start : block.stop - start] = source.read(name, (block, *rest))
         return found
 

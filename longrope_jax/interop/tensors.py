@@ -1,6 +1,5 @@
 """Reads tensors of a checkpoint in parts: the interface of a source, and the safetensors of a folder."""
 
-import contextlib
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -35,9 +34,26 @@ class FolderTensors:
     """
 
     def __init__(self, folder: epath.Path):
-        self._files = _files_by_tensor(folder)
-        self._opened = contextlib.ExitStack()
-        self._handles = {file: self._opened.enter_context(_open(file)) for file in sorted(set(self._files.values()))}
+        index = _read_index(folder)
+        files = sorted(folder.glob("*.safetensors") if index is None else {folder / name for name in index.values()})
+        if not files:
+            pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+            also = f", only pickled weights ({', '.join(pickles)}), which can run code and are not read" * bool(pickles)
+            raise ValueError(f"{folder} holds no .safetensors file{also}")
+        self._handles = {file: _open(file) for file in files}
+        self._files: dict[str, epath.Path] = {}
+        for file, opened in self._handles.items():
+            for name in opened.keys():  # noqa: SIM118
+                if index is None and name in self._files:
+                    raise ValueError(
+                        f"{beginning(name)} is in {self._files[name].name} and in {file.name}, and there is no {_INDEX}"
+                    )
+                if index is None or index.get(name) == file.name:
+                    self._files[name] = file
+        if absent := sorted((index or {}).keys() - self._files.keys()):
+            raise ValueError(
+                f"{folder / _INDEX}: {len(absent)} tensors are not in the files it names, first {shortened(absent[0])}"
+            )
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """See `TensorSource`; a dtype other than floats of 16 or 32 bits keeps its name in the file."""
@@ -53,15 +69,11 @@ class FolderTensors:
         return part[tuple(slices) or (slice(None),) * len(part.get_shape())]
 
 
-def _files_by_tensor(folder: epath.Path) -> dict[str, epath.Path]:
+def _read_index(folder: epath.Path) -> dict[str, str] | None:
+    """Name of a tensor -> name of its file; None if the folder has no index."""
     index = folder / _INDEX
     if not index.exists():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-            also = f", only pickled weights ({', '.join(pickles)}), which can run code and are not read" * bool(pickles)
-            raise ValueError(f"{folder} holds no .safetensors file{also}")
-        return _index_files(files)
+        return None
     try:
         files = json_files.read_object(index, {"weight_map": {str: str}})["weight_map"]
     except ValueError as error:
@@ -71,28 +83,7 @@ def _files_by_tensor(folder: epath.Path) -> dict[str, epath.Path]:
         raise ValueError(f"{index} may only name .safetensors files of its folder, not {beginning(wrong)}")
     if missing := [name for name in listed if not (folder / name).exists()]:
         raise ValueError(f"{folder} lacks {beginning(', '.join(missing))}, which its index names")
-    names = {name: set(_names(folder / name)) for name in listed}
-    if absent := [tensor for tensor, name in files.items() if tensor not in names[name]]:
-        raise ValueError(f"{index}: {len(absent)} tensors are not in the files it names, first {shortened(absent[0])}")
-    return {tensor: folder / name for tensor, name in files.items()}
-
-
-def _index_files(files: list[epath.Path]) -> dict[str, epath.Path]:
-    """Tensor -> its file; raises ValueError if a tensor is in two files."""
-    found: dict[str, epath.Path] = {}
-    for file in files:
-        for name in _names(file):
-            if name in found:
-                raise ValueError(
-                    f"{beginning(name)} is in {found[name].name} and in {file.name}, and there is no {_INDEX}"
-                )
-            found[name] = file
-    return found
-
-
-def _names(file: epath.Path) -> list[str]:
-    with _open(file) as opened:
-        return list(opened.keys())
+    return files
 
 
 def _open(file: epath.Path):

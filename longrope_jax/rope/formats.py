@@ -1,20 +1,27 @@
 """Files of factors: our JSON, which stores everything, and the CSV of the released search with lam and n_hat."""
 
 import contextlib
-import csv
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
-from longrope_jax.errors import shortened
+from longrope_jax.errors import naming, shortened
 from longrope_jax.files import write_whole
-from longrope_jax.json_files import is_number
+from longrope_jax.json_files import SIZE, Kind, check, field, is_number, numbers, read_object
 from longrope_jax.rope.factors import FactorTable, RopeFactors
+from longrope_jax.settings import Rule
 
 _FORMAT = "longrope_jax.factors"
 _TABLE_FORMAT = "longrope_jax.factor_table"
+_RULES = {
+    "lam": numbers(),
+    "n_hat": Rule(lambda value: is_number(value) and value % 1 == 0, "must be a whole number of tokens below 2^31"),
+    "mscale": Rule(is_number, "must be a number"),
+}
 
 
 def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) -> None:
@@ -32,11 +39,10 @@ def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) ->
     factors.check()
     if np.ndim(factors.lam) != 1:
         raise ValueError(f"{path}: one file holds one set of factors, these have shape {np.shape(factors.lam)}")
-    numbers = _to_content(factors)
-    lam, n_hat, mscale = numbers.values()
+    content = _to_content(factors)
+    lam, n_hat, mscale = content.values()
     if path.suffix == ".json":
-        content = {"format": _FORMAT, **numbers, "metadata": metadata}
-        write_whole(path, _to_json(content))
+        write_whole(path, _to_json({"format": _FORMAT, **content, "metadata": metadata}))
     elif path.suffix == ".csv":
         if len(lam) % 2:
             raise ValueError(f"{path}: a CSV of {len(lam)} factors, an odd number, would look like one with n_hat")
@@ -58,14 +64,14 @@ def load_factors(path: epath.PathLike, head_dim: int | None = None) -> RopeFacto
         ValueError: names the file and what is wrong with it.
     """
     path = epath.Path(path)
-    with _name_file(path):
+    with naming(path):
         if path.suffix == ".json":
-            factors = _from_content(_read_json(path))
+            content = _read_json(path, _FORMAT)
         elif path.suffix == ".csv":
-            factors = _from_numbers(_read_csv(path), head_dim)
+            content = _from_csv(path.read_text(), head_dim)
         else:
             raise ValueError("factors are stored in .json or .csv files")
-        return factors.check(head_dim, monotone="warn")
+        return _from_content(content).check(head_dim, monotone="warn")
 
 
 def save_table(path: epath.PathLike, table: FactorTable, **metadata: Any) -> None:
@@ -77,14 +83,11 @@ def save_table(path: epath.PathLike, table: FactorTable, **metadata: Any) -> Non
     path = epath.Path(path)
     if path.suffix != ".json":
         raise ValueError(f"{path}: a table of factors is stored in a .json file")
-    factors = table.factors
-    leaves = map(np.asarray, (table.boundaries, factors.lam, factors.n_hat, factors.mscale))
     entries = [
-        {"boundary": int(boundary), **_to_content(RopeFactors(*entry))}
-        for boundary, *entry in zip(*leaves, strict=True)
+        {"boundary": int(boundary), **_to_content(jax.tree.map(lambda leaf, row=row: leaf[row], table.factors))}
+        for row, boundary in enumerate(table.boundaries)
     ]
-    content = {"format": _TABLE_FORMAT, "entries": entries, "metadata": metadata}
-    write_whole(path, _to_json(content))
+    write_whole(path, _to_json({"format": _TABLE_FORMAT, "entries": entries, "metadata": metadata}))
 
 
 def load_table(path: epath.PathLike, head_dim: int | None = None) -> FactorTable:
@@ -93,44 +96,32 @@ def load_table(path: epath.PathLike, head_dim: int | None = None) -> FactorTable
     Raises:
         ValueError: names the file and what is wrong with it.
     """
-    path = epath.Path(path)
-    with _name_file(path):
-        entries = _read_json(path, _TABLE_FORMAT).get("entries")
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError("entries must be a list of objects")
-        for entry in entries:
-            if not is_number(entry.get("boundary")):
-                raise ValueError(f"boundary = {shortened(entry.get('boundary'))} must be a number below 2^31")
-        if len({entry["boundary"] for entry in entries}) < len(entries):
+    with naming(path):
+        entries = _read_json(path, _TABLE_FORMAT, entries=[dict])["entries"]
+        factors = {field(entry, "boundary", SIZE): _from_content(entry) for entry in entries}
+        if len(factors) < len(entries):
             raise ValueError("a boundary occurs twice")
-        table = FactorTable.of({entry["boundary"]: _from_content(entry) for entry in entries})
-        if head_dim is not None:
-            table.factors.check(head_dim, monotone="warn")
+        table = FactorTable.of(factors)
+        table.factors.check(head_dim, monotone="warn")
         return table
 
 
 def load_metadata(path: epath.PathLike) -> dict[str, Any]:
-    """The metadata that `save_factors` wrote to a .json file; raises ValueError if it can't be read."""
-    path = epath.Path(path)
-    with _name_file(path):
-        return _read_json(path).get("metadata", {})
+    """The metadata that `save_factors` or `save_table` wrote to a .json file.
+
+    Raises:
+        ValueError: names the file and what is wrong with it.
+    """
+    return _read_json(path, _FORMAT, _TABLE_FORMAT)["metadata"]
 
 
-@contextlib.contextmanager
-def _name_file(path: epath.Path):
-    """Turns errors in a file's content into a ValueError that names the file."""
-    try:
-        yield
-    # ValueError includes JSON and Unicode errors; nesting too deep for the JSON reader is a RecursionError.
-    except (ValueError, OverflowError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _read_json(path: epath.Path, wanted: str = _FORMAT) -> dict[str, Any]:
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict) or content.get("format") != wanted:
-        raise ValueError(f'not a factors file: it must be a JSON object with "format": "{wanted}"')
-    return content
+def _read_json(path: epath.PathLike, *formats: str, **fields: Kind) -> dict[str, Any]:
+    """A file of one of the formats; without metadata it has an empty object of them."""
+    content = {"metadata": {}} | read_object(path)
+    with naming(path):
+        if content.get("format") not in formats:
+            raise ValueError(f'not a factors file: it must be a JSON object with "format": "{formats[0]}"')
+        return check(content, {"metadata": dict, **fields})
 
 
 def _to_json(content: dict[str, Any]) -> bytes:
@@ -142,48 +133,29 @@ def _to_content(factors: RopeFactors) -> dict[str, Any]:
     return {"lam": lam, "n_hat": int(factors.n_hat), "mscale": float(factors.mscale)}
 
 
-def _from_content(content: dict[str, Any]) -> RopeFactors:
-    missing = {"lam", "n_hat", "mscale"} - content.keys()
-    if missing:
-        raise ValueError(f"{sorted(missing)} missing")
-    lam, n_hat, mscale = content["lam"], content["n_hat"], content["mscale"]
-    if not isinstance(lam, list) or not all(is_number(value) for value in lam):
-        raise ValueError("lam must be a list of numbers below 2^31")
-    if not is_number(n_hat):
-        raise ValueError(f"n_hat = {shortened(n_hat)} must be a number below 2^31")
-    if not is_number(mscale):
-        raise ValueError(f"mscale = {shortened(mscale)} must be a number")
-    return _factors(lam, n_hat, mscale)
+def _from_content(content: Mapping[str, Any]) -> RopeFactors:
+    lam, n_hat, mscale = (field(content, name, rule) for name, rule in _RULES.items())
+    return RopeFactors(np.asarray(lam, np.float32), np.int32(n_hat), np.float32(mscale))
 
 
-def _read_csv(path: epath.Path) -> list[float]:
-    rows = [row for row in csv.reader(path.read_text().splitlines()) if any(cell.strip() for cell in row)]
-    numbers = [[_number(cell) for cell in row if cell.strip()] for row in rows]
-    if not numbers:
+def _from_csv(text: str, head_dim: int | None) -> dict[str, Any]:
+    """What a JSON file of the same factors has."""
+    lines = ([cell for cell in line.split(",") if cell.strip()] for line in text.splitlines())
+    rows = [[_number(cell) for cell in line] for line in lines if line]
+    if not rows:
         raise ValueError("the file is empty")
-    if all(len(row) == 1 for row in numbers):
-        return [row[0] for row in numbers]
-    different = [line for line, row in enumerate(numbers) if row != numbers[0]]
-    if different:
-        raise ValueError(f"row {different[0]} differs from row 0; factors that differ by layer are not supported")
-    return numbers[0]
+    if all(len(row) == 1 for row in rows):
+        rows = [[row[0] for row in rows]]
+    for index, row in enumerate(rows):
+        if row != rows[0]:
+            raise ValueError(f"row {index} differs from row 0; factors that differ by layer are not supported")
+    has_n_hat = len(rows[0]) % 2 == 1 if head_dim is None else len(rows[0]) == head_dim // 2 + 1
+    n_hat, *lam = rows[0] if has_n_hat else [0, *rows[0]]
+    return {"lam": lam, "n_hat": n_hat, "mscale": 1.0}
 
 
 def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        raise ValueError(f"{shortened(cell)} is no number; a CSV of factors holds numbers only") from None
-
-
-def _from_numbers(numbers: list[float], head_dim: int | None) -> RopeFactors:
-    has_n_hat = len(numbers) == head_dim // 2 + 1 if head_dim is not None else len(numbers) % 2 == 1
-    if not has_n_hat:
-        return _factors(numbers, 0, 1.0)
-    return _factors(numbers[1:], numbers[0], 1.0)
-
-
-def _factors(lam: list[float], n_hat: float, mscale: float) -> RopeFactors:
-    if not (abs(n_hat) < 2**31 and n_hat == int(n_hat)):
-        raise ValueError(f"n_hat = {n_hat!r} is not a number of tokens")
-    return RopeFactors(np.asarray(lam, np.float32), np.int32(n_hat), np.float32(mscale))
+    with contextlib.suppress(ValueError):
+        if is_number(value := float(cell)):
+            return value
+    raise ValueError(f"{shortened(cell)} is no number below 2^31; a CSV of factors holds numbers only")

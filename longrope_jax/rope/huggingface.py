@@ -8,13 +8,31 @@ from typing import Any
 import numpy as np
 
 from longrope_jax.errors import shortened
-from longrope_jax.json_files import is_number
+from longrope_jax.json_files import POSITIVE, SIZE, field, numbers
 from longrope_jax.rope.factors import FactorTable, RopeFactors
 from longrope_jax.rope.methods import linear, llama3, longrope_mscale, unscaled, yarn
 
 DROPPABLE = ("start_tokens", "lengths", "temperatures")
 """Properties of factors that `rope_parameters` does not support."""
 TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+ORIGINAL = "original_max_position_embeddings"
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of the rotation in a config.json as `rope_parameters` has them, including those beside the older
+    `rope_scaling`. If a number is in both places, the one that Transformers takes is taken.
+
+    Raises:
+        ValueError: they are no object.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters = {shortened(rope)} must be an object")
+    beside = {name: config[name] for name in ("rope_theta", ORIGINAL) if config.get(name) is not None}
+    rope = beside | {name: value for name, value in rope.items() if value is not None}
+    if rope_type(rope) in ("llama3", "yarn", "longrope"):
+        rope[ORIGINAL] = beside.get(ORIGINAL, rope.get(ORIGINAL))
+    return rope
 
 
 def from_huggingface(parameters: Mapping[str, Any] | None, head_dim: int, base: float, max_length: int) -> FactorTable:
@@ -35,26 +53,37 @@ def from_huggingface(parameters: Mapping[str, Any] | None, head_dim: int, base: 
     parameters = parameters or {}
     if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
         raise ValueError("rope_parameters must be one object for all layers, of numbers and lists")
+
+    def number(name: str, default: float | None = None) -> float:
+        return field(parameters, name, POSITIVE, default)
+
     kind = rope_type(parameters)
     if kind not in TYPES:
         raise ValueError(f"rope_type = {shortened(kind)} is not supported; known are {', '.join(TYPES)}")
     if kind == "default":
         return FactorTable.of({max_length: unscaled(head_dim)})
-    if kind == "longrope":
-        return _longrope(parameters, head_dim, max_length)
     if kind == "linear":
-        return FactorTable.of({max_length: linear(head_dim, _number(parameters, "factor"))})
-    original = _original(parameters)
-    scale = _number(parameters, "factor", max_length / original if kind == "yarn" else None)
+        return FactorTable.of({max_length: linear(head_dim, number("factor"))})
+    original = field(parameters, ORIGINAL, SIZE)
     if kind == "llama3":
-        low, high = (_number(parameters, name) for name in ("low_freq_factor", "high_freq_factor"))
-        return FactorTable.of({max_length: llama3(head_dim, scale, base, original, low, high)})
-    if not parameters.get("truncate", True):
-        raise ValueError("truncate = False is not supported for yarn: its ramp begins and ends at whole pairs")
-    fast, slow = _number(parameters, "beta_fast", 32), _number(parameters, "beta_slow", 1)
-    factors = yarn(head_dim, scale, base, original, fast, slow)
-    mscale = np.float32(_yarn_mscale(parameters, scale))
-    return FactorTable.of({max_length: dataclasses.replace(factors, mscale=mscale)})
+        low, high = number("low_freq_factor"), number("high_freq_factor")
+        return FactorTable.of({max_length: llama3(head_dim, number("factor"), base, original, low, high)})
+    scale = number("factor", max_length / original)
+    if kind == "yarn":
+        if not parameters.get("truncate", True):
+            raise ValueError("truncate = False is not supported for yarn: its blend begins and ends at whole pairs")
+        factors = yarn(head_dim, scale, base, original, number("beta_fast", 32), number("beta_slow", 1))
+        mscale = number("attention_factor", _yarn_mscale(parameters, scale))
+        return FactorTable.of({max_length: dataclasses.replace(factors, mscale=np.float32(mscale))})
+    mscale = number("attention_factor", longrope_mscale(scale, original))
+    short, long = (
+        RopeFactors(
+            np.asarray(field(parameters, name, numbers(head_dim // 2)), np.float32), np.int32(0), np.float32(mscale)
+        )
+        for name in ("short_factor", "long_factor")
+    )
+    # Where no sequence is long, only the short factors are left.
+    return FactorTable.of({original: short, max_length: long} if original < max_length else {max_length: short})
 
 
 def to_huggingface(table: FactorTable, original_length: int) -> dict[str, Any]:
@@ -126,47 +155,13 @@ def rope_type(parameters: Mapping[str, Any]) -> str:
     return kind
 
 
-def _longrope(parameters: Mapping[str, Any], head_dim: int, max_length: int) -> FactorTable:
-    original = _original(parameters)
-    scale = _number(parameters, "factor", max_length / original)
-    mscale = np.float32(_number(parameters, "attention_factor", longrope_mscale(scale, original)))
-    factors = {}
-    for name in ("short_factor", "long_factor"):
-        lam = parameters.get(name)
-        if not isinstance(lam, list | tuple) or len(lam) != head_dim // 2 or not all(map(is_number, lam)):
-            raise ValueError(f"{name} must be a list of {head_dim // 2} numbers, half of the head dimension")
-        factors[name] = RopeFactors(np.asarray(lam, np.float32), np.int32(0), mscale)
-    if original >= max_length:  # no sequence is long
-        return FactorTable.of({max_length: factors["short_factor"]})
-    return FactorTable.of({original: factors["short_factor"], max_length: factors["long_factor"]})
-
-
 def _yarn_mscale(parameters: Mapping[str, Any], scale: float) -> float:
-    """The temperature by Transformers' rules: given, or a ratio of two (DeepSeek), or 0.1 ln s + 1."""
+    """The temperature by Transformers' rules where none is given: a ratio of two (DeepSeek), or 0.1 ln s + 1."""
 
-    def temperature(weight):
+    def temperature(weight: float) -> float:
         return 0.1 * weight * math.log(scale) + 1 if scale > 1 else 1.0
 
-    if parameters.get("attention_factor") is not None:
-        return _number(parameters, "attention_factor")
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return temperature(_number(parameters, "mscale")) / temperature(_number(parameters, "mscale_all_dim"))
+        above, below = (field(parameters, name, POSITIVE) for name in ("mscale", "mscale_all_dim"))
+        return temperature(above) / temperature(below)
     return temperature(1)
-
-
-def _original(parameters: Mapping[str, Any]) -> int:
-    value = _number(parameters, "original_max_position_embeddings")
-    if value % 1:
-        raise ValueError(f"original_max_position_embeddings = {shortened(value)} must be a whole number of tokens")
-    return int(value)
-
-
-def _number(parameters: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    value: Any = parameters.get(name)
-    if value is None and default is not None:
-        return float(default)
-    if not is_number(value) or value <= 0:
-        raise ValueError(
-            f"{name} = {shortened(value)} must be a positive number for rope_type = {shortened(rope_type(parameters))}"
-        )
-    return float(value)

@@ -97,16 +97,16 @@ def test_start_tokens_reach_a_csv_and_no_config_in_silence(tmp_path, capsys, cap
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("[1]", "must hold an object"),
-        ("{", "neither a .csv nor JSON: Expecting property name"),
+        ("[1]", "must hold a JSON object"),
+        ("{", "Expecting property name"),
         ('{"rope_type": "yarn", "factor": 2}', "rope_type = 'yarn' needs .* its whole config.json"),
         ('{"rope_type": "longrope", "long_factor": [1, 2]}', "original_max_position_embeddings = None"),
         (SNIPPET, "factor = None must be 1 or more"),
         (SNIPPET.replace("8}", '8, "factor": 0.5}'), "factor = 0.5 must be 1 or more"),
         (SNIPPET.replace("8}", '8, "factor": "2"}'), "factor = '2' must be 1 or more"),
-        (SNIPPET.replace("8}", '8, "factor": 2}'), "short_factor must be a list of 2 numbers"),
+        (SNIPPET.replace("8}", '8, "factor": 2}'), "short_factor = None must be a list of 2 numbers"),
         ('{"rope_parameters": [1, 2]}', r"rope_parameters = \[1, 2\] must be an object"),
-        (TABLE_FILE % '"original_length": "x"', "original_length = 'x' must be a positive number"),
+        (TABLE_FILE % '"original_length": "x"', "original_length = 'x' must be a positive whole number"),
         (TABLE_FILE % '"rope_theta": -1', "rope_theta = -1 must be a number above 1"),
         (TABLE_FILE % '"rope_theta": "abc"', "rope_theta = 'abc' must be a number above 1"),
         ('{"format": "longrope_jax.factors", "lam": [1, 2], "n_hat": 0, "mscale": 1}', "Give a target_length"),
@@ -144,7 +144,7 @@ def test_a_long_value_is_told_by_its_beginning(tmp_path, rope, around):
 
 def test_a_long_target_length_is_told_by_its_beginning(tmp_path):
     save_factors(tmp_path / "one.json", LONG, target_length=[2**31] * 2000)
-    with pytest.raises(ValueError, match=r"target_length = \[2147483648.* must be a positive number") as caught:
+    with pytest.raises(ValueError, match=r"target_length = \[2147483648.* must be a positive whole number") as caught:
         read_factors(tmp_path / "one.json")
     assert len(str(caught.value)) < 1000
 

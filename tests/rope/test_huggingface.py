@@ -125,7 +125,7 @@ def test_a_temperature_of_its_own_is_told_under_the_names_of_other_readers_too(m
 
 WRONG = {
     "type": ({"rope_type": "dynamic", "factor": 2.0}, "rope_type = 'dynamic' is not supported; known are default"),
-    "no factor": ({"rope_type": "linear"}, "factor = None must be a positive number for rope_type = 'linear'"),
+    "no factor": ({"rope_type": "linear"}, "factor = None must be a positive number"),
     "text": ({"rope_type": "linear", "factor": "2"}, "factor = '2' must be"),
     "nan": ({"rope_type": "linear", "factor": float("nan")}, "factor = nan must be"),
     "truncate": (
@@ -139,18 +139,18 @@ WRONG = {
             "long_factor": [1.0] * 4,
             "original_max_position_embeddings": 8,
         },
-        "short_factor must be a list of 4 numbers",
+        r"short_factor = \[1.0\] must be a list of 4 numbers",
     ),
     "layers": ({"full_attention": {"rope_type": "default"}}, "one object for all layers"),
     "list": ([1.0], "must be one object"),
     "huge": ({"rope_type": "linear", "factor": 10**400}, "factor = 10+... must be a positive number"),
     "half a token": (
         {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0.5},
-        "original_max_position_embeddings = 0.5 must be a whole number",
+        "original_max_position_embeddings = 0.5 must be a positive whole number",
     ),
     "no factor of llama3": (
         {"rope_type": "llama3", "original_max_position_embeddings": 8},
-        "factor = None must be a positive number for rope_type = 'llama3'",
+        "low_freq_factor = None must be a positive number",
     ),
 }
 

@@ -5,22 +5,25 @@ layout and order of rows.
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, dequantize
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Int64
 
-from longrope_jax.errors import beginning, shortened
+from longrope_jax.errors import naming
+from longrope_jax.interop.architectures import only, parse_rotation
 from longrope_jax.interop.gguf.file import StoredTensor, read_gguf
+from longrope_jax.json_files import POSITIVE, field, problems
+from longrope_jax.rope.huggingface import ORIGINAL
+from longrope_jax.settings import Rule
 
+# llama.cpp's names of tensors, without "blk.N." and ".weight", and Hugging Face's.
 _NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -31,17 +34,32 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Numbers to dequantise together, so that a tensor is not in memory twice.
-_CHUNK = 1 << 22
+# Fields of config.json, and llama.cpp's metadata.
+_FIELDS = {
+    "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length",
+    "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.attention.key_length",
+    "max_position_embeddings": "llama.context_length",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "sliding_window": "llama.attention.sliding_window",
+}
+_SCALING = "llama.rope.scaling."
+_RULES = {
+    "general.architecture": Rule(lambda name: name == "llama", "is not supported; GGUF files of 'llama' are"),
+    "llama.expert_count": Rule(lambda count: not count, "is not supported: experts"),
+    "llama.attention.causal": only(True),
+    # Settings of YaRN that Hugging Face's config does not have, with the values that change nothing.
+    f"{_SCALING}yarn_ext_factor": only(1),
+    f"{_SCALING}yarn_attn_factor": only(1),
+    f"{_SCALING}yarn_log_multiplier": only(0),
+}
 # llama.cpp's tensors of factors that divide a frequency: one set (Llama 3), or two by length (LongRoPE).
 _ROPE_FREQS = "rope_freqs.weight"
 _ROPE_LONG = "rope_factors_long.weight"
 _ROPE_SHORT = "rope_factors_short.weight"
-_ROPE_TENSORS = (_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT)
-
-_ROPE_TYPES = ("none", "linear", "yarn", "longrope")
-# Settings of YaRN that Hugging Face's config does not have, with the values that change nothing.
-_NEUTRAL = {"yarn_ext_factor": 1, "yarn_attn_factor": 1, "yarn_log_multiplier": 0}
 
 
 def open_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], "GgufTensors"]:
@@ -51,21 +69,26 @@ def open_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], "GgufTensors"]:
     the config's `rope_parameters`, as type longrope, and not among the tensors.
 
     Raises:
-        ValueError: names the file and what is wrong with it: a damaged file, another architecture than llama, missing
-            or invalid metadata, experts, a partial or unknown rotary embedding, or tensors of a type that the gguf
-            package can't dequantise (it lists them all).
+        ValueError: names the file and what is wrong with it: a damaged file, another architecture than llama, experts,
+            a partial or unknown rotary embedding, or tensors of a type that the gguf package can't dequantise. The
+            rest of the config is checked by `parse_config`.
     """
     file = read_gguf(path)
-    try:
+    with naming(path):
+        if wrong := problems(file.metadata, _RULES):
+            raise ValueError("; ".join(wrong))
         _check_types(file.tensors)
-        shapes = {name: stored.shape for name, stored in file.tensors.items()}
-        config = _read_config(
-            file.metadata, shapes, lambda name: _dequantize(file.tensors[name].rows, file.tensors[name])[0]
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: {beginning(error)}") from None
-    weights = {name: stored for name, stored in file.tensors.items() if name not in _ROPE_TENSORS}
-    return config, GgufTensors(weights, config["num_attention_heads"], config["num_key_value_heads"])
+        weights = dict(file.tensors)
+        factors = {
+            name: dequantize(stored.rows[:1], stored.type)[0].tolist()
+            for name in (_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT)
+            if (stored := weights.pop(name, None))
+        }
+        config = _read_config(file.metadata, weights, factors)
+        config["head_dim"] = head_dim = parse_rotation(config).head_dim
+        for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+            field(file.metadata, key, Rule(lambda size: size == head_dim, f"must be {head_dim}: whole heads"), head_dim)
+        return config, GgufTensors(weights, head_dim)
 
 
 class GgufTensors:
@@ -73,9 +96,9 @@ class GgufTensors:
     Unknown tensors keep their names in the file.
     """
 
-    def __init__(self, stored: Mapping[str, StoredTensor], num_heads: int, num_kv_heads: int):
+    def __init__(self, stored: Mapping[str, StoredTensor], head_dim: int):
         self._stored = {huggingface_name(name): tensor for name, tensor in stored.items()}
-        self._heads = {"q_proj.weight": num_heads, "k_proj.weight": num_kv_heads}
+        self._head_dim = head_dim
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Name -> (shape, float32) of every tensor."""
@@ -86,187 +109,87 @@ class GgufTensors:
         tensor = self._stored[name]
         slices = tuple(slices) or (slice(None),) * len(tensor.shape)
         if len(tensor.shape) == 1:
-            return _dequantize(tensor.rows, tensor)[0, slices[0]]
-        rows, columns = slices
-        if heads := self._heads.get(".".join(name.split(".")[-2:])):
-            return _dequantize(tensor.rows[_row_order(tensor.shape[0], heads)[rows]], tensor, columns)
-        return _dequantize(tensor.rows[rows], tensor, columns)
+            return dequantize(tensor.rows, tensor.type)[0, slices[0]]
+        rows: Any = slices[0]
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            rows = _row_order(tensor.shape[0], self._head_dim)[rows]
+        return dequantize(tensor.rows[rows], tensor.type)[:, slices[1]]
 
 
 def huggingface_name(name: str) -> str:
     """Hugging Face's name for a tensor of llama.cpp; the same name if there is none."""
-    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if layer and layer[2] in _LAYER_NAMES:
-        return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
-    return _NAMES.get(name, name)
+    found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)(\.weight|\.bias)", name)
+    if not found or found[2] not in _NAMES:
+        return name
+    return (f"model.layers.{found[1]}." if found[1] else "") + _NAMES[found[2]] + found[3]
 
 
-def _row_order(rows: int, heads: int) -> Int64[np.ndarray, "rows"]:
+def _row_order(rows: int, head_dim: int) -> Int64[np.ndarray, "rows"]:
     """The row in the file of every row of a query or key projection.
 
     llama.cpp rotates adjacent pairs, so within each head its converter moves row `half * D/2 + pair` to row
     `2 * pair + half`.
     """
-    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-
-
-def _dequantize(
-    rows: UInt8[np.ndarray, "rows bytes"], tensor: StoredTensor, columns: slice = slice(None)
-) -> Float32[np.ndarray, "rows columns"]:
-    """Some rows of a tensor, in blocks: the gguf package holds its input in memory twice."""
-    width = tensor.shape[-1]
-    out = np.empty((len(rows), len(range(*columns.indices(width)))), np.float32)
-    step = max(1, _CHUNK // max(1, width))
-    for start in range(0, len(rows), step):
-        out[start : start + step] = dequantize(rows[start : start + step], tensor.type)[:, columns]
-    return out
+    return np.arange(rows).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 def _check_types(tensors: Mapping[str, StoredTensor]) -> None:
     """Raises ValueError if a type can't be dequantised, by trying one block of each."""
-    unknown = set()
     for kind in {tensor.type for tensor in tensors.values()}:
         try:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError:
-            unknown.add(kind)
-    named = [f"{name!r} ({tensor.type.name})" for name, tensor in tensors.items() if tensor.type in unknown]
-    if named:
-        raise ValueError(f"tensors of types that the gguf package can't dequantise: {', '.join(named)}")
+            names = ", ".join(name for name, tensor in tensors.items() if tensor.type == kind)
+            raise ValueError(f"tensors of type {kind.name}, which can't be dequantised: {names}") from None
 
 
-def _read_config(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], read: Callable[[str], Any]) -> dict:
-    """The config of a model.
-
-    Args:
-        metadata: of the file.
-        shapes: of its tensors, by their llama.cpp names.
-        read: returns a tensor's numbers; called only for those in `_ROPE_TENSORS`.
-
-    Raises:
-        ValueError: another architecture, experts, a partial rotary embedding, anything else that the model does not
-            support, or a number that is missing or out of range.
-    """
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(
-            f"general.architecture = {shortened(architecture)} is not supported; GGUF files of 'llama' are"
-        )
-    if metadata.get("llama.expert_count", 0) or any("_exps" in name for name in shapes):
-        raise ValueError(
-            f"llama.expert_count = {shortened(metadata.get('llama.expert_count'))}: experts are not supported"
-        )
-    if not metadata.get("llama.attention.causal", True):
-        raise ValueError("llama.attention.causal = False is not supported: tokens attend only to earlier ones")
-    if "token_embd.weight" not in shapes:
+def _read_config(
+    metadata: Mapping[str, Any], tensors: Mapping[str, StoredTensor], factors: Mapping[str, list[float]]
+) -> dict[str, Any]:
+    """The config of a model; only its rotation is checked."""
+    if "token_embd.weight" not in tensors:
         raise ValueError("tensor 'token_embd.weight' is missing: no model, or only a part of one")
-    hidden_size = _size(metadata, "llama.embedding_length")
-    num_heads = _size(metadata, "llama.attention.head_count")
-    context_length = _size(metadata, "llama.context_length")
-    head_dim = _read_head_dim(metadata, hidden_size, num_heads)
-    factors = {name: read(name) for name in _ROPE_TENSORS if name in shapes}
-    for name, factor in factors.items():
-        if factor.shape != (head_dim // 2,):
-            raise ValueError(
-                f"tensor {name!r} of {factor.size}: a head dimension of {head_dim} needs {head_dim // 2} factors"
-            )
-    config = {
+    metadata = {key: _plain(value) for key, value in metadata.items() if key.startswith("llama.")}
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": shapes["token_embd.weight"][0],
-        "hidden_size": hidden_size,
-        "intermediate_size": _size(metadata, "llama.feed_forward_length"),
-        "num_hidden_layers": _size(metadata, "llama.block_count"),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": _size(metadata, "llama.attention.head_count_kv", num_heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": context_length,
-        "rms_norm_eps": _number(metadata, "llama.attention.layer_norm_rms_epsilon"),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": "output.weight" not in shapes,
-        "rope_parameters": _read_rope(metadata, context_length, factors),
+        "vocab_size": tensors["token_embd.weight"].rows.shape[0],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_parameters": _read_rope(metadata, factors),
+        **{name: metadata[key] for name, key in _FIELDS.items() if key in metadata},
     }
-    optional = {
-        "sliding_window": metadata.get("llama.attention.sliding_window") or None,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
-    }
-    return config | {key: value for key, value in optional.items() if value is not None}
 
 
-def _read_head_dim(metadata: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
-    head_dim = _size(metadata, "llama.attention.key_length", hidden_size // num_heads)
-    rotated = _size(metadata, "llama.rope.dimension_count", head_dim)
-    if rotated != head_dim:
-        raise ValueError(
-            f"llama.rope.dimension_count = {rotated} of a head dimension of {head_dim}: only embeddings that rotate "
-            "the whole head are supported"
-        )
-    value_dim = _size(metadata, "llama.attention.value_length", head_dim)
-    if value_dim != head_dim:
-        raise ValueError(f"llama.attention.value_length = {value_dim} must be the key length, {head_dim}")
-    return head_dim
-
-
-def _read_rope(metadata: Mapping[str, Any], context_length: int, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _read_rope(metadata: Mapping[str, Any], factors: Mapping[str, list[float]]) -> dict[str, Any]:
     """`rope_parameters`. llama.cpp divides a frequency by its factor, as LongRoPE does, so its factors are lambda."""
-    prefix = "llama.rope.scaling."
-    for key, neutral in _NEUTRAL.items():
-        if metadata.get(prefix + key, neutral) != neutral:
-            raise ValueError(f"{prefix}{key} = {shortened(metadata[prefix + key])} is not supported, only {neutral} is")
-    # A scale of 0 means none. Old files have another key for it.
-    scale = _number(metadata, prefix + "factor", _number(metadata, "llama.rope.scale_linear", 0.0)) or 1.0
-    kind = metadata.get(prefix + "type", "linear" if scale != 1 else "none")
-    if kind not in _ROPE_TYPES:
-        raise ValueError(f"{prefix}type = {shortened(kind)} must be one of {_ROPE_TYPES}")
-    original = _size(metadata, prefix + "original_context_length", context_length)
-    temperature = _number(metadata, prefix + "attn_factor", 1.0)
-    rope = {"rope_theta": _number(metadata, "llama.rope.freq_base", 10000.0)}
-    if (_ROPE_LONG in factors) != (_ROPE_SHORT in factors) or (kind == "longrope" and _ROPE_LONG not in factors):
-        raise ValueError(f"tensors {_ROPE_LONG!r} and {_ROPE_SHORT!r} belong together, found {sorted(factors)}")
+    factor = metadata.get(f"{_SCALING}factor", metadata.get("llama.rope.scale_linear"))  # the latter in old files
+    scale = field({f"{_SCALING}factor": factor or None}, f"{_SCALING}factor", POSITIVE, 1.0)  # a scale of 0 means none
+    temperature = field(metadata, f"{_SCALING}attn_factor", POSITIVE, 1.0)
+    kind = metadata.get(f"{_SCALING}type", "none" if scale == 1 else "linear")
+    rope = {
+        "rope_type": "default" if kind == "none" else kind,
+        "rope_theta": metadata.get("llama.rope.freq_base", 10000.0),
+        "factor": scale,
+    }
+    extended = rope | {
+        ORIGINAL: metadata.get(f"{_SCALING}original_context_length", metadata.get("llama.context_length")),
+        "attention_factor": temperature,
+    }
     if factors:
         if kind in ("linear", "yarn") and scale != 1:
-            raise ValueError(f"{prefix}type = {kind!r} on top of the factors in {sorted(factors)} is not supported")
-        short = factors[_ROPE_SHORT if _ROPE_SHORT in factors else _ROPE_FREQS]
-        return rope | {
-            "rope_type": "longrope",
-            "short_factor": short.tolist(),
-            "long_factor": factors.get(_ROPE_LONG, short).tolist(),
-            "original_max_position_embeddings": original,
-            "factor": context_length / original,
-            "attention_factor": temperature,
-        }
+            raise ValueError(f"{_SCALING}type = {kind!r} on top of the factors in {sorted(factors)} is not supported")
+        short, long = (factors.get(name, factors.get(_ROPE_FREQS)) for name in (_ROPE_SHORT, _ROPE_LONG))
+        return extended | {"rope_type": "longrope", "short_factor": short, "long_factor": long}
     if kind == "yarn":
-        betas = {key: f"{prefix}yarn_{key}" for key in ("beta_fast", "beta_slow")}
-        return rope | {
-            "rope_type": "yarn",
-            "factor": scale,
-            "original_max_position_embeddings": original,
-            "attention_factor": temperature * (0.1 * math.log(scale) + 1 if scale > 1 else 1.0),
-            **{key: _number(metadata, beta) for key, beta in betas.items() if beta in metadata},
-        }
+        extended["attention_factor"] *= 0.1 * math.log(scale) + 1 if scale > 1 else 1.0
+        return extended | {name: metadata.get(f"{_SCALING}yarn_{name}") for name in ("beta_fast", "beta_slow")}
     if temperature != 1:
-        raise ValueError(f"{prefix}attn_factor = {temperature} is supported with 'yarn' or 'longrope' only")
-    if kind == "linear" and scale != 1:
-        return rope | {"rope_type": "linear", "factor": scale}
-    return rope | {"rope_type": "default"}
+        raise ValueError(f"{_SCALING}attn_factor = {temperature} is supported with 'yarn' or 'longrope' only")
+    return rope
 
 
-def _size(metadata: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = metadata.get(key, default)
+def _plain(value: Any) -> Any:
+    """A number as config.json has it: not once for every layer, and without the extra digits of float32."""
     if isinstance(value, list) and value and all(item == value[0] for item in value):
-        value = value[0]  # one number per layer
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise ValueError(
-            f"{key} = {value} must be one whole number, at least 1" if key in metadata else f"{key} is missing"
-        )
-    return value
-
-
-def _number(metadata: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = metadata.get(key, default)
-    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{key} = {value} must be a number, not negative" if key in metadata else f"{key} is missing")
-    return float(str(np.float32(value)))  # 1e-05 without the extra digits of float32
+        value = value[0]
+    return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -7,7 +7,6 @@ that of the GGUF specification, https://github.com/ggml-org/ggml/blob/master/doc
 
 import math
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,22 +15,18 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 from jaxtyping import UInt8
 
-from longrope_jax.errors import beginning, shortened
+from longrope_jax.errors import naming
+from longrope_jax.json_files import SIZE, field, problems
+from longrope_jax.settings import Rule
 
 _VERSIONS = (2, 3)
-_NUMBERS: dict[int, str] = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT64: "d",
+_UINT32, _UINT64 = np.dtype("<u4"), np.dtype("<u8")
+_NUMBERS: dict[int, np.dtype] = {
+    kind: np.dtype(kind.name.lower()).newbyteorder("<")
+    for kind in GGUFValueType
+    if kind not in (GGUFValueType.STRING, GGUFValueType.ARRAY)
 }
+_ONE_FILE = Rule(lambda count: count in (None, 1), "parts of a model; join them first (llama-gguf-split --merge)")
 # ggml has tensors of at most four axes. The longest lists are a tokenizer's, well below a million strings.
 _MAX_AXES = 4
 _MAX_LIST = 2**24
@@ -71,18 +66,14 @@ def read_gguf(path: str | os.PathLike) -> GgufFile:
             byte order, or one part of a split file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file on a local disk")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ValueError(f"{path}: not a GGUF file: it does not begin with the letters GGUF")
-    try:
-        return _read(np.memmap(path, mode="r"))
-    except RecursionError:
-        raise ValueError(f"{path}: damaged: lists in lists in the header, too deep to read") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {beginning(error)}") from None
+    with naming(path):
+        if not path.is_file():
+            raise ValueError("there is no such file on a local disk")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError("not a GGUF file: it does not begin with the letters GGUF")
+        # Slices of an array are several times as fast as those of np.memmap.
+        return _read(np.asarray(np.memmap(path, mode="r")))
 
 
 class _Cursor:
@@ -101,20 +92,16 @@ class _Cursor:
             )
         return start
 
-    def numbers(self, code: str, count: int = 1) -> tuple:
-        form = f"<{count}{code}"
-        return struct.unpack_from(form, self.data, self.skip(struct.calcsize(form[:1] + code) * count))
+    def numbers(self, dtype: np.dtype, count: int = 1) -> list:
+        return np.frombuffer(self.data, dtype, count, self.skip(dtype.itemsize * count)).tolist()
 
-    def number(self, code: str) -> Any:
-        return self.numbers(code)[0]
+    def number(self, dtype: np.dtype) -> Any:
+        return self.numbers(dtype)[0]
 
     def string(self) -> str:
-        size = self.number("Q")
+        size = self.number(_UINT64)
         start = self.skip(size)
-        try:
-            return str(self.data[start : start + size], "utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"damaged: the text at byte {start} of the header is no UTF-8") from None
+        return str(self.data[start : start + size], "utf-8")
 
     def value(self, kind: int) -> Any:
         """A value of metadata: a number, a string, or a list."""
@@ -124,32 +111,28 @@ class _Cursor:
             return self.number(_NUMBERS[kind])
         if kind != GGUFValueType.ARRAY:
             raise ValueError(f"damaged: {kind} at byte {self.at} of the header is no type of a value")
-        item, count = self.number("I"), self.number("Q")
+        item, count = self.number(_UINT32), self.number(_UINT64)
         if count > _MAX_LIST:
             raise ValueError(f"damaged: a list of {count} values before byte {self.at} of the header")
         if item in _NUMBERS:
-            return list(self.numbers(_NUMBERS[item], count))
+            return self.numbers(_NUMBERS[item], count)
         return [self.value(item) for _ in range(count)]
 
 
-def _read(mapped: np.ndarray) -> GgufFile:
-    data = np.asarray(mapped)  # its slices are several times as fast as those of np.memmap
+def _read(data: np.ndarray) -> GgufFile:
     cursor = _Cursor(data.data, at=4)
-    version = cursor.number("I")
+    version = cursor.number(_UINT32)
     if version not in _VERSIONS:
         # The version is a small number; in the wrong byte order its lower half is 0.
         why = "big-endian" if version and version & 0xFFFF == 0 else f"version {version}"
         raise ValueError(f"this GGUF file is {why}; little-endian files of versions {_VERSIONS} are read")
-    tensor_count, metadata_count = cursor.numbers("Q", 2)
-    metadata = _unique("the key", ((cursor.string(), cursor.value(cursor.number("I"))) for _ in range(metadata_count)))
-    if metadata.get("split.count", 1) != 1:
-        raise ValueError(
-            f"one of {shortened(metadata['split.count'])} parts of a model; join them first (llama-gguf-split --merge)"
-        )
+    tensor_count, metadata_count = cursor.numbers(_UINT64, 2)
+    pairs = ((cursor.string(), cursor.value(cursor.number(_UINT32))) for _ in range(metadata_count))
+    metadata = _unique("the key", pairs)
+    if wrong := problems(metadata, {"split.count": _ONE_FILE}):
+        raise ValueError(wrong[0])
     described = _unique("the tensor", _describe_tensors(cursor, tensor_count))
-    alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"general.alignment = {shortened(alignment)} must be a positive number of bytes")
+    alignment = field(metadata, "general.alignment", SIZE, GGUF_DEFAULT_ALIGNMENT)
     start = -(-cursor.at // alignment) * alignment
     return GgufFile(metadata, {name: _map(data, name, start, *about) for name, about in described.items()})
 
@@ -166,18 +149,16 @@ def _unique(what: str, pairs: Iterator[tuple[str, Any]]) -> dict[str, Any]:
 def _describe_tensors(cursor: _Cursor, count: int) -> Iterator[tuple[str, tuple[tuple[int, ...], int, int]]]:
     """Name and (shape, type, offset) of every tensor."""
     for _ in range(count):
-        name, axes = cursor.string(), cursor.number("I")
+        name, axes = cursor.string(), cursor.number(_UINT32)
         if axes > _MAX_AXES:
             raise ValueError(f"damaged: tensor {name!r} has {axes} axes, {_MAX_AXES} at most are possible")
-        yield name, (cursor.numbers("Q", axes)[::-1], cursor.number("I"), cursor.number("Q"))
+        yield name, (tuple(cursor.numbers(_UINT64, axes)[::-1]), cursor.number(_UINT32), cursor.number(_UINT64))
 
 
 def _map(data: np.ndarray, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int) -> StoredTensor:
     if 0 in shape:
         raise ValueError(f"damaged: tensor {name!r} has shape {shape}")
-    if kind not in set(GGMLQuantizationType):
-        raise ValueError(f"tensor {name!r} is of type {kind}, which the installed gguf package does not know")
-    kind = GGMLQuantizationType(kind)
+    kind = GGMLQuantizationType(kind)  # a ValueError if the installed gguf package does not know it
     block, block_bytes = GGML_QUANT_SIZES[kind]
     *leading, width = shape or (1,)
     if width % block:

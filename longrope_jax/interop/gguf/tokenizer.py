@@ -14,8 +14,10 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from longrope_jax.data.tokenizer import SubwordTokenizer
-from longrope_jax.errors import beginning, shortened
+from longrope_jax.errors import beginning, naming
 from longrope_jax.interop.gguf.file import read_gguf
+from longrope_jax.json_files import field, problems
+from longrope_jax.settings import Rule, one_of
 
 _PREFIX = "tokenizer.ggml."
 # Regular expressions that split a text into words, applied in order, by their llama.cpp names. Text between matches is
@@ -34,6 +36,7 @@ _WORDS = {
 _MAX_TOKEN_LENGTH = 4096  # characters; every split of a token is tried as a merge
 _MARK = "▁"  # SentencePiece's symbol for a space
 # llama.cpp's and Hugging Face's names of special tokens; the last two only end a text.
+_CHANGES = ("precompiled_charsmap", "remove_extra_whitespaces")
 _MEANINGS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "eot": None, "eom": None}
 
 
@@ -50,25 +53,35 @@ def gguf_tokenizer(path: str | os.PathLike) -> SubwordTokenizer | None:
     metadata = read_gguf(path).metadata
     if metadata.get(_PREFIX + "model", "none") in ("none", "no_vocab"):
         return None
-    try:
-        return _from_metadata(metadata)
-    except ValueError as error:
-        raise ValueError(f"{path}: {beginning(error)}") from None
+    with naming(path):
+        return tokenizer_of(metadata)
 
 
-def _from_metadata(metadata: Mapping[str, Any]) -> SubwordTokenizer:
-    tokenizer = _build(metadata)
+def tokenizer_of(metadata: Mapping[str, Any]) -> SubwordTokenizer:
+    """The tokenizer that the metadata of a GGUF file describes; raises ValueError as `gguf_tokenizer` does."""
+    kind = field(metadata, _PREFIX + "model", one_of(_KINDS))
     tokens = _read_list(metadata, "tokens", str)
-    ids = {name: metadata[f"{_PREFIX}{name}_token_id"] for name in _MEANINGS if f"{_PREFIX}{name}_token_id" in metadata}
-    for name, index in ids.items():
-        if not isinstance(index, int) or not 0 <= index < len(tokens):
-            raise ValueError(f"{_PREFIX}{name}_token_id = {index!r} must be below the {len(tokens)} tokens")
+    is_id = Rule(
+        lambda index: isinstance(index, int) and 0 <= index < len(tokens), f"must be below the {len(tokens)} tokens"
+    )
+    keys = {name: f"{_PREFIX}{name}_token_id" for name in _MEANINGS}
+    ids = {name: field(metadata, key, is_id) for name, key in keys.items() if key in metadata}
+    tokenizer = _KINDS[kind](metadata)
     _add_special_tokens(tokenizer, metadata, tokens, set(ids.values()))
-    by_default = {name: ids[name] for name in ("bos", "eos") if name in ids and _is_default(metadata, name)}
-    if by_default:
-        tokenizer.post_processor = _template(**{name: (tokens[index], index) for name, index in by_default.items()})
-    named = {f"{_MEANINGS[name]}_token": tokens[index] for name, index in ids.items() if _MEANINGS[name]}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
+    # As in llama.cpp, a text gets BOS with SentencePiece and Llama 3 if the file does not say.
+    adds = {"bos": kind == "llama" or metadata.get(_PREFIX + "pre") == "llama-bpe", "eos": False}
+    before, after = (
+        [tokens[ids[name]]] if name in ids and metadata.get(f"{_PREFIX}add_{name}_token", by_default) else []
+        for name, by_default in adds.items()
+    )
+    if before or after:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *(f"{part}:1" for part in [*before, "$B", *after])],
+            special_tokens=[(token, tokens.index(token)) for token in {*before, *after}],
+        )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {f"{_MEANINGS[name]}_token": tokens[index] for name, index in ids.items() if _MEANINGS[name]}
     if template := metadata.get("tokenizer.chat_template"):
         config["chat_template"] = template
     files = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=1) + "\n"}
@@ -90,52 +103,26 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any], token
     tokenizer.add_tokens([AddedToken(tokens[index], normalized=False) for index in whole])
 
 
-def _is_default(metadata: Mapping[str, Any], name: str) -> bool:
-    """Whether a text gets BOS or EOS by default: as in llama.cpp, BOS for SentencePiece and Llama 3 if unspecified."""
-    adds_bos = metadata[_PREFIX + "model"] == "llama" or metadata.get(_PREFIX + "pre") == "llama-bpe"
-    return metadata.get(f"{_PREFIX}add_{name}_token", adds_bos and name == "bos")
-
-
-def _template(**special: tuple[str, int]) -> processors.TemplateProcessing:
-    """Adds `bos` and `eos` to a text when a program asks for special tokens."""
-    before, after = ([special[name][0]] if name in special else [] for name in ("bos", "eos"))
-    single = [*before, "$A", *after]
-    pair = [*single, *(f"{part}:1" for part in [*before, "$B", *after])]
-    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(special.values()))
-
-
-def _build(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a file's metadata, without its special tokens."""
-    kind = metadata.get(_PREFIX + "model")
-    if kind == "gpt2":
-        return _byte_level(metadata)
-    if kind == "llama":
-        return _sentencepiece(metadata)
-    raise ValueError(f"{_PREFIX}model = {shortened(kind)} is not supported; 'gpt2' and 'llama' are")
-
-
 def _read_list(metadata: Mapping[str, Any], name: str, kind: type, length: int | None = None) -> list:
     """A list in the metadata; raises ValueError if it is missing, or has another type or length."""
-    values = metadata.get(_PREFIX + name)
-    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise ValueError(f"{_PREFIX}{name} must be a list of {kind.__name__}, and is {str(values)[:40]}")
-    if length is not None and len(values) != length:
-        raise ValueError(f"{_PREFIX}{name} has {len(values)} entries for {length} tokens")
-    return values
+
+    def accepts(values: Any) -> bool:
+        is_list = isinstance(values, list) and all(isinstance(value, kind) for value in values)
+        return is_list and length in (None, len(values))
+
+    count = "" if length is None else f", {length} in all"
+    return field(metadata, _PREFIX + name, Rule(accepts, f"must be a list of {kind.__name__}{count}"))
 
 
 def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
     """GPT-2's BPE: on bytes, each as a printable character, within words."""
-    words = metadata.get(_PREFIX + "pre")
-    if words is None:
-        words = "default"
+    if metadata.get(_PREFIX + "pre") is None:
         logging.warning("%spre is missing: words are split as by 'default'; an old file may differ", _PREFIX)
-    if words not in list(_WORDS):  # a list in a damaged file is not hashable
-        raise ValueError(f"{_PREFIX}pre = {shortened(words)} is not supported; {', '.join(_WORDS)} are")
+    words = field(metadata, _PREFIX + "pre", one_of(list(_WORDS)), "default")
     pairs = [tuple(merge.split(" ")) for merge in _read_list(metadata, "merges", str)]
-    wrong = [index for index, pair in enumerate(pairs) if len(pair) != 2]
-    if wrong:
-        raise ValueError(f"{_PREFIX}merges: number {wrong[0]} must be two tokens with a space in between")
+    for index, pair in enumerate(pairs):
+        if len(pair) != 2:
+            raise ValueError(f"{_PREFIX}merges: number {index} must be two tokens with a space in between")
     # Llama 3 keeps a word that is a token, even if no merges make it.
     tokenizer = Tokenizer(_bpe(_vocabulary(metadata), pairs, ignore_merges=words == "llama-bpe"))
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _WORDS[words]]
@@ -149,9 +136,9 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
     """SentencePiece's BPE: on the characters of the whole text, the merge with the highest score first; unknown
     characters fall back to bytes.
     """
-    for key in ("precompiled_charsmap", "remove_extra_whitespaces"):
-        if metadata.get(_PREFIX + key):
-            raise ValueError(f"{_PREFIX}{key} is set: tokenizers that change the text are not supported")
+    unset = Rule(lambda value: not value, "is not supported: tokenizers that change the text")
+    if wrong := problems(metadata, dict.fromkeys([f"{_PREFIX}{name}" for name in _CHANGES], unset)):
+        raise ValueError(wrong[0])
     vocabulary = _vocabulary(metadata)
     scores = _read_list(metadata, "scores", float, len(vocabulary))
     types = _read_list(metadata, "token_type", int, len(vocabulary))
@@ -169,6 +156,9 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence(as_marks)
     tokenizer.decoder = decoders.Sequence(as_text)
     return tokenizer
+
+
+_KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}
 
 
 def _merges(pieces: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
