@@ -17,7 +17,8 @@ from longrope_jax.data.sources import Texts
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.experiment.stages import ExportSettings, TableSettings
-from longrope_jax.interop.factor_files import LoadedFactors, write_factors
+from longrope_jax.interop.architectures import Rotation
+from longrope_jax.interop.factor_files import write_factors
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, linear, load_factors, save_factors, save_table
 from longrope_jax.runtime import records
@@ -42,7 +43,7 @@ WRITERS = {
     "csv": lambda path: save_factors(path / "new.csv", linear(256, 8.0)),
     "table": lambda path: save_table(path / "new.json", FactorTable.of({8: linear(256, 8.0)})),
     "rope_parameters": lambda path: write_factors(
-        path / "new.json", LoadedFactors(FactorTable.of({8: linear(256, 8.0)}), 1e4, 8), "huggingface"
+        path / "new.json", Rotation(FactorTable.of({8: linear(256, 8.0)}), 1e4, 8), "huggingface"
     ),
     "whole file": lambda path: records.write_whole(path / "new.json", "x" * 1000),
 }

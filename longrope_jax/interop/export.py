@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
 from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
-from longrope_jax.interop.architectures import ARCHITECTURES, CheckpointTensor, checkpoint_tensors
+from longrope_jax.interop.architectures import ARCHITECTURES, SIZES, CheckpointTensor, checkpoint_tensors
 from longrope_jax.interop.gguf.tokenizer import tokenizer_of
 from longrope_jax.model import LlamaConfig
 from longrope_jax.model.sharding import constrain
@@ -104,20 +104,14 @@ def huggingface_config(
     content = {
         "architectures": [architecture],
         "model_type": model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
-        "attention_dropout": 0.0,
         "mlp_bias": False,
-        "initializer_range": 0.02,
         "max_position_embeddings": int(table.boundaries[-1]),
         # Transformers prefers this one to the one inside, and its class for Phi-3 has a default.
         "original_max_position_embeddings": rope["original_max_position_embeddings"],
@@ -129,7 +123,6 @@ def huggingface_config(
         "pad_token_id": None,
         "dtype": dtype,
         "torch_dtype": dtype,
-        "use_cache": True,
     }
     return content if architecture == "LlamaForCausalLM" else {**content, "sliding_window": None}
 

@@ -1,16 +1,16 @@
 """Reads and writes factors by length in every supported file format: ours, CSV, and configs of Hugging Face."""
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 from etils import epath
 
 from longrope_jax.errors import naming, shortened
 from longrope_jax.files import write_whole
-from longrope_jax.interop.architectures import ROPE_THETA, parse_rotation
+from longrope_jax.interop.architectures import Rotation, parse_rotation
 from longrope_jax.interop.pretrained import read_config
-from longrope_jax.json_files import SIZE, field, is_number, numbers, optional, problems, read_object
+from longrope_jax.json_files import SIZE, field, is_number, numbers, read_object
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import (
     FactorTable,
@@ -25,33 +25,12 @@ from longrope_jax.rope.huggingface import ORIGINAL, rope_parameters, rope_type
 from longrope_jax.settings import Rule
 
 KINDS = ("longrope_jax", "huggingface", "csv")
-_RULES = {"rope_theta": optional(ROPE_THETA), "original_length": optional(SIZE)}
 _FACTOR = Rule(
     lambda value: is_number(value) and value >= 1, "must be 1 or more, if there is no max_position_embeddings"
 )
 
 
-class LoadedFactors(NamedTuple):
-    """The content of a file of factors.
-
-    Attributes:
-        table: factors by length.
-        base: rope_theta of their model; None if unknown.
-        original_length: the context of their model before any extension, tokens; None if unknown.
-    """
-
-    table: FactorTable
-    base: float | None
-    original_length: int | None
-
-    def check(self) -> "LoadedFactors":
-        """Returns self; raises ValueError if a number is out of range."""
-        if wrong := problems({"rope_theta": self.base, "original_length": self.original_length}, _RULES):
-            raise ValueError("; ".join(wrong))
-        return self
-
-
-def read_factors(path: epath.PathLike, target_length: int | None = None, head_dim: int | None = None) -> LoadedFactors:
+def read_factors(path: epath.PathLike, target_length: int | None = None, head_dim: int | None = None) -> Rotation:
     """Reads factors from:
 
     * our .json, a table or one set, or a .csv of the released search;
@@ -69,14 +48,16 @@ def read_factors(path: epath.PathLike, target_length: int | None = None, head_di
     if not path.exists():
         raise ValueError(f"factors = {str(path)!r} do not exist")
     with naming(path):
-        content = {} if path.suffix == ".csv" else _read_content(path)
-        if path.suffix == ".csv" or str(content.get("format", "")).startswith("longrope_jax."):
-            loaded = _read_own(path, "entries" in content, target_length, head_dim)
-        elif target_length is not None:
+        is_csv = path.suffix == ".csv"
+        is_model = path.is_dir() or path.suffix == ".gguf"
+        content = {} if is_csv else read_config(path) if is_model else read_object(path)
+        is_single = is_csv or content.get("format") == "longrope_jax.factors"
+        if target_length is not None and not is_single:
             raise ValueError(f"target_length = {target_length} is for a single set of factors; this file has its own")
+        if is_single or "format" in content:
+            loaded = _read_own(path, is_single, target_length, head_dim)
         elif "hidden_size" in content or "head_dim" in content:
-            rotation = parse_rotation(content)
-            loaded = LoadedFactors(rotation.table, rotation.base, rotation.original_length)
+            loaded = parse_rotation(content)
         else:
             loaded = _read_rope_parameters(content)
         loaded.table.factors.check(head_dim, monotone="warn")
@@ -100,7 +81,7 @@ def factors_for(path: epath.PathLike, config: LlamaConfig, target_length: int | 
     return loaded.table
 
 
-def write_factors(path: epath.PathLike, loaded: LoadedFactors, kind: str, length: int | None = None) -> None:
+def write_factors(path: epath.PathLike, loaded: Rotation, kind: str, length: int | None = None) -> None:
     """Writes factors to a new file.
 
     Args:
@@ -130,27 +111,21 @@ def write_factors(path: epath.PathLike, loaded: LoadedFactors, kind: str, length
         write_whole(path, (json.dumps(_rope_parameters(loaded), indent=2, allow_nan=False) + "\n").encode())
 
 
-def _read_content(path: epath.Path) -> dict[str, Any]:
-    return read_config(path) if path.is_dir() or path.suffix == ".gguf" else read_object(path)
-
-
-def _read_own(path: epath.Path, is_table: bool, target_length: int | None, head_dim: int | None) -> LoadedFactors:
+def _read_own(path: epath.Path, is_single: bool, target_length: int | None, head_dim: int | None) -> Rotation:
     metadata = {} if path.suffix == ".csv" else load_metadata(path)
     model = metadata.get("model")
     known = (model if isinstance(model, dict) else {}) | metadata
-    if is_table:
-        if target_length is not None:
-            raise ValueError(f"target_length = {target_length} is for a single set of factors; this is a table")
+    if not is_single:
         table = load_table(path, head_dim)
+    elif target_length is None and "target_length" not in metadata:
+        raise ValueError("the longest sequence for these factors is unknown. Give a target_length")
     else:
-        if target_length is None and "target_length" not in metadata:
-            raise ValueError("the longest sequence for these factors is unknown. Give a target_length")
         boundary = field({"target_length": target_length}, "target_length", SIZE, metadata.get("target_length"))
         table = FactorTable.of({boundary: load_factors(path, head_dim)})
-    return LoadedFactors(table, known.get("rope_theta"), known.get("original_length"))
+    return Rotation(table, known.get("rope_theta"), known.get("original_length"))
 
 
-def _read_rope_parameters(content: dict[str, Any]) -> LoadedFactors:
+def _read_rope_parameters(content: dict[str, Any]) -> Rotation:
     """`rope_parameters` without a model, alone or beside the lengths of a config.json. Only type longrope can be read,
     because its lists of factors give the head dimension.
     """
@@ -166,10 +141,10 @@ def _read_rope_parameters(content: dict[str, Any]) -> LoadedFactors:
     longest = content.get("max_position_embeddings") or round(field(rope, "factor", _FACTOR) * original)
     head_dim = 2 * len(field(rope, "long_factor", numbers()))
     rotation = parse_rotation({**config, "head_dim": head_dim, "max_position_embeddings": longest})
-    return LoadedFactors(rotation.table, rope.get("rope_theta"), rotation.original_length)
+    return rotation._replace(base=rope.get("rope_theta"))
 
 
-def _rope_parameters(loaded: LoadedFactors) -> dict[str, Any]:
+def _rope_parameters(loaded: Rotation) -> dict[str, Any]:
     if loaded.original_length is None and len(loaded.table.boundaries) < 2:
         raise ValueError("the context that the model was pretrained for is unknown. Give an original_length")
     rope = to_huggingface(loaded.table, loaded.original_length or int(loaded.table.boundaries[0]))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from longrope_jax import json_files
 from longrope_jax.data.tokenizer import SubwordTokenizer
-from longrope_jax.errors import naming
+from longrope_jax.errors import beginning, naming
 from longrope_jax.files import cached_copy
 from longrope_jax.interop.architectures import EMBEDDING, HEAD, CheckpointTensor, checkpoint_tensors, parse_config
 from longrope_jax.interop.gguf import gguf_tokenizer, open_gguf
@@ -30,8 +30,6 @@ from longrope_jax.rope import FactorTable
 from longrope_jax.runtime import processes
 
 _FLOATS = ("float32", "bfloat16", "float16")
-_BUFFER = "rotary_emb.inv_freq"  # in old files; it is computed, not learned
-_MAX_NAMES = 50  # in a message
 _BATCH = 1 << 22  # numbers to read and cast together
 
 
@@ -102,8 +100,7 @@ def stored_dtype(path: epath.PathLike) -> str:
         ValueError: there is no checkpoint, or it can't be read.
     """
     _, make_source = _open(epath.Path(path))
-    tensors = make_source().shapes().items()
-    dtypes = {str(dtype) for name, (_, dtype) in tensors if not name.endswith(_BUFFER)}
+    dtypes = {str(dtype) for _, dtype in make_source().shapes().values()}
     return "bfloat16" if dtypes == {"bfloat16"} else "float32"
 
 
@@ -171,7 +168,7 @@ def _is_gguf(path: epath.PathLike) -> bool:
 
 def _problems(config: LlamaConfig, wanted: dict[str, CheckpointTensor], source: TensorSource) -> list[str]:
     """Everything that is wrong with the tensors of a checkpoint."""
-    present = {name: kind for name, kind in source.shapes().items() if not name.endswith(_BUFFER)}
+    present = source.shapes()
     if config.num_layers > len(present):
         return [f"{config.num_layers} layers are more than the {len(present)} tensors"]
     expected = {
@@ -183,7 +180,9 @@ def _problems(config: LlamaConfig, wanted: dict[str, CheckpointTensor], source: 
     if config.tie_embeddings and HEAD in unexpected:
         unexpected.remove(HEAD)  # some files store the tied embedding twice
     differences = {"missing": sorted(expected.keys() - present.keys()), "unexpected": unexpected}
-    problems = [f"{len(names)} {kind} tensors: {_join_names(names)}" for kind, names in differences.items() if names]
+    problems = [
+        f"{len(names)} {kind} tensors: {beginning(', '.join(names))}" for kind, names in differences.items() if names
+    ]
     for name in sorted(expected.keys() & present.keys()):
         shape, dtype = present[name]
         if tuple(shape) != expected[name]:
@@ -191,11 +190,6 @@ def _problems(config: LlamaConfig, wanted: dict[str, CheckpointTensor], source: 
         if str(dtype) not in _FLOATS:
             problems.append(f"{name} has dtype {dtype}, not one of {', '.join(_FLOATS)}")
     return problems
-
-
-def _join_names(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _check_tied_head(config: LlamaConfig, source: TensorSource) -> list[str]:

@@ -14,6 +14,7 @@ from longrope_jax.errors import beginning, shortened
 from longrope_jax.files import cached_copy
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_BUFFER = "rotary_emb.inv_freq"  # in old files; it is computed, not learned
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _INDEX = "model.safetensors.index.json"
 
@@ -56,11 +57,12 @@ class FolderTensors:
             )
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """See `TensorSource`; a dtype other than floats of 16 or 32 bits keeps its name in the file."""
+        """See `TensorSource`, without buffers; a dtype that is no float of 16 or 32 bits keeps its name."""
         found = {}
         for name, file in self._files.items():
             part = self._handles[file].get_slice(name)
-            found[name] = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
+            if not name.endswith(_BUFFER):
+                found[name] = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
         return found
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Float[np.ndarray, "..."]:

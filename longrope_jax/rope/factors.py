@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from longrope_jax.errors import naming
+
 _MAX_ROWS = 10  # of a printed table
 
 
@@ -102,13 +104,11 @@ class FactorTable:
                 raise ValueError(f"boundary = {boundary!r} is not a positive number of tokens")
         head_dim = 2 * np.shape(entries[boundaries[0]].lam)[-1]
         for boundary in boundaries:
-            try:
+            with naming(f"boundary {boundary}"):
                 # A set made elsewhere may fall somewhere; whoever loaded it has been warned.
                 entries[boundary].check(head_dim, monotone="warn")
                 if np.ndim(entries[boundary].lam) != 1:
                     raise ValueError(f"lam has shape {np.shape(entries[boundary].lam)}; an entry is one set of factors")
-            except ValueError as error:
-                raise ValueError(f"boundary {boundary}: {error}") from None
         return cls(np.asarray(boundaries, np.int32), stack([entries[boundary] for boundary in boundaries]))
 
     def select(self, length: int | Int[Array | np.ndarray | np.integer, "*batch"]) -> RopeFactors:

@@ -72,7 +72,8 @@ def from_huggingface(parameters: Mapping[str, Any] | None, head_dim: int, base: 
     if kind == "yarn":
         if not parameters.get("truncate", True):
             raise ValueError("truncate = False is not supported for yarn: its blend begins and ends at whole pairs")
-        factors = yarn(head_dim, scale, base, original, number("beta_fast", 32), number("beta_slow", 1))
+        fast, slow = number("beta_fast", 32), number("beta_slow", 1)
+        factors = yarn(head_dim, scale, base, original, beta_fast=fast, beta_slow=slow)
         mscale = number("attention_factor", _yarn_mscale(parameters, scale))
         return FactorTable.of({max_length: dataclasses.replace(factors, mscale=np.float32(mscale))})
     mscale = number("attention_factor", longrope_mscale(scale, original))

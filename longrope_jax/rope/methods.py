@@ -8,7 +8,7 @@ s = L'/L and sometimes the model's base and original length. It computes in floa
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -128,21 +128,21 @@ def yarn(
     scale: float,
     base: float = 10000.0,
     original_length: int = 4096,
+    wavelengths: np.ndarray | None = None,
     beta_fast: float = 32,
     beta_slow: float = 1,
     temperature: bool = True,
-    wavelengths: np.ndarray | None = None,
 ) -> RopeFactors:
     """YaRN, "NTK by parts" (arXiv 2309.00071, sec. 3.2): fast pairs keep their wavelength, slow ones are interpolated.
 
-    A ramp over the pair index falls from 1 at the pair that makes `beta_fast` turns in the original length to 0 at
+    A blend over the pair index falls from 1 at the pair that makes `beta_fast` turns in the original length to 0 at
     the one that makes `beta_slow`; 1/lam blends 1 and 1/s along it. Boundaries are floored, ceiled and clamped as in
     the released code.
 
     Args:
-        temperature: multiply cos and sin by 0.1 ln s + 1 (sec. 3.4), else by 1.
         wavelengths: f64[D/2] in tokens, where they are not those of `base`: an already extended model's (see
             `compose`).
+        temperature: multiply cos and sin by 0.1 ln s + 1 (sec. 3.4), else by 1.
 
     Raises:
         ValueError: a scale below 1, or a `beta_fast` that is not above `beta_slow`.
@@ -167,7 +167,7 @@ def llama3(
     high_freq_factor: float = 4.0,
     wavelengths: np.ndarray | None = None,
 ) -> RopeFactors:
-    """LLaMA-3.1's ramp: as YaRN's, but linear in the turns between `low_freq_factor` and `high_freq_factor`.
+    """LLaMA-3.1's blend: as YaRN's, but linear in the turns between `low_freq_factor` and `high_freq_factor`.
 
     As in Meta's released code, and "llama3" in Transformers. `wavelengths`, f64[D/2] in tokens, as in `yarn`.
 
@@ -194,20 +194,14 @@ def longrope_mscale(scale: float, original_length: int) -> float:
 Method = Callable[[int, float, float, int, np.ndarray], RopeFactors]
 
 
-def _yarn(**options: Any) -> Method:
-    return lambda head_dim, scale, base, length, wavelengths: yarn(
-        head_dim, scale, base, length, wavelengths=wavelengths, **options
-    )
-
-
 METHODS: dict[str, Method] = {
     "unscaled": lambda head_dim, *_: unscaled(head_dim),
     "linear": lambda head_dim, scale, *_: linear(head_dim, scale),
     "ntk": lambda head_dim, scale, *_: ntk(head_dim, scale),
-    "yarn": _yarn(),
-    "yarn_without_temperature": _yarn(temperature=False),
-    # The ramp of YaRN's authors for Mistral: it interpolates more pairs in part.
-    "yarn_mistral": _yarn(beta_fast=128, beta_slow=2, temperature=False),
+    "yarn": yarn,
+    "yarn_without_temperature": partial(yarn, temperature=False),
+    # The blend of YaRN's authors for Mistral: it interpolates more pairs in part.
+    "yarn_mistral": partial(yarn, beta_fast=128, beta_slow=2, temperature=False),
 }
 """Name -> (head_dim, scale, base, trained length, effective wavelengths) -> factors of that extension alone."""
 
@@ -321,7 +315,7 @@ def _pair_with_turns(turns: float, wavelengths: np.ndarray, length: int) -> floa
     Values outside the wavelengths are extrapolated from the first or last interval.
     """
     if len(wavelengths) < 2:
-        return 0.0  # one pair has no ramp
+        return 0.0  # one pair has no blend
     log_wavelengths, wanted = np.log(wavelengths), np.log(length / turns)
     left = int(np.clip(np.searchsorted(log_wavelengths, wanted) - 1, 0, len(wavelengths) - 2))
     step = log_wavelengths[left + 1] - log_wavelengths[left]

@@ -9,7 +9,8 @@ from interop.test_pretrained import CONFIG, MODEL
 
 import longrope_jax as lr
 from longrope_jax.commands import export
-from longrope_jax.interop.factor_files import LoadedFactors, factors_for, read_factors, write_factors
+from longrope_jax.interop.architectures import Rotation
+from longrope_jax.interop.factor_files import factors_for, read_factors, write_factors
 from longrope_jax.rope import save_factors, save_table
 
 SNIPPET = '{"rope_type": "longrope", "long_factor": [1, 2], "original_max_position_embeddings": 8}'
@@ -174,6 +175,6 @@ def test_what_a_destination_needs_to_know_is_asked_for(tmp_path, capsys):
     assert "'-3' must be a positive whole" in fails(capsys, tmp_path / "one.json", tmp_path / "a.csv", "--length=-3")
     assert "rope_theta = -1" in fails(capsys, tmp_path / "one.json", tmp_path / "a.json", "--rope_theta=-1")
     save_table(tmp_path / "table.json", TABLE)
-    assert "this is a table" in fails(capsys, tmp_path / "table.json", tmp_path / "a.json", "--target_length=64")
+    assert "this file has its own" in fails(capsys, tmp_path / "table.json", tmp_path / "a.json", "--target_length=64")
     with pytest.raises(ValueError, match="kind = 'xml' must be one of longrope_jax, huggingface, csv"):
-        write_factors(tmp_path / "x", LoadedFactors(TABLE, None, None), "xml")
+        write_factors(tmp_path / "x", Rotation(TABLE, None, None), "xml")

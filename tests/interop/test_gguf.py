@@ -296,7 +296,7 @@ def test_big_endian_files_are_refused(tmp_path):
         open_gguf(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04 and so on", b"\x80\x04pickle"], ids=repr)
+@pytest.mark.parametrize("content", [b"GGU", b"PK\x03\x04 and so on", b"\x80\x04pickle"], ids=repr)
 def test_a_file_that_is_no_gguf(tmp_path, content):
     path = tmp_path / "a.gguf"
     path.write_bytes(content)

@@ -242,6 +242,8 @@ def test_a_file_without_a_tokenizer(tmp_path):
 BAD = {
     "model = 'bert' must be one of gpt2, llama": {"model": "bert"},
     "pre = 'tekken' must be one of gpt-2, smollm, llama-bpe, default": {"pre": "tekken"},
+    r"model = \[1, 2\] must be one of": {"model": [1, 2]},
+    r"pre = \[1, 2\] must be one of": {"pre": [1, 2]},
     "tokens = None must be a list of str": {"tokens": None},
     "merges = 7 must be a list of str": {"merges": 7},
     "merges: number 0 must be two tokens": {"merges": ["abc"]},

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from properties.draws import factor_sets, tables
 
-from longrope_jax.interop.factor_files import LoadedFactors, read_factors, write_factors
+from longrope_jax.interop.architectures import Rotation
+from longrope_jax.interop.factor_files import read_factors, write_factors
 from longrope_jax.rope import (
     METHODS,
     FactorTable,
@@ -130,7 +131,7 @@ def test_rope_parameters_carry_all_or_say_what_they_lose(table, original):
 def test_kinds_of_files_turn_into_each_other(tmp_path_factory, table, original, base):
     assume(original <= table.boundaries[0])
     folder = tmp_path_factory.mktemp("kinds")
-    found = LoadedFactors(table, base, original if len(table.boundaries) == 1 else int(table.boundaries[0]))
+    found = Rotation(table, base, original if len(table.boundaries) == 1 else int(table.boundaries[0]))
     for kind in ("longrope_jax", "huggingface"):
         write_factors(folder / f"{kind}.json", found, kind)
         again = read_factors(folder / f"{kind}.json")

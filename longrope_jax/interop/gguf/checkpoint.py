@@ -85,7 +85,7 @@ def open_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], "GgufTensors"]:
             if (stored := weights.pop(name, None))
         }
         config = _read_config(file.metadata, weights, factors)
-        config["head_dim"] = head_dim = parse_rotation(config).head_dim
+        config["head_dim"] = head_dim = 2 * parse_rotation(config).table.factors.lam.shape[-1]
         for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
             field(file.metadata, key, Rule(lambda size: size == head_dim, f"must be {head_dim}: whole heads"), head_dim)
         return config, GgufTensors(weights, head_dim)

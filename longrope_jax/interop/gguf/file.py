@@ -69,9 +69,6 @@ def read_gguf(path: str | os.PathLike) -> GgufFile:
     with naming(path):
         if not path.is_file():
             raise ValueError("there is no such file on a local disk")
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ValueError("not a GGUF file: it does not begin with the letters GGUF")
         # Slices of an array are several times as fast as those of np.memmap.
         return _read(np.asarray(np.memmap(path, mode="r")))
 
@@ -120,6 +117,8 @@ class _Cursor:
 
 
 def _read(data: np.ndarray) -> GgufFile:
+    if data[:4].tobytes() != b"GGUF":
+        raise ValueError("not a GGUF file: it does not begin with the letters GGUF")
     cursor = _Cursor(data.data, at=4)
     version = cursor.number(_UINT32)
     if version not in _VERSIONS:

@@ -59,7 +59,7 @@ def gguf_tokenizer(path: str | os.PathLike) -> SubwordTokenizer | None:
 
 def tokenizer_of(metadata: Mapping[str, Any]) -> SubwordTokenizer:
     """The tokenizer that the metadata of a GGUF file describes; raises ValueError as `gguf_tokenizer` does."""
-    kind = field(metadata, _PREFIX + "model", one_of(_KINDS))
+    kind = field(metadata, _PREFIX + "model", one_of(list(_KINDS)))  # a list: damaged values are not hashable
     tokens = _read_list(metadata, "tokens", str)
     is_id = Rule(
         lambda index: isinstance(index, int) and 0 <= index < len(tokens), f"must be below the {len(tokens)} tokens"
