@@ -22,13 +22,14 @@ from longrope_jax.data.tokenizer import SubwordTokenizer
 from longrope_jax.errors import beginning, naming
 from longrope_jax.files import cached_copy
 from longrope_jax.interop.architectures import EMBEDDING, HEAD, CheckpointTensor, checkpoint_tensors, parse_config
-from longrope_jax.interop.gguf import gguf_tokenizer, open_gguf
-from longrope_jax.interop.tensors import FolderTensors, TensorSource
+from longrope_jax.interop.gguf import GgufTensors, gguf_tokenizer, open_gguf
+from longrope_jax.interop.tensors import FolderTensors
 from longrope_jax.model import LlamaConfig
 from longrope_jax.model.sharding import check_mesh, tree_shardings
 from longrope_jax.rope import FactorTable
 from longrope_jax.runtime import processes
 
+TensorSource = FolderTensors | GgufTensors
 _FLOATS = ("float32", "bfloat16", "float16")
 _BATCH = 1 << 22  # numbers to read and cast together
 
@@ -85,12 +86,8 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
 
 def load_tokenizer(path: epath.PathLike) -> SubwordTokenizer:
     """The tokenizer of a folder or a GGUF file; raises ValueError if there is none or it can't be read."""
-    if not _is_gguf(path):
-        return SubwordTokenizer.from_folder(path)
-    tokenizer = gguf_tokenizer(cached_copy(epath.Path(path)))
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer")
-    return tokenizer
+    is_gguf = _is_gguf(path)
+    return gguf_tokenizer(cached_copy(epath.Path(path))) if is_gguf else SubwordTokenizer.from_folder(path)
 
 
 def stored_dtype(path: epath.PathLike) -> str:

@@ -1,8 +1,6 @@
-"""Reads tensors of a checkpoint in parts: the interface of a source, and the safetensors of a folder."""
+"""Reads tensors of a Hugging Face folder in parts."""
 
 import re
-from collections.abc import Mapping
-from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
@@ -17,16 +15,6 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _BUFFER = "rotary_emb.inv_freq"  # in old files; it is computed, not learned
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _INDEX = "model.safetensors.index.json"
-
-
-class TensorSource(Protocol):
-    """Tensors under Hugging Face's names and in its layout: matrices [out, in]."""
-
-    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
-        """Name -> (shape, dtype) of every tensor."""
-
-    def read(self, name: str, slices: tuple[slice, ...] = ()) -> Float[np.ndarray, "..."]:
-        """The part of a tensor in the slices, one per axis."""
 
 
 class FolderTensors:
@@ -57,7 +45,7 @@ class FolderTensors:
             )
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """See `TensorSource`, without buffers; a dtype that is no float of 16 or 32 bits keeps its name."""
+        """Name -> (shape, dtype) of every tensor but buffers; other dtypes than floats of 16 or 32 bits as stored."""
         found = {}
         for name, file in self._files.items():
             part = self._handles[file].get_slice(name)
@@ -66,7 +54,7 @@ class FolderTensors:
         return found
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Float[np.ndarray, "..."]:
-        """See `TensorSource`."""
+        """The part of a tensor in the slices, one per axis (by default all)."""
         part = self._handles[self._files[name]].get_slice(name)
         return part[tuple(slices) or (slice(None),) * len(part.get_shape())]
 

@@ -211,7 +211,7 @@ def test_the_command_line_exports_a_model_with_other_factors(checkpoint, text, f
         (["--allow_dropping_start_tokens", "--cost_lengths", "0", "--text", "1.txt"], "'0' must be a positive"),
         (["--allow_dropping_start_tokens", "--cost_documents=-1"], "'-1' must be a positive"),
         (["--allow_dropping_start_tokens", "--text", "1.txt", "./1.txt"], "intervals need two documents"),
-        (["--target_length=64"], "this is a table"),
+        (["--target_length=64"], "this file has its own"),
         (["--arch=Phi3ForCausalLM"], "unrecognized arguments: --arch"),
         (["--architecture=Phi3ForCausalLM"], "needs num_heads"),
         (["--factors=/nowhere"], "'/nowhere' do not exist"),

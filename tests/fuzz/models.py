@@ -173,9 +173,7 @@ def make_gguf_tokenizer(folder: Path) -> list[str]:
 
 
 def read_gguf_tokenizer(folder: Path, name: str) -> None:
-    tokenizer = gguf_tokenizer(folder / name)
-    if tokenizer is not None:
-        _use(tokenizer)
+    _use(gguf_tokenizer(folder / name))
 
 
 def _use(tokenizer: SubwordTokenizer) -> None:

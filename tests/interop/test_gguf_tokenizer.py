@@ -235,8 +235,10 @@ def test_sentencepiece_files_are_the_same_tokenizer_and_add_a_bos(tmp_path):
 
 
 def test_a_file_without_a_tokenizer(tmp_path):
-    assert gguf_tokenizer(tiny.write_model(tmp_path / "a.gguf", tiny.make_weights())) is None
-    assert load(tmp_path, {"general.architecture": "llama", "tokenizer.ggml.model": "none"}) is None
+    with pytest.raises(ValueError, match="a.gguf: tokenizer.ggml.model = None must be one of gpt2, llama"):
+        gguf_tokenizer(tiny.write_model(tmp_path / "a.gguf", tiny.make_weights()))
+    with pytest.raises(ValueError, match="tokenizer.ggml.model = 'none' must be"):
+        load(tmp_path, {"general.architecture": "llama", "tokenizer.ggml.model": "none"})
 
 
 BAD = {

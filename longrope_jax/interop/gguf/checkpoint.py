@@ -92,8 +92,8 @@ def open_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], "GgufTensors"]:
 
 
 class GgufTensors:
-    """The tensors of a GGUF file as a `TensorSource`: memory-mapped, and dequantised to float32 when they are read.
-    Unknown tensors keep their names in the file.
+    """The tensors of a GGUF file, with the methods of `FolderTensors`: memory-mapped, and dequantised to float32 when
+    they are read. Unknown tensors keep their names in the file.
     """
 
     def __init__(self, stored: Mapping[str, StoredTensor], head_dim: int):

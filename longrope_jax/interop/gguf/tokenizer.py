@@ -40,19 +40,17 @@ _CHANGES = ("precompiled_charsmap", "remove_extra_whitespaces")
 _MEANINGS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "eot": None, "eom": None}
 
 
-def gguf_tokenizer(path: str | os.PathLike) -> SubwordTokenizer | None:
-    """The tokenizer in a GGUF file: byte-level BPE ("gpt2") or SentencePiece's BPE ("llama"); None if it has none.
+def gguf_tokenizer(path: str | os.PathLike) -> SubwordTokenizer:
+    """The tokenizer in a GGUF file: byte-level BPE ("gpt2") or SentencePiece's BPE ("llama").
 
     From its `files` Transformers loads the same tokenizer, with the chat template. `stops` are the ends of a text, of a
     turn and of a message.
 
     Raises:
-        ValueError: a damaged GGUF file, an unsupported kind of tokenizer or way to split words, or inconsistent
+        ValueError: a damaged GGUF file, no tokenizer, an unsupported kind of one or way to split words, or inconsistent
             metadata.
     """
     metadata = read_gguf(path).metadata
-    if metadata.get(_PREFIX + "model", "none") in ("none", "no_vocab"):
-        return None
     with naming(path):
         return tokenizer_of(metadata)
 
