@@ -20,8 +20,6 @@ from longrope_jax.model.sharding import constrain
 from longrope_jax.rope import FactorTable, RopeFactors
 from longrope_jax.runtime.mesh import Layout
 
-_RESAMPLES = 4000
-
 Methods = Mapping[str, RopeFactors | FactorTable]
 """By name: factors for all lengths, or a table of them, from which every length takes its own."""
 
@@ -197,10 +195,10 @@ class Perplexity(NamedTuple):
     ci95: tuple[float, float]
 
 
-def perplexity(nll: DocumentNll, seed: int = 0) -> Perplexity:
-    """Of N documents; the interval is a percentile bootstrap over documents."""
+def perplexity(nll: DocumentNll) -> Perplexity:
+    """Of N documents, with a t interval over documents."""
     mean = nll.sums.sum() / nll.counts.sum()
-    low, high = _interval(nll, seed)
+    low, high = _interval(nll)
     return Perplexity(float(np.exp(mean)), float(mean), (float(np.exp(low)), float(np.exp(high))))
 
 
@@ -220,8 +218,8 @@ class Comparison(NamedTuple):
     documents_better: float
 
 
-def compare(a: DocumentNll, b: DocumentNll, seed: int = 0) -> Comparison:
-    """Paired comparison of two methods that scored the same tokens; bootstrap over documents.
+def compare(a: DocumentNll, b: DocumentNll) -> Comparison:
+    """Paired comparison of two methods that scored the same tokens, with a t interval over documents.
 
     Raises:
         ValueError: they did not.
@@ -230,20 +228,20 @@ def compare(a: DocumentNll, b: DocumentNll, seed: int = 0) -> Comparison:
         raise ValueError("a paired comparison needs the same tokens scored on both sides")
     paired = DocumentNll(np.subtract(a.sums, b.sums), np.asarray(a.counts))
     mean = paired.sums.sum() / paired.counts.sum()
-    return Comparison(float(mean), _interval(paired, seed), float(1 - np.exp(mean)), float(np.mean(paired.sums < 0)))
+    return Comparison(float(mean), _interval(paired), float(1 - np.exp(mean)), float(np.mean(paired.sums < 0)))
 
 
-def _interval(nll: DocumentNll, seed: int) -> tuple[float, float]:
-    """95 % interval of the token-weighted mean over resampled documents; a single document has none."""
-    if len(nll.sums) < 2:
+def _interval(nll: DocumentNll) -> tuple[float, float]:
+    """95 % interval of the token-weighted mean: t with N - 1 degrees of freedom and the standard error of a ratio of
+    sums (delta method). A single document has none.
+
+    Bootstraps are too narrow for few documents. In 1,500 simulations with normal documents of equal length, this one
+    covers 95 % for N = 4 to 64; percentile and BCa bootstraps cover 80 % for 4, 84 % for 5 and 92 % for 16.
+    """
+    count = len(nll.sums)
+    if count < 2 or not np.isfinite(nll.sums).all():
         return (float("nan"), float("nan"))
-    interval = scipy.stats.bootstrap(
-        nll,
-        lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=_RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return (float(interval.low), float(interval.high))
+    mean = nll.sums.sum() / nll.counts.sum()
+    error = np.sqrt(count / (count - 1) * np.square(nll.sums - mean * nll.counts).sum()) / nll.counts.sum()
+    half_width = scipy.stats.t.ppf(0.975, count - 1) * error
+    return (float(mean - half_width), float(mean + half_width))

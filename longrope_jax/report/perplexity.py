@@ -243,7 +243,7 @@ def _comparisons(summary: Summary, longest: str, original_length: int) -> list[s
             parts += [f"### LongRoPE against the others at {length} tokens\n", markdown_table(header, rows)]
     if parts:
         parts.append(
-            "Differences are paired by document; the interval is a bootstrap over documents. A positive difference to "
+            "Differences are paired by document; the interval is t over documents. A positive difference to "
             "a control means that the model does not use the longer context.\n"
         )
     return parts

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 DIFFERENCES = (
-    "Differences in nats per token, negative where the first named is better, paired by document, with 95 % "
-    "intervals, a bootstrap over documents:\n"
+    "Differences in nats per token, negative where the first named is better, paired by document, with 95 % t "
+    "intervals over documents:\n"
 )
 
 
