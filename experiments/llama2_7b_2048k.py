@@ -65,10 +65,10 @@ def get_config() -> ConfigDict:
     config.mesh = lr.section(lr.MeshSettings(axes="tensor:4,seq:-1"))
     config.profile = lr.section(lr.ProfileSettings())
     config.load = lr.section(lr.LoadSettings(path="gs://BUCKET/Llama-2-7b-hf", dtype="bfloat16", preset="llama2_7b"))
-    config.data = lr.section(lr.DataSettings(folder="gs://BUCKET/redpajama", shares=(0.99, 0.01, 0.0)))
+    config.data = lr.section(lr.DataSettings(folder="gs://BUCKET/redpajama", shares=(0.99, 0.01, 0.0, 0.0)))
     config.data_pg19 = lr.section(lr.DataSettings(tfds="pg19", tfds_dir="gs://BUCKET/tfds"))
-    config.data_proofpile = lr.section(lr.DataSettings(folder="gs://BUCKET/proofpile", shares=(0.0, 0.0, 1.0)))
-    config.data_books = lr.section(lr.DataSettings(folder="gs://BUCKET/books", shares=(0.0, 0.2, 0.8)))
+    config.data_proofpile = lr.section(lr.DataSettings(folder="gs://BUCKET/proofpile", shares=(0.0, 0.0, 0.0, 1.0)))
+    config.data_books = lr.section(lr.DataSettings(folder="gs://BUCKET/books", shares=(0.0, 0.2, 0.0, 0.8)))
     _extend(config)
     _evaluate(config)
     return config

@@ -46,7 +46,7 @@ def mixed_windows(load: lr.LoadSettings, original: int) -> ConfigDict:
     config.mesh = lr.section(lr.MeshSettings(axes="tensor:4,seq:-1"))
     config.profile = lr.section(lr.ProfileSettings())
     config.load = lr.section(load)
-    config.data = lr.section(lr.DataSettings(folder="gs://BUCKET/redpajama", shares=(0.99, 0.01, 0.0)))
+    config.data = lr.section(lr.DataSettings(folder="gs://BUCKET/redpajama", shares=(0.99, 0.01, 0.0, 0.0)))
     config.data_pg19 = lr.section(lr.DataSettings(tfds="pg19", tfds_dir="gs://BUCKET/tfds"))
     config.search = lr.section(
         lr.SearchSettings(

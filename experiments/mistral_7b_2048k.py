@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     """The experiment."""
     config = llama2_7b_2048k.get_config()
     config.load = lr.section(lr.LoadSettings(path="gs://BUCKET/Mistral-7B-v0.1", dtype="bfloat16", preset="mistral_7b"))
-    config.data = lr.section(lr.DataSettings(folder="gs://BUCKET/long-data-collections", shares=(0.99, 0.01, 0.0)))
+    config.data = lr.section(lr.DataSettings(folder="gs://BUCKET/long-data-collections", shares=(0.99, 0.01, 0.0, 0.0)))
     config.finetune = lr.section(
         lr.FinetuneSettings(
             length=16 * K,

@@ -18,7 +18,7 @@ import longrope_jax as lr
 def get_config() -> ConfigDict:
     """The experiment."""
     config = ConfigDict()
-    config.stages = ("pretrain", "search", "evaluate", "table", "export")
+    config.stages = ("pretrain", "search_yarn", "search", "evaluate", "table", "export")
     config.model = lr.section(lr.LlamaConfig.preset("tiny"))
     config.data = lr.section(lr.DataSettings())
     config.pretrain = lr.section(
@@ -29,14 +29,22 @@ def get_config() -> ConfigDict:
             optimizer=lr.OptimizerSettings(learning_rate=5e-3, warmup_steps=50),
         )
     )
+    # YaRN with the ramp and the scale that are best on the same documents: the baseline, and a seed of the search.
+    config.search_yarn = lr.section(lr.SearchSettings(target_length=1024, documents=5, racing=0.9, method="yarn_grid"))
     config.search = lr.section(
         lr.SearchSettings(
-            target_length=1024, documents=5, racing=0.9, ramps=128, evolution=lr.EvolutionSettings(iterations=22)
+            target_length=1024,
+            documents=5,
+            racing=0.9,
+            ramps=128,
+            seeds={"yarn_tuned": lr.SeedSettings("search_yarn")},
+            evolution=lr.EvolutionSettings(iterations=22),
         )
     )
+    searched = {"yarn_tuned": lr.Method("search_yarn"), "longrope": lr.Method("search")}
     config.evaluate = lr.section(
         lr.EvaluationSettings(
-            lengths=(64, 128, 256, 512, 1024), methods={**lr.published_methods(), "longrope": lr.Method("search")}
+            lengths=(64, 128, 256, 512, 1024), methods=lr.published_methods() | searched, split="test"
         )
     )
     # The original rotation up to L, the searched factors beyond: the two sets that a Hugging Face folder can store.

@@ -26,9 +26,9 @@ from longrope_jax.errors import beginning
 from longrope_jax.files import as_utf8, copy_tree, is_remote, size_of
 from longrope_jax.settings import Settings
 
-SPLITS = {"train": 0.7, "search": 0.1, "evaluation": 0.2}
-"""The default share of the documents in every split. The search sees no training documents, and the evaluation sees
-neither those of training nor those of the search.
+SPLITS = {"train": 0.7, "search": 0.1, "evaluation": 0.1, "test": 0.1}
+"""The default share of the documents in every split; no document is in two. Evaluation is for development. Only results
+that are published read test, and nothing is chosen by them.
 """
 SHARES = tuple(SPLITS.values())
 
@@ -42,10 +42,10 @@ class DataSettings(Settings):
             records are texts in UTF-8, one document per record; or of a prepared TFDS dataset (with features.json).
         suffix: only text files whose names end with it are read; "" reads all text files.
         tfds: the name of a TFDS dataset, "pg19", with config and version if it has them, "wiki40b/en:1.3.0". Its splits
-            train, validation and test are used for training, search and evaluation.
+            train and test are ours too; of validation, every other document is for search, the rest for evaluation.
         tfds_dir: the data_dir in which it was prepared; "" is the default of TFDS.
         text_feature: the feature of a TFDS dataset that is the text; "" finds the only text, or the one named "text".
-        shares: of the documents for training, search and evaluation, if the source has no such splits.
+        shares: of the documents for train, search, evaluation and test, if the source has no such splits.
     """
 
     folder: str = ""
@@ -66,7 +66,7 @@ class DataSettings(Settings):
         if self.text_feature and not (self.tfds or self.folder):
             raise ValueError(f"text_feature = {self.text_feature!r} needs tfds or a folder with a TFDS dataset")
         if len(self.shares) != len(SPLITS) or not all(0 <= share <= 1 for share in self.shares):
-            raise ValueError(f"shares = {self.shares} must be three numbers from 0 to 1, for {', '.join(SPLITS)}")
+            raise ValueError(f"shares = {self.shares} must be four numbers from 0 to 1, for {', '.join(SPLITS)}")
         if not math.isclose(sum(self.shares), 1, abs_tol=1e-6):
             raise ValueError(f"shares = {self.shares} must add up to 1, not {sum(self.shares):g}")
 

@@ -18,7 +18,13 @@ from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.files import as_utf8, modified_at, size_of
 
 _BATCH = 64  # records to read together: a compressed group of records is decompressed as a whole
-_TFDS_SPLITS = {"train": "train", "search": "validation", "evaluation": "test"}
+# The split of a TFDS dataset, and the places in it: validation is shared.
+_TFDS_SPLITS = {
+    "train": ("train", slice(None)),
+    "search": ("validation", slice(0, None, 2)),
+    "evaluation": ("validation", slice(1, None, 2)),
+    "test": ("test", slice(None)),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +137,6 @@ def _kind(folder: str) -> tuple[str, list[epath.Path]]:
 def _dataset_splits(dataset: OpenDataset, settings: DataSettings, from_files: bool = False) -> dict[str, Texts]:
     """The splits of a TFDS dataset; `from_files` if it was made from text files, with our names of splits."""
     counts = dataset.counts
-    names = {split: split if from_files else _TFDS_SPLITS[split] for split in SPLITS}
     if not from_files and len(counts) == 1:
         (only,) = counts
         documents = [f"{only}/{number}" for number in range(counts[only])]
@@ -139,10 +144,13 @@ def _dataset_splits(dataset: OpenDataset, settings: DataSettings, from_files: bo
     if not from_files and settings.shares != SHARES:
         raise ValueError(f"shares = {settings.shares}: the dataset has its own splits, {', '.join(counts)}")
 
-    return {
-        split: Texts(range(counts.get(name, 0)), dataset.size(name), partial(dataset.read, name))
-        for split, name in names.items()
-    }
+    splits = {}
+    for split in SPLITS:
+        name, places = (split, slice(None)) if from_files else _TFDS_SPLITS[split]
+        count = counts.get(name, 0)
+        numbers = range(count)[places]
+        splits[split] = Texts(numbers, dataset.size(name) * len(numbers) // max(1, count), partial(dataset.read, name))
+    return splits
 
 
 def _record_splits(files: Sequence[epath.Path], settings: DataSettings) -> dict[str, Texts]:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -17,9 +17,18 @@ from longrope_jax.model import Llama
 from longrope_jax.rope import METHODS, RopeFactors
 from longrope_jax.runtime import preemption, processes, profiling, records
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.settings import DistinctLengths, DocumentCount, NonNegativeInt, PositiveInt, Seed, Settings
+from longrope_jax.settings import (
+    DistinctLengths,
+    DocumentCount,
+    NonNegativeInt,
+    PositiveInt,
+    Rule,
+    Seed,
+    Settings,
+    one_of,
+)
 
-POSITION_BUCKETS = 32
+POSITION_BUCKETS, EIGHTHS = 32, 8
 EVALUATION_RECORD = {
     "length": int,
     "method": str,
@@ -28,6 +37,8 @@ EVALUATION_RECORD = {
     "counts": [int],
     "seconds": float,
     "nll_by_position": [float],
+    "nll_by_eighth": [float],
+    "nll_beyond": float,
     "factors": {"lam": [float], "n_hat": int, "mscale": float},
 }
 """The fields of a record in evaluation.jsonl that readers need, beside the name of the stage."""
@@ -62,6 +73,9 @@ class EvaluationSettings(Settings):
         controls: methods whose disjoint windows of the original length are the control.
         compared: pairs of methods for a paired comparison at every length.
         documents: how many windows of the longest length, from different documents as far as there are enough.
+        margin: how much is read beyond the longest length, as a share of it: factors that only just hold to the end
+            show it there. It is not part of the perplexity.
+        split: "evaluation", for development; "test" is for results that are published, and tunes nothing.
         stride: of the sliding window beyond the original length, tokens; 0 for disjoint windows. Up to the original
             length windows are always disjoint, as the control is.
         seed: of the documents.
@@ -74,6 +88,8 @@ class EvaluationSettings(Settings):
     controls: tuple[str, ...] = ("unscaled",)
     compared: tuple[tuple[str, ...], ...] = ()
     documents: DocumentCount = 64
+    margin: Annotated[float, Rule(lambda share: 0 <= share <= 1, "must lie between 0 and 1")] = 1 / 32
+    split: Annotated[str, one_of(("evaluation", "test"))] = "evaluation"
     stride: NonNegativeInt = 0
     seed: Seed = 0
     tokens_at_once: PositiveInt = 8192
@@ -88,6 +104,10 @@ class EvaluationSettings(Settings):
         for pair in self.compared:
             if len(pair) != 2 or not set(pair) <= set(self.methods):
                 raise ValueError(f"compared: {pair} must be a pair of methods; those are {', '.join(self.methods)}")
+
+    def window(self, length: int) -> int:
+        """How many tokens are read of windows of `length`: with the margin for the longest one."""
+        return length + round(self.margin * length) if length == max(self.lengths) else length
 
 
 class EvaluatedMethod(NamedTuple):
@@ -122,7 +142,7 @@ def run_evaluation(
     """
     config, path = model.config, workdir / "evaluation.jsonl"
     target = max(settings.lengths)
-    windows = fixed_windows(documents, target, settings.documents, settings.seed)
+    windows = fixed_windows(documents, settings.window(target), settings.documents, settings.seed)
 
     done = {(r["length"], r["method"]): r for r in records.resume(path, stage, EVALUATION_RECORD)}
     # Method by method, so that only one model's parameters are in memory.
@@ -139,11 +159,14 @@ def run_evaluation(
                 raise preemption.Preempted(stage, f"{len(done)} of {len(wanted)} records are kept")
             params = None  # or the last method's would stay while the next one's are loaded
             params, chosen = evaluated[name].params(), evaluated[name].factors(length)
-            stride = window_stride(settings, config.original_length, length)
+            window = settings.window(length)
+            stride = window_stride(settings, config.original_length, window)
+            tokens = windows.tokens[:, : max(target, window) + 1]
             started = time.monotonic()
-            read = partial(token_nll, model, layout, params, chosen, windows.tokens, length, stride)
+            read = partial(token_nll, model, layout, params, chosen, tokens, window, stride)
             nll = profiling.step("evaluation", number, partial(read, settings.tokens_at_once))
             seconds = time.monotonic() - started
+            nll, beyond = nll[:, :target], nll[:, target:]
             sums, counts = by_document(nll)
             record = {
                 "stage": stage,
@@ -155,6 +178,8 @@ def run_evaluation(
                 "seconds": seconds,
                 "tokens_per_second": nll.size / seconds,
                 "nll_by_position": by_position(nll, min(POSITION_BUCKETS, target)).tolist(),
+                "nll_by_eighth": by_position(nll, min(EIGHTHS, target)).tolist(),
+                "nll_beyond": float(beyond.mean(dtype=np.float64)) if beyond.size else None,
                 "factors": {
                     "lam": np.asarray(chosen.lam).tolist(),
                     "n_hat": int(chosen.n_hat),

@@ -67,7 +67,7 @@ def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layou
     rows = together * settings.documents_at_once
     counts: dict[int, int] = {}
     for term in settings.terms.values():
-        length = term.length or settings.target_length
+        length = term.window(settings.target_length)
         blocks = -(-(term.documents or settings.documents) // settings.documents_at_once)
         counts[length] = counts.get(length, 0) + blocks
     space = settings.search_space(config)
@@ -97,10 +97,11 @@ def evaluate_programs(settings: EvaluationSettings, config: LlamaConfig, layout:
     longest = max(settings.lengths)
     programs = []
     for length in sorted(settings.lengths):
-        starts = window_starts(longest, length, window_stride(settings, config.original_length, length))
+        window = settings.window(length)
+        starts = window_starts(max(longest, window), window, window_stride(settings, config.original_length, window))
         windows = settings.documents * len(starts)
-        name, methods = f"windows of {length}", len(settings.methods)
-        programs.append(_windows(config, layout, length, windows, name, methods, settings.tokens_at_once))
+        name, methods = f"windows of {window}", len(settings.methods)
+        programs.append(_windows(config, layout, window, windows, name, methods, settings.tokens_at_once))
     return programs
 
 

@@ -27,13 +27,15 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
     Returns:
         By length and method the perplexity with its 95 % interval; the differences of `settings.compared`; the
         differences of the method `longrope` to all others and, beyond the original length (tokens), to the controls at
-        the original length; and the headline.
+        the original length; and the headline. At the longest length also the perplexities of the last eighth of the
+        windows, and just beyond them.
     """
     nll = {(record["length"], record["method"]): recorded_nll(record) for record in records}
     lengths = sorted({length for length, _ in nll})
     methods = [method for method in settings.methods if (lengths[0], method) in nll]
+    longest = {record["method"]: record for record in records if record["length"] == lengths[-1]}
     summary: Summary = {
-        "headline": _headline(nll, settings, original_length),
+        "headline": _headline(nll, longest, settings, original_length),
         "perplexity": {str(n): {method: perplexity(nll[n, method])._asdict() for method in methods} for n in lengths},
         "documents": sorted(set(records[0]["documents"])),
         "start_tokens": {
@@ -50,6 +52,10 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
         "longrope_minus": {},
         "longrope_minus_disjoint_windows_of_original_length": {},
     }
+    for method, entry in summary["perplexity"][str(lengths[-1])].items():
+        record = longest[method]
+        entry |= {"last_eighth": _exp(record["nll_by_eighth"][-1]), "beyond": _exp(record["nll_beyond"])}
+    summary["by_eighth"] = {method: list(map(_exp, longest[method]["nll_by_eighth"])) for method in methods}
     if LONGROPE in methods:
         others = [method for method in methods if method != LONGROPE]
         controls = [method for method in settings.controls if (original_length, method) in nll]
@@ -63,8 +69,19 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
     return summary
 
 
-def _headline(nll: Mapping[tuple[int, str], DocumentNll], settings: EvaluationSettings, original_length: int) -> str:
-    """One sentence on the longest length: LongRoPE's perplexity and its paired difference to the best YaRN.
+def _exp(nll: float | None) -> float | None:
+    """A perplexity; None for what was not read, or is not finite."""
+    return None if nll is None else float(np.exp(nll))
+
+
+def _headline(
+    nll: Mapping[tuple[int, str], DocumentNll],
+    longest: Mapping[str, dict[str, Any]],
+    settings: EvaluationSettings,
+    original_length: int,
+) -> str:
+    """LongRoPE's perplexity at the longest length and its paired difference to the best YaRN; and a warning where
+    LongRoPE is worse in a part of the window.
 
     Without a YaRN it is the difference to the best other method; without LongRoPE, the method with the lowest
     perplexity.
@@ -79,20 +96,36 @@ def _headline(nll: Mapping[tuple[int, str], DocumentNll], settings: EvaluationSe
     start = f"{at}LongRoPE: perplexity {ppl[LONGROPE]:.2f}"
     if not others:
         return f"{start}; no other method to compare with."
-    yarn = {method: value for method, value in others.items() if settings.methods[method].factors.startswith("yarn")}
+    yarn = [name for name in others if name.startswith("yarn") or settings.methods[name].factors.startswith("yarn")]
     best = min(yarn or others, key=_finite_first(others))
     name = f"the best {'YaRN' if yarn else 'other method'} ({others[best]:.2f}; {plots.label(best)})"
     compared = compare(nll[length, LONGROPE], nll[length, best])
     ends = [100 * np.expm1(end) for end in compared.ci95]
     if not np.isfinite([compared.difference, *ends]).all():
         return f"{start}; {name}; the difference has no interval."
-    change = 100 * np.expm1(compared.difference)
+    change, documents = 100 * np.expm1(compared.difference), len(nll[length, best].sums)
     if min(ends) <= 0 <= max(ends):
-        interval = f"95 % interval {ends[0]:+.1f} to {ends[1]:+.1f} %, which contains zero"
-        return f"{start}, no clear difference from {name}: {change:+.1f} % [{interval}]."
+        interval = f"95 % interval {ends[0]:+.1f} to {ends[1]:+.1f} %, which contains zero, {documents} documents"
+        return f"{start}, no clear difference from {name}: {change:+.1f} % [{interval}]." + _worse_parts(longest, best)
     low, high = sorted(map(abs, ends))
     side = "below" if change < 0 else "above"
-    return f"{start}, {abs(change):.1f} % {side} {name} [95 % interval {low:.1f} to {high:.1f} %]."
+    interval = f"95 % interval {low:.1f} to {high:.1f} %, {documents} documents"
+    return f"{start}, {abs(change):.1f} % {side} {name} [{interval}]." + _worse_parts(longest, best)
+
+
+def _worse_parts(longest: Mapping[str, dict[str, Any]], other: str) -> str:
+    """A sentence on the eighths of the window, and what is read beyond it, in which LongRoPE is worse than another."""
+    mine, others = (
+        {f"eighth {number}": nll for number, nll in enumerate(longest[name]["nll_by_eighth"], 1)}
+        | {"the tokens just beyond it": longest[name]["nll_beyond"]}
+        for name in (LONGROPE, other)
+    )
+    worse = [
+        f"{part} ({np.exp(mine[part]):.2f}, {plots.label(other)} {np.exp(others[part]):.2f})"
+        for part in mine
+        if None not in (mine[part], others[part]) and mine[part] > others[part]
+    ]
+    return f" But LongRoPE is worse in parts of the window: {', '.join(worse)}." if worse else ""
 
 
 def _finite_first(ppl: Mapping[str, float]) -> Callable[[str], float]:
@@ -179,6 +212,7 @@ def evaluation_section(
         perplexity_table(summary, original_length),
         *(picture(what, name + suffix) for what, name in pictures.items() if name + suffix in figures),
         f"{note}\n",
+        *_along_windows(summary, longest),
         *_pairs(summary, original_length),
         *_comparisons(summary, longest, original_length),
         *_methods(summary, settings),
@@ -188,6 +222,19 @@ def evaluation_section(
 def evaluation_title(stage: str) -> str:
     """The heading of an evaluation; with the name of its stage, unless that is `evaluate`."""
     return "Perplexity by window length" + (f" (stage `{stage}`)" if stage != "evaluate" else "")
+
+
+def _along_windows(summary: Summary, longest: str) -> list[str]:
+    """Perplexity in every eighth of the longest windows, and just beyond them."""
+    beyond = {method: entry["beyond"] for method, entry in summary["perplexity"][longest].items()}
+    rows = [
+        [plots.label(method), *("" if value is None else f"{value:.2f}" for value in (*by_eighth, beyond[method]))]
+        for method in plots.ordered(summary["by_eighth"])
+        for by_eighth in (summary["by_eighth"][method],)
+    ]
+    parts = len(next(iter(summary["by_eighth"].values())))
+    header = ["", *(f"{number}/{parts}" for number in range(1, parts + 1)), "beyond"]
+    return [f"### Perplexity along windows of {int(longest):,} tokens\n", markdown_table(header, rows)]
 
 
 def _methods(summary: Summary, settings: EvaluationSettings) -> list[str]:

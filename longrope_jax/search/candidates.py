@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from longrope_jax.rope import RopeFactors
 
-OPERATORS = ("seed", "mutation", "crossover", "gradient", "cma_es", "ramp")
+OPERATORS = ("seed", "mutation", "crossover", "gradient", "cma_es", "ramp", "yarn")
 
 _MIN_INCUMBENTS = 4  # read in full; fewer do not tell the error of a difference
 _MAX_INCUMBENTS = 16

@@ -18,7 +18,7 @@ from longrope_jax.search.candidates import Genes, SearchState
 from longrope_jax.search.methods import search, search_steps
 from longrope_jax.search.objective import Objective, Term, make_terms
 from longrope_jax.search.racing import score_with
-from longrope_jax.search.seeds import as_genes, critical_seeds, paper_seeds
+from longrope_jax.search.seeds import as_genes, critical_seeds, paper_seeds, start_of_extension, yarn_grid
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.search.space import SearchSpace
 
@@ -31,6 +31,7 @@ class Prepared(NamedTuple):
         names, seeds: the first candidates.
         terms: of the objective.
         objective: the terms on the devices.
+        grid: YaRNs of the method "yarn_grid", by their parameters, see `seeds.yarn_grid`.
     """
 
     space: SearchSpace
@@ -38,6 +39,7 @@ class Prepared(NamedTuple):
     seeds: Genes
     terms: dict[str, Term]
     objective: Objective
+    grid: dict[tuple[float, float, float, bool], RopeFactors]
 
 
 def find_factors(
@@ -76,7 +78,8 @@ def find_factors(
         total = settings.forward_equivalents(len(objective.blocks), len(prepared.space.n_hat))
         with progress_bar("search", total) as bar:
             score = score_with(objective, settings.racing, progress=bar.advance)
-            steps = search_steps(settings, key, prepared.seeds, prepared.space, objective, score, progress=bar.advance)
+            shared = prepared.seeds, prepared.space, objective, score
+            steps = search_steps(settings, key, *shared, progress=bar.advance, grid=prepared.grid.values())
             return search(steps, save=lambda state: bar.show_best(state.nll.min()))
 
 
@@ -95,7 +98,12 @@ def prepare(
     names, seeds = first_candidates(model.config, settings, trained, space, own_seeds)
     terms = make_terms(settings.terms, documents, tokenizer, settings.target_length, settings.documents, settings.seed)
     objective = Objective.of(model, layout, params, terms, settings.candidates_at_once, settings.documents_at_once)
-    return Prepared(space, names, seeds, terms, objective)
+    grid = {}
+    if settings.method == "yarn_grid":
+        start = start_of_extension(trained, model.config.original_length, settings.target_length)
+        is_searched = space.mscale[0] < space.mscale[1]
+        grid = yarn_grid(start, settings.target_length, model.config.head_dim, model.config.rope_theta, is_searched)
+    return Prepared(space, names, seeds, terms, objective, grid)
 
 
 def first_candidates(

@@ -4,7 +4,7 @@ The first step scores the seeds. The number of a step is the iteration of its ca
 candidates alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from longrope_jax.rope import RopeFactors
 from longrope_jax.search import algorithm1, gradient
 from longrope_jax.search.candidates import (
     Genes,
@@ -25,7 +26,7 @@ from longrope_jax.search.candidates import (
     remove_duplicates,
 )
 from longrope_jax.search.objective import Objective
-from longrope_jax.search.seeds import scan_ramps
+from longrope_jax.search.seeds import scan_ramps, scan_yarn_grid
 from longrope_jax.search.settings import CmaEsSettings, SearchSettings
 from longrope_jax.search.space import SearchSpace
 
@@ -43,6 +44,7 @@ def search_steps(
     score: Score,
     checkpoint: gradient.RefinementCheckpoint | None = None,
     progress: Callable[[float], Any] = lambda candidates: None,
+    grid: Collection[RopeFactors] = (),
 ) -> list[SearchStep]:
     """All steps of a search by `settings.method`, in order.
 
@@ -50,6 +52,7 @@ def search_steps(
         seeds: the first candidates, on a leading axis.
         checkpoint: of a gradient refinement; without it a stopped one starts again.
         progress: is called with the cost of each gradient step, in candidates; `score` reports its own.
+        grid: of the method "yarn_grid".
     """
     common: dict[str, Any] = dict(space=space, score=score)
     score_seeds = partial(_score_seeds, seeds=seeds, documents=len(objective.weights), score=score)
@@ -79,6 +82,8 @@ def search_steps(
         return [score_seeds, *every_restart(*ramps, *refinements, populate, *advance)]
     if settings.method == "gradient":
         return [score_seeds, *ramps, *refinements]
+    if settings.method == "yarn_grid":
+        return [score_seeds, partial(scan_yarn_grid, key, grid=grid, **common)]
     generation = partial(cma_es_generation, key, settings=settings.cma_es, **common)
     return [score_seeds, *[generation] * settings.cma_es.iterations]
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from longrope_jax.model.sharding import constrain
 from longrope_jax.rope import RopeFactors
 from longrope_jax.runtime import profiling
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.settings import NonNegativeInt, PositiveFloat, Settings
+from longrope_jax.settings import NonNegativeInt, PositiveFloat, Rule, Settings
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,25 @@ class TermSettings(Settings):
         share: of the score, relative to the other terms' shares.
         length: tokens; 0 is the target length. A term for every length of 1x to 8x gives factors that serve them all.
         documents: how many; 0 as many as the search has.
+        margin: of perplexity, how much is read and scored beyond the length, as a share of it. Without a margin a
+            search gives up the last tokens of the window for a lower mean (docs/results/search.md).
     """
 
     kind: str = "perplexity"
     share: PositiveFloat = 1.0
     length: NonNegativeInt = 0
     documents: NonNegativeInt = 0
+    margin: Annotated[float, Rule(lambda share: 0 <= share <= 1, "must lie between 0 and 1")] = 1 / 16
 
     def __post_init__(self):
         super().__post_init__()
         if self.kind not in OBJECTIVES:
             raise ValueError(f"kind = {self.kind!r} must be one of {', '.join(OBJECTIVES)}")
+
+    def window(self, target_length: int) -> int:
+        """How many tokens are read, the margin included."""
+        length = self.length or target_length
+        return length + (round(self.margin * length) if self.kind == "perplexity" else 0)
 
 
 class Term(NamedTuple):
@@ -124,12 +132,18 @@ def make_terms(
     for name, term in settings.items():
         try:
             made = OBJECTIVES[term.kind](
-                documents, tokenizer, term.length or target_length, term.documents or count, seed
+                documents, tokenizer, term.window(target_length), term.documents or count, seed
             )
         except ValueError as error:
-            raise ValueError(f"objective.{name}: {error}") from None
+            raise ValueError(f"objective.{name}: {error}{_margin(term, target_length)}") from None
         terms[name] = made._replace(share=term.share)
     return terms
+
+
+def _margin(term: TermSettings, target_length: int) -> str:
+    length = term.length or target_length
+    beyond = term.window(target_length) - length
+    return f" ({length} tokens and a margin of {beyond})" if beyond else ""
 
 
 def document_weights(terms: Sequence[Term]) -> Float[np.ndarray, "D"]:

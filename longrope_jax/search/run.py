@@ -82,7 +82,7 @@ def run_search(
         preemption.Preempted: the process was asked to stop; scores, steps and finished iterations are saved.
         FloatingPointError: no candidate has a finite score.
     """
-    space, names, seeds, terms, objective = prepare(
+    space, names, seeds, terms, objective, grid = prepare(
         model, layout, params, trained, settings, documents["search"], tokenizer, own_seeds
     )
     log = workdir / "search.jsonl"
@@ -126,7 +126,7 @@ def run_search(
                     raise preemption.Preempted(stage, f"iteration {iteration} of {len(steps) - 1} is saved")
 
             key = jax.random.key(settings.seed)
-            steps = search_steps(settings, key, seeds, space, objective, timed, refinement, bar.advance)
+            steps = search_steps(settings, key, seeds, space, objective, timed, refinement, bar.advance, grid.values())
             try:
                 state = search(steps, state, save)
             except FloatingPointError as error:

@@ -6,6 +6,7 @@ bend at random. Of a hundred ramps some are far better than every published meth
 """
 
 import dataclasses
+import itertools
 from collections.abc import Collection
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from longrope_jax.rope import RopeFactors, Trained, extend, unscaled
+from longrope_jax.rope import RopeFactors, Trained, compose, extend, unscaled, yarn
 from longrope_jax.search.candidates import (
     Genes,
     Score,
@@ -28,10 +29,16 @@ from longrope_jax.search.space import SearchSpace
 PUBLISHED = ("linear", "ntk", "yarn")
 """Algorithm 1's first individuals, by the names that `SearchSettings.published` may have."""
 
+YARN_BETA_FAST = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+YARN_BETA_SLOW = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3)
+YARN_SCALES = (0.75, 0.8125, 0.875, 0.9375, 1, 1.0625, 1.125, 1.25)
+YARN_GRID_SIZE = len(YARN_BETA_FAST) * len(YARN_BETA_SLOW) * len(YARN_SCALES)
+"""The grid of `yarn_grid`: turns in the original length at both ends of the ramp, and scales in units of L'/L."""
+
 PAPER_SEEDS = (*PUBLISHED, "yarn_mistral", "yarn_with_temperature", "unscaled", "trained", "trained_clipped")
 """All names that `paper_seeds` gives."""
 
-_RAMPS_BATCH = 32  # ramps scored before the threshold of their race is set again
+_BATCH = 32  # candidates scored before the threshold of their race is set again
 _THRESHOLD_RANK = 8  # the threshold is the score of this candidate, counted from the best
 # Ranges of a ramp: begin and width in shares of all pairs, height in shares of log high, and the exponent of the climb.
 _BEGIN, _WIDTH, _HEIGHT, _BEND = (-0.1, 0.6), (0.03, 0.7), (0.75, 1.0), (0.5, 2.0)
@@ -62,10 +69,8 @@ def paper_seeds(
     if trained.length > original_length:
         methods["yarn_mistral"] = "yarn_mistral"
     seeds = {}
-    if target_length > trained.length:
-        start = trained
-    else:
-        start = Trained(original_length, unscaled(head_dim))
+    start = start_of_extension(trained, original_length, target_length)
+    if target_length <= trained.length:
         is_clipped = np.max(trained.factors.lam) > space.high
         seeds = {"trained_clipped" if is_clipped else "trained": trained.factors, "unscaled": start.factors}
     seeds |= {name: extend(method, start, target_length, head_dim, base) for name, method in methods.items()}
@@ -75,6 +80,13 @@ def paper_seeds(
     if set(published) != set(PUBLISHED):
         seeds = {name: seed for name, seed in seeds.items() if name in published}
     return _without_duplicates({name: _clip(seed, space) for name, seed in seeds.items()})
+
+
+def start_of_extension(trained: Trained, original_length: int, target_length: int) -> Trained:
+    """What published methods extend: the trained model, or the original one where the target is not longer (tokens)."""
+    if target_length > trained.length:
+        return trained
+    return Trained(original_length, unscaled(2 * len(trained.factors.lam)))
 
 
 def critical_seeds(
@@ -134,24 +146,71 @@ def scan_ramps(
     score: Score,
     restart: int = 0,
 ) -> SearchState:
-    """Appends `count` scored random ramps of a restart, with the other genes of its best candidate so far.
-
-    The first batch is read in full. Later ramps may race for a place among the best.
-    """
+    """Appends `count` scored random ramps of a restart, with the other genes of its best candidate so far."""
     key = jax.random.fold_in(key, iteration)
     lam = np.asarray(draw_ramps(key, count, state.lam.shape[1], space))
     known = state.take(state.candidates_of_restart(restart))
     fixed = jax.tree.map(lambda leaf: np.repeat(leaf[known.top(1)], count, axis=0), known.genes)
     critical = np.asarray(space.critical, np.int32)[np.arange(count) % len(space.critical)]
     genes = Genes(np.asarray(space.completed(lam, critical)), fixed.n_hat, fixed.mscale, critical)
-    documents = state.documents.shape[1]
-    new = remove_duplicates(new_candidates(genes, "ramp", documents, restart=restart), state)
-    for first in range(0, len(new), _RAMPS_BATCH):
-        batch = new.take(np.arange(first, min(first + _RAMPS_BATCH, len(new))))
-        threshold = np.sort(state.nll[state.candidates_of_restart(restart)])[:_THRESHOLD_RANK][-1]
+    return _scan(state, new_candidates(genes, "ramp", state.documents.shape[1], restart=restart), iteration, score)
+
+
+def scan_yarn_grid(
+    key: PRNGKeyArray,
+    state: SearchState,
+    iteration: int,
+    grid: Collection[RopeFactors],
+    space: SearchSpace,
+    score: Score,
+) -> SearchState:
+    """Appends the scored YaRNs of a grid, in random order, so that a race meets good and bad ones early."""
+    _, genes = as_genes({str(number): factors for number, factors in enumerate(grid)}, space)
+    order = np.asarray(jax.random.permutation(jax.random.fold_in(key, iteration), len(genes.n_hat)))
+    genes = jax.tree.map(lambda leaf: leaf[order], genes)
+    return _scan(state, new_candidates(genes, "yarn", state.documents.shape[1]), iteration, score)
+
+
+def _scan(state: SearchState, candidates: SearchState, iteration: int, score: Score) -> SearchState:
+    """Scores candidates batch by batch. The first batch is read in full; later ones may race for a place among the
+    best of their restart.
+    """
+    new = remove_duplicates(candidates, state)
+    for first in range(0, len(new), _BATCH):
+        batch = new.take(np.arange(first, min(first + _BATCH, len(new))))
+        rivals = state.candidates_of_restart(int(batch.restart[0]))
+        threshold = np.sort(state.nll[rivals])[:_THRESHOLD_RANK][-1]
         incumbents = state.incumbents(threshold) if first else None
         state = concatenate(state, evaluate(batch, score, incumbents, iteration))
     return state
+
+
+def yarn_grid(
+    trained: Trained, target_length: int, head_dim: int, base: float, temperatures: bool = False
+) -> dict[tuple[float, float, float, bool], RopeFactors]:
+    """YaRNs for the target length by (beta_fast, beta_slow, scale, with YaRN's temperature), each once.
+
+    The published beta_fast = 32 and beta_slow = 1 were chosen for LLaMA. With a short original length no pair turns so
+    often, so a fair baseline chooses the ramp on the search documents, and the scale within what the search may use.
+    """
+    scale = max(target_length / trained.length, 1.0)
+    grid: dict[tuple[float, float, float, bool], RopeFactors] = {}
+    known = set()
+    for fast, slow, share, temperature in itertools.product(
+        YARN_BETA_FAST, YARN_BETA_SLOW, YARN_SCALES, (False, True) if temperatures else (False,)
+    ):
+        if fast <= slow or share * scale < 1:
+            continue
+
+        def method(wavelengths, fast=fast, slow=slow, share=share, temperature=temperature):
+            options = dict(beta_fast=fast, beta_slow=slow, temperature=temperature, wavelengths=wavelengths)
+            return yarn(head_dim, share * scale, base, trained.length, **options)
+
+        factors = compose(trained.factors, method, head_dim, base)
+        if (name := (np.asarray(factors.lam).tobytes(), float(factors.mscale))) not in known:
+            known.add(name)
+            grid[fast, slow, share * scale, temperature] = factors
+    return grid
 
 
 def draw_ramps(key: PRNGKeyArray, count: int, half: int, space: SearchSpace) -> Float[Array, "count half"]:

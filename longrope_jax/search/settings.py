@@ -8,7 +8,7 @@ from longrope_jax.model.config import REMAT_POLICIES
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.objective import TermSettings
 from longrope_jax.search.operators import CROSSOVERS, MUTATIONS
-from longrope_jax.search.seeds import PAPER_SEEDS, PUBLISHED
+from longrope_jax.search.seeds import PAPER_SEEDS, PUBLISHED, YARN_GRID_SIZE
 from longrope_jax.search.space import N_HAT, SPACES, SearchSpace, critical_space, paper_space
 from longrope_jax.settings import (
     NonNegativeInt,
@@ -26,6 +26,7 @@ METHODS = {
     "gradient": ("gradient",),
     "hybrid": ("gradient", "evolution"),
     "cma_es": ("cma_es",),
+    "yarn_grid": (),
 }
 """Search methods, and the sections of `SearchSettings` that each uses."""
 
@@ -151,7 +152,8 @@ class SearchSettings(Settings):
         objective: terms of the score, by names of your own; see `TermSettings`. Empty is the paper's: the perplexity of
             documents of the target length.
         method: "evolution", LongRoPE's Algorithm 1; "gradient", gradient refinement; "hybrid", gradient refinement of a
-            few candidates and then Algorithm 1 from the results; "cma_es", a baseline.
+            few candidates and then Algorithm 1 from the results; "cma_es", a baseline; "yarn_grid", the baseline of a
+            YaRN whose ramp and scale are the best on the search documents.
         racing: confidence (0.99, say) with which a race decides before all documents are read whether a candidate is
             among the best, see `search/racing.py`; 0 reads all. A block of `documents_at_once` is the least that is
             read.
@@ -199,9 +201,11 @@ class SearchSettings(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("racing", "ramps"):
-            if getattr(self, name) and self.method == "cma_es":
+        for name, methods in (("racing", ("cma_es",)), ("ramps", ("cma_es", "yarn_grid"))):
+            if getattr(self, name) and self.method in methods:
                 raise ValueError(f"{name} = {getattr(self, name)} is not for method = {self.method!r}")
+        if self.method == "yarn_grid" and self.space != "paper":
+            raise ValueError(f"space = {self.space!r} is not for method = 'yarn_grid', which has the space of YaRN")
         if unknown := set(self.published) - set(PUBLISHED):
             raise ValueError(f"published = {self.published}: {unknown.pop()!r} is none of {', '.join(PUBLISHED)}")
         if not self.published and not self.seeds and self.space == "paper":
@@ -224,13 +228,16 @@ class SearchSettings(Settings):
             "gradient": 1 + has_ramps + self.gradient.rounds,
             "hybrid": 1 + self.evolution.restarts * (evolution + self.gradient.rounds),
             "cma_es": 1 + self.cma_es.iterations,
+            "yarn_grid": 2,
         }[self.method]
 
     def check_layout(self, layout: Layout) -> None:
         """Raises ValueError if documents can't be spread over the devices."""
         for name, term in self.terms.items():
             where = f"objective.{name}.length" if term.length else "target_length"
-            layout.check_length(term.length or self.target_length, where)
+            window = term.window(self.target_length)
+            has_margin = window > (term.length or self.target_length)
+            layout.check_length(window, f"{where} and margin" if has_margin else where)
 
     def search_space(self, config: LlamaConfig, mscale: float = 1.0) -> SearchSpace:
         """All candidates for a model with the temperature `mscale`; raises ValueError where there are none."""
@@ -261,6 +268,7 @@ class SearchSettings(Settings):
             "gradient": seeds + self.ramps + refined,
             "hybrid": evolved(seeds + self.ramps + refined),
             "cma_es": seeds + self.cma_es.evaluations,
+            "yarn_grid": seeds + YARN_GRID_SIZE,  # at most: some ramps of the grid are the same
         }[self.method]
 
     def forward_equivalents(self, blocks: int, start_tokens: int) -> float:

@@ -11,9 +11,9 @@ def test_every_file_is_a_document_of_one_split(tmp_path):
     (tmp_path / "texts").mkdir()
     for name, text in texts.items():
         (tmp_path / "texts" / name).write_text(text)
-    settings = DataSettings(folder=str(tmp_path / "texts"), shares=(0.5, 0.2, 0.3))
+    settings = DataSettings(folder=str(tmp_path / "texts"), shares=(0.5, 0.2, 0.3, 0.0))
     documents = read_documents(settings, tmp_path / "data")
-    assert {split: len(some) for split, some in documents.items()} == {"train": 5, "search": 2, "evaluation": 3}
+    assert {split: len(some) for split, some in documents.items()} == dict(train=5, search=2, evaluation=3, test=0)
     found = {document.name: document for some in documents.values() for document in some}
     assert set(found) == set(texts)
     for name, text in texts.items():

@@ -13,7 +13,7 @@ from longrope_jax.data.corpus import DataSettings
 from longrope_jax.data.sources import folder_fingerprint, open_source
 from longrope_jax.data.tokenizer import ByteTokenizer
 
-SPLITS = ("train", "search", "evaluation")
+SPLITS = ("train", "search", "evaluation", "test")
 
 
 def read(settings, data_dir="/nonexistent"):
@@ -64,7 +64,9 @@ def test_every_record_is_a_document_of_one_split(tmp_path, options):
     texts = write_records(tmp_path / "books", options=options)
     found = read(DataSettings(folder=str(tmp_path / "books")))
     assert sorted(text for _, text in everything(found)) == sorted(texts)
-    assert {split: len(documents) for split, documents in found.items()} == dict(train=28, search=4, evaluation=8)
+    assert {split: len(documents) for split, documents in found.items()} == dict(
+        train=28, search=4, evaluation=4, test=4
+    )
     assert dict(everything(found))["books-00001-of-00003.array_record/2"] == texts[7]
     again = read(DataSettings(folder=str(tmp_path / "books")))
     assert again == found
@@ -72,14 +74,15 @@ def test_every_record_is_a_document_of_one_split(tmp_path, options):
 
 def test_shares_say_who_gets_what(tmp_path):
     texts = write_records(tmp_path / "books")
-    only = read(DataSettings(folder=str(tmp_path / "books"), shares=(0.0, 0.0, 1.0)))
+    only = read(DataSettings(folder=str(tmp_path / "books"), shares=(0.0, 0.0, 1.0, 0.0)))
     assert (only["train"], only["search"], len(only["evaluation"])) == ([], [], len(texts))
-    half = read(DataSettings(folder=str(tmp_path / "books"), shares=(0.5, 0.5, 0.0)))
+    half = read(DataSettings(folder=str(tmp_path / "books"), shares=(0.5, 0.5, 0.0, 0.0)))
     assert (len(half["train"]), len(half["search"]), half["evaluation"]) == (20, 20, [])
 
 
 @pytest.mark.parametrize(
-    "shares", [(0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.5, 0.5), (0.9, 0.1, 0.0)]
+    "shares",
+    [(0.0, 0.0, 1.0, 0.0), (0.0, 1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.5, 0.0, 0.5), (0.9, 0.1, 0.0, 0.0)],
 )
 def test_shares_of_text_files(tmp_path, shares):
     (tmp_path / "texts").mkdir()
@@ -90,13 +93,13 @@ def test_shares_of_text_files(tmp_path, shares):
     assert len(everything(found)) == 20
     # Another cut of the same folder is another dataset, beside it.
     whole = read(DataSettings(folder=str(tmp_path / "texts")), tmp_path / "data")
-    assert [len(whole[split]) for split in SPLITS] == [14, 2, 4]
+    assert [len(whole[split]) for split in SPLITS] == [14, 2, 2, 2]
 
 
 def test_one_file_is_enough_where_one_split_has_a_share(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "only.txt").write_text("text")
-    found = read(DataSettings(folder=str(tmp_path / "texts"), shares=(0.0, 0.0, 1.0)), tmp_path / "data")
+    found = read(DataSettings(folder=str(tmp_path / "texts"), shares=(0.0, 0.0, 1.0, 0.0)), tmp_path / "data")
     assert found["evaluation"] == [("only.txt", b"text")]
 
 
@@ -159,9 +162,11 @@ def prepared(tmp_path_factory):
 def test_a_dataset_by_its_name_has_splits_of_its_own(prepared):
     for name in ("toy/own", "toy/own:1.2.0"):
         found = read(DataSettings(tfds=name, tfds_dir=str(prepared)))
-        for split, own in zip(SPLITS, Toy.SIZES, strict=True):
-            texts = [f"{own} {i} naïve" for i in range(Toy.SIZES[own])]
-            assert sorted(found[split]) == sorted((f"book_title: {t}", f"book_text: {t}".encode()) for t in texts)
+        assert abs(len(found["search"]) - len(found["evaluation"])) <= 1  # they share validation
+        found["validation"] = found.pop("search") + found.pop("evaluation")
+        for own, size in Toy.SIZES.items():
+            texts = [f"{own} {i} naïve" for i in range(size)]
+            assert sorted(found[own]) == sorted((f"book_title: {t}", f"book_text: {t}".encode()) for t in texts)
 
 
 def test_the_directory_of_a_dataset_is_a_folder(prepared):
@@ -188,8 +193,8 @@ def test_what_tfds_says_of_damaged_features_is_told_by_its_beginning(prepared, t
 
 
 def test_a_dataset_with_one_split_is_cut_by_shares(prepared):
-    found = read(DataSettings(tfds="toy/single", tfds_dir=str(prepared), shares=(0.5, 0.2, 0.3)))
-    assert [len(found[split]) for split in SPLITS] == [15, 6, 9]
+    found = read(DataSettings(tfds="toy/single", tfds_dir=str(prepared), shares=(0.5, 0.2, 0.1, 0.2)))
+    assert [len(found[split]) for split in SPLITS] == [15, 6, 3, 6]
     assert sorted(text for _, text in everything(found)) == sorted(f"text: train {i} naïve".encode() for i in range(30))
     assert {name for name, _ in everything(found)} == {f"train/{i}" for i in range(30)}
 
@@ -210,8 +215,8 @@ REFUSED = {
         r"text_feature = 'year' is no text of the dataset; those are article, summary",
     ),
     "shares": (
-        dict(tfds="toy/own", shares=(0.0, 0.0, 1.0)),
-        r"shares = \(0.0, 0.0, 1.0\): the dataset has its own splits, train, validation, test",
+        dict(tfds="toy/own", shares=(0.0, 0.0, 1.0, 0.0)),
+        r"shares = \(0.0, 0.0, 1.0, 0.0\): the dataset has its own splits, train, validation, test",
     ),
     "not prepared": (
         dict(tfds="pg19"),
@@ -249,9 +254,9 @@ BAD_SETTINGS = {
     "no dataset": (dict(tfds_dir="/a"), "tfds_dir = '/a' needs tfds"),
     "no source": (dict(text_feature="a"), "text_feature = 'a' needs tfds or a folder"),
     "suffix": (dict(suffix=".md"), "suffix = '.md' needs a folder"),
-    "two shares": (dict(shares=(0.5, 0.5)), r"shares = \(0.5, 0.5\) must be three numbers"),
-    "negative share": (dict(shares=(-0.5, 0.5, 1.0)), "shares = .* must be three numbers from 0 to 1"),
-    "sum": (dict(shares=(0.5, 0.2, 0.2)), "shares = .* must add up to 1, not 0.9"),
+    "two shares": (dict(shares=(0.5, 0.5)), r"shares = \(0.5, 0.5\) must be four numbers"),
+    "negative share": (dict(shares=(-0.5, 0.5, 1.0, 0.0)), "shares = .* must be four numbers from 0 to 1"),
+    "sum": (dict(shares=(0.5, 0.2, 0.1, 0.1)), "shares = .* must add up to 1, not 0.9"),
 }
 
 
@@ -282,7 +287,8 @@ def test_settings_for_another_kind_of_folder(tmp_path, prepared):
 
 def test_a_record_of_settings_has_what_was_given_only():
     assert DataSettings().to_record() == {}
-    assert DataSettings(tfds="pg19", shares=(0.0, 0.0, 1.0)).to_record() == {"tfds": "pg19", "shares": [0.0, 0.0, 1.0]}
+    shares = (0.0, 0.0, 1.0, 0.0)
+    assert DataSettings(tfds="pg19", shares=shares).to_record() == {"tfds": "pg19", "shares": list(shares)}
 
 
 # --- folders of text files -------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def two_texts(config, folder, tmp_path_factory):
         (books / f"book {k}.txt").write_text((folder / f"{k}.txt").read_text().upper())
     config = copy.deepcopy(config)
     with config.unlocked():
-        config.data_books = section(DataSettings(folder=str(books), shares=(0.0, 0.4, 0.6)))
+        config.data_books = section(DataSettings(folder=str(books), shares=(0.0, 0.4, 0.6, 0.0)))
         config.search.data = config.evaluate.data = "data_books"
     experiment.run(config, workdir)
     return config, workdir

@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    for k in range(12):
+    for k in range(24):
         (folder / f"{k}.txt").write_text(f"Text {k}: " + "the quick brown fox, and a lazy dog. " * 12)
     return folder
 

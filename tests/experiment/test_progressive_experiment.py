@@ -109,7 +109,9 @@ def test_a_stage_can_be_added_later_and_another_mesh_taken(progressive_config, c
     added = change(progressive_config, "stages", (*PROGRESSIVE_STAGES, "evaluate_again"))
     with added.unlocked():
         methods = {"longrope": Method("table"), "pi": Method("linear")}
-        added.evaluate_again = section(EvaluationSettings(lengths=(64,), documents=2, methods=methods, controls=()))
+        added.evaluate_again = section(
+            EvaluationSettings(lengths=(64,), documents=2, methods=methods, controls=(), margin=0.0)
+        )
         added.mesh = section(MeshSettings("seq:2"))
     experiment.run(added, copied)
     content = json.loads((copied / "report.json").read_text())

@@ -161,7 +161,7 @@ def test_splits_that_are_asked_for_later_are_cut_from_the_same_documents(tmp_pat
                 read(run, settings, both)
             continue
         found = names(read(run, settings, both))
-        assert found["train"] == first and len(found["evaluation"]) == 4
+        assert found["train"] == first and len(found["evaluation"]) == 2
         assert not set(first) & set(found["evaluation"])
 
 
@@ -192,8 +192,8 @@ def test_sections_have_tokens_of_their_own(tmp_path):
 
 def test_a_split_without_documents_is_refused_before_anything_is_tokenised(tmp_path, monkeypatch):
     forbid_work(monkeypatch)
-    settings = DataSettings(folder=make_folder(tmp_path / "texts").folder, shares=(0.0, 0.0, 1.0))
-    message = r"^config.data: no document is for search, which search would read; shares = \(0.0, 0.0, 1.0\)"
+    settings = DataSettings(folder=make_folder(tmp_path / "texts").folder, shares=(0.0, 0.0, 1.0, 0.0))
+    message = r"^config.data: no document is for search, which search would read; shares = \(0.0, 0.0, 1.0, 0.0\)"
     with pytest.raises(ValueError, match=message):
         read(tmp_path / "run", settings, {"evaluate": ("data", EVALUATION), "search": ("data", SEARCH)})
 

@@ -11,7 +11,7 @@ METHODS = {"yarn": Method("yarn"), "second": Method("yarn_mistral"), "ntk": Meth
 BASE = np.array([1.0, 1.5, 2.0, 1.2])
 
 
-def headline(shifts, methods=METHODS):
+def headline(shifts, methods=METHODS, late=0.0):
     """Of an evaluation whose methods have the NLL of `BASE`, shifted by so many nats per token."""
     settings = EvaluationSettings(lengths=(L, LONG), methods={name: methods[name] for name in shifts}, controls=())
     records = [
@@ -21,6 +21,8 @@ def headline(shifts, methods=METHODS):
             documents=["a", "b", "c", "d"],
             nll_sums=((BASE + shift) * TOKENS).tolist(),
             counts=[TOKENS] * 4,
+            nll_by_eighth=[float(np.mean(BASE + shift)) + (name == "longrope") * late * (k == 7) for k in range(8)],
+            nll_beyond=None,
             factors=dict(lam=[1.0], n_hat=0, mscale=1.0),
         )
         for length in (L, LONG)
@@ -49,3 +51,9 @@ def headline(shifts, methods=METHODS):
 )
 def test_the_headline_compares_longrope_with_the_best_yarn(shifts, text):
     assert text in headline(shifts)
+
+
+def test_the_headline_warns_of_a_part_of_the_window_in_which_longrope_is_worse():
+    told = headline(dict(yarn=0.1, longrope=0), late=0.2)
+    assert told.endswith("But LongRoPE is worse in parts of the window: eighth 8 (5.08, YaRN 4.60).")
+    assert "But" not in headline(dict(yarn=0.1, longrope=0), late=0.05)

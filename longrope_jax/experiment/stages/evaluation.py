@@ -61,34 +61,32 @@ def finished_records(path: epath.Path, stage: str, fields: Mapping[str, Kind], c
 
 
 def _check_evaluate(settings: EvaluationSettings, config: LlamaConfig, before: Before) -> None:
-    longest = max(settings.lengths)
     for name, target in method_targets(settings, before).items():
         source = settings.methods[name].factors
         is_table = isinstance(before.get(source), TableSettings | LoadSettings)
-        if target is not None and (longest > target if is_table else longest != target):
+        if target is not None and is_table and max(settings.lengths) > target:
             raise ValueError(
-                f"lengths = {settings.lengths} must end at {target}, which methods.{name}.factors = {source!r} is "
-                "for: all are compared at one scale"
+                f"lengths = {settings.lengths} must end at {target}, where methods.{name}.factors = {source!r} ends"
             )
 
 
 def _check_evaluate_data(settings: EvaluationSettings, context: RunContext) -> None:
-    documents = context.documents[settings.data]["evaluation"]
-    windows = fixed_windows(documents, max(settings.lengths), settings.documents, settings.seed)
+    window = settings.window(max(settings.lengths))
+    windows = fixed_windows(context.documents[settings.data][settings.split], window, settings.documents, settings.seed)
     if len(set(windows.names)) < 2:
         raise ValueError(
-            f"only {windows.names[0]!r} has the {max(settings.lengths) + 1} tokens of a window; intervals need two "
-            "evaluation documents at least"
+            f"only {windows.names[0]!r} has the {window + 1} tokens of a window with its margin; intervals need two "
+            f"{settings.split} documents at least"
         )
 
 
 def _check_evaluate_layout(settings: EvaluationSettings, config: LlamaConfig, layout: Layout) -> None:
     for length in settings.lengths:
-        layout.check_length(length, "lengths: window of")
+        layout.check_length(settings.window(length), "lengths: window with its margin")
 
 
 def _run_evaluate(settings: EvaluationSettings, context: RunContext, name: str) -> dict[str, Any]:
-    documents, methods = context.documents[settings.data]["evaluation"], evaluated_methods(settings, context)
+    documents, methods = context.documents[settings.data][settings.split], evaluated_methods(settings, context)
     found = run_evaluation(context.model, context.layout, methods, settings, documents, context.workdir, name)
     return {"lengths": list(settings.lengths), "seconds": sum(record["seconds"] for record in found)}
 
@@ -110,7 +108,7 @@ EVALUATE = Stage(
     _load_evaluate,
     inputs=method_inputs,
     programs=evaluate_programs,
-    splits=lambda settings: ("evaluation",),
+    splits=lambda settings: (settings.split,),
 )
 
 

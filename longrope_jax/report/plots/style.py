@@ -8,6 +8,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocat
 STYLES: dict[str, dict] = {
     "longrope": dict(color="#d62728", linewidth=2.4, marker="o", zorder=5),
     "lambda_only": dict(color="#d62728", marker="o", linestyle="--", markerfacecolor="white"),
+    "yarn_tuned": dict(color="#1f77b4", linewidth=2.0, marker="D"),
     "yarn": dict(color="#1f77b4", marker="s"),
     "yarn_without_temperature": dict(color="#1f77b4", marker="s", linestyle="--", markerfacecolor="white"),
     "yarn_mistral": dict(color="#1f77b4", marker="+", linestyle=":"),
@@ -24,6 +25,7 @@ LABELS = {
     "lambda_only": "LongRoPE, lambda only",
     "original": "original model",
     "tuned_at_original": "fine-tuned at L",
+    "yarn_tuned": "YaRN, tuned",
     "yarn": "YaRN",
     "yarn_without_temperature": "YaRN, no temperature",
     "yarn_mistral": "YaRN, Mistral's ramp",
