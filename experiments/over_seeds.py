@@ -3,12 +3,14 @@
     python experiments/over_seeds.py PICTURE.png runs/p0 runs/p1 runs/p2
 
 Prints perplexity by window length, as mean and range over the runs. For the longest window and for L it also prints the
-difference between LongRoPE and every other method per run, with the run's interval over documents. Mean and range of a
-few runs are not an interval; for three or more runs the table has a t interval of the mean difference.
+difference between LongRoPE and every other method per run, with the run's interval over documents, and where LongRoPE
+gains along the window against YaRN. Mean and range of a few runs are not an interval; for three or more runs the tables
+have a t interval of the mean difference over runs, which are models of their own if their seeds of pretraining differ.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,7 @@ def main(picture: str, *workdirs: str) -> None:
         )
         print(f"| {plots.label(method)} | {' | '.join(cells)} |")
 
-    for n in (lengths[-1], str(8 * original), str(original)):
+    for n in dict.fromkeys([lengths[-1], str(8 * original), str(original)]):
         print(f"\n| LongRoPE minus, at {n} tokens | {' | '.join(workdirs)} | mean [95 % t interval over runs] |")
         print("| --- |" + " --- |" * (len(workdirs) + 1))
         compared = [result["longrope_minus"][n] for result in results]
@@ -49,8 +51,32 @@ def main(picture: str, *workdirs: str) -> None:
             cells = [f"{e['difference']:+.3f} [{e['ci95'][0]:+.3f}, {e['ci95'][1]:+.3f}]" for e in entries]
             print(f"| {name} | {' | '.join(cells)} | {_t_interval([e['difference'] for e in entries])} |")
 
+    for other in ("yarn_tuned", "yarn_mistral"):
+        if other in results[0]["by_eighth"]:
+            along_windows(results, workdirs, other, lengths[-1])
+
     means = {int(n): {method: float(values[n, method].mean()) for method in methods} for n in lengths}
-    plots.perplexity_by_length(means, original, ["tuned_at_original"]).savefig(picture)
+    controls = [method for method in ("tuned_at_original", "unscaled") if method in methods][:1]
+    plots.perplexity_by_length(means, original, controls).savefig(picture)
+
+
+def along_windows(results: list[dict], workdirs: Sequence[str], other: str, longest: str) -> None:
+    """Prints LongRoPE minus another method on parts of the longest windows, in nats per token and as a change of the
+    mean perplexity in percent.
+    """
+    print(f"\n| LongRoPE minus {plots.label(other)} | {' | '.join(workdirs)} | mean [95 % t interval over runs] | % |")
+    print("| --- |" + " --- |" * (len(workdirs) + 2))
+    rows: dict[str, list[float]] = {"whole window": [], "worst eighth": [], "last eighth": [], "just beyond": []}
+    for result in results:
+        entries = result["perplexity"][longest]
+        eighths = np.log(result["by_eighth"]["longrope"]) - np.log(result["by_eighth"][other])
+        beyond = np.log(entries["longrope"]["beyond"]) - np.log(entries[other]["beyond"])
+        rows["whole window"].append(result["longrope_minus"][longest][other]["difference"])
+        for name, value in (("worst eighth", eighths.max()), ("last eighth", eighths[-1]), ("just beyond", beyond)):
+            rows[name].append(value)
+    for name, values in rows.items():
+        cells = " | ".join(f"{value:+.3f}" for value in values)
+        print(f"| {name} | {cells} | {_t_interval(values)} | {100 * np.expm1(np.mean(values)):+.1f} |")
 
 
 def _t_interval(differences: list[float]) -> str:

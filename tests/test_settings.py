@@ -340,3 +340,12 @@ def test_methods_are_checked_one_by_one(fields, message):
 def test_values_that_settings_refuse_name_the_section(key, fields, message):
     settings = SETTINGS[key]
     assert_refuses(type(settings), changed(settings, **fields), key, message)
+
+
+def test_the_released_search_is_that_of_the_released_code():
+    settings = SearchSettings.released(131072, 4096, documents=3)
+    assert settings.published == ("yarn",) and settings.n_hat == (0,) and settings.documents == 3
+    assert settings.upper_bound * 32 == pytest.approx(33) and settings.mscale[0] == pytest.approx(1.1902, abs=1e-4)
+    assert settings.terms["perplexity"].window(131072) == 131072
+    space = settings.search_space(LlamaConfig.preset("llama2_7b"))
+    assert space.high == pytest.approx(33) and space.mscale[0] == space.mscale[1]

@@ -56,9 +56,10 @@ def save_factors(path: epath.PathLike, factors: RopeFactors, **metadata: Any) ->
 def load_factors(path: epath.PathLike, head_dim: int | None = None) -> RopeFactors:
     """Reads factors from our .json or from a .csv of the released search.
 
-    A CSV has one factor per line, or, from older tools, one row of factors per layer (all rows must then be equal). If
-    there is one number more than rotary pairs, the first is n_hat. Without `head_dim` an odd count means this, because
-    no common model has an odd number of pairs. Factors that decrease somewhere only cause a warning.
+    A CSV has one factor per line, or one row of factors per layer (all rows must then be equal), with commas or, as in
+    the release, blanks between the numbers. If there is one number more than rotary pairs, the first is n_hat. Without
+    `head_dim` an odd count means this, because no common model has an odd number of pairs. Factors that decrease
+    somewhere only cause a warning.
 
     Raises:
         ValueError: names the file and what is wrong with it.
@@ -140,7 +141,7 @@ def _from_content(content: Mapping[str, Any]) -> RopeFactors:
 
 def _from_csv(text: str, head_dim: int | None) -> dict[str, Any]:
     """What a JSON file of the same factors has."""
-    lines = ([cell for cell in line.split(",") if cell.strip()] for line in text.splitlines())
+    lines = (line.replace(",", " ").split() for line in text.splitlines())
     rows = [[_number(cell) for cell in line] for line in lines if line]
     if not rows:
         raise ValueError("the file is empty")

@@ -38,15 +38,6 @@ def redraw(key: PRNGKeyArray, parent: Genes, space: SearchSpace, probability: fl
     return _redraw_visited(lam_key, child, visited, space, reach)
 
 
-def sweep(key: PRNGKeyArray, parent: Genes, space: SearchSpace, probability: float, reach: int) -> Genes:
-    """`redraw` of every pair, as in LongRoPE's released code. The other genes, which that code does not have, are
-    redrawn with `probability`.
-    """
-    lam_key, key = jax.random.split(key)
-    child = _mutate_others(key, parent, space, probability)
-    return _redraw_visited(lam_key, child, jnp.ones(child.lam.shape, bool), space, reach)
-
-
 def redraw_few(key: PRNGKeyArray, parent: Genes, space: SearchSpace, probability: float, reach: int) -> Genes:
     """`redraw` with a probability that every child draws for itself, log-uniform between that of one pair and
     `probability`. At least one free pair is redrawn.
@@ -66,7 +57,7 @@ def redraw_few(key: PRNGKeyArray, parent: Genes, space: SearchSpace, probability
 Mutation = Callable[..., Genes]
 """(key, parent, space, probability, reach) -> child."""
 
-MUTATIONS: dict[str, Mutation] = {"redraw": redraw, "redraw_few": redraw_few, "sweep": sweep}
+MUTATIONS: dict[str, Mutation] = {"redraw": redraw, "redraw_few": redraw_few}
 """By name in a config."""
 
 

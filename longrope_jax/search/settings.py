@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from longrope_jax.model import LlamaConfig
 from longrope_jax.model.config import REMAT_POLICIES
+from longrope_jax.rope import longrope_mscale
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.objective import TermSettings
 from longrope_jax.search.operators import CROSSOVERS, MUTATIONS
@@ -77,8 +78,8 @@ class EvolutionSettings(Settings):
 
     @classmethod
     def released(cls, **changes: Any) -> "EvolutionSettings":
-        """LongRoPE's released code (its `dim_mono`): every pair is redrawn, and a crossover is mostly one pair."""
-        return cls.paper(**dict(mutation="sweep", crossover="released") | changes)
+        """The operators of LongRoPE's released code (its `dim_mono`): a crossover is mostly one pair."""
+        return cls.paper(**dict(crossover="released") | changes)
 
     @property
     def evaluations(self) -> int:
@@ -198,6 +199,25 @@ class SearchSettings(Settings):
     cma_es: CmaEsSettings = field(default_factory=CmaEsSettings)
     held_out_documents: NonNegativeInt = 0
     data: str = "data"
+
+    @classmethod
+    def released(cls, target_length: int, original_length: int, **changes: Any) -> "SearchSettings":
+        """The search of LongRoPE's released code: its operators, YaRN as the only seed, no start tokens, lam up to
+        1 + s, the "su" temperature (`rope.longrope_mscale`), nothing read beyond the target. Lengths are tokens.
+
+        What differs still: its YaRN blends factors instead of frequencies, and it puts BOS before every window.
+        """
+        scale = target_length / original_length
+        mscale = longrope_mscale(scale, original_length)
+        released: dict[str, Any] = dict(
+            published=("yarn",),
+            n_hat=(0,),
+            upper_bound=(1 + scale) / scale,
+            mscale=(mscale, mscale),
+            objective={"perplexity": TermSettings(margin=0.0)},
+            evolution=EvolutionSettings.released(),
+        )
+        return cls(target_length, **released | changes)
 
     def __post_init__(self):
         super().__post_init__()

@@ -95,15 +95,28 @@ def test_no_metadata_is_an_empty_dict(tmp_path):
         "1,1.5,2,4",
         "1\r\n1.5\r\n2\r\n4\r\n",
         "\n 1\n1.5\n\n2\n4\n\n",
+        "1.0 1.5 2.0 4.0\n" * 3,
+        " 1.000  1.500\t2.000 4.000 \n1 1.5 2 4",
     ],
-    ids=["rows", "same numbers in other digits", "spaces and blank lines", "one row", "windows", "column with blanks"],
+    ids=[
+        "rows",
+        "same numbers in other digits",
+        "spaces and blank lines",
+        "one row",
+        "windows",
+        "column with blanks",
+        "release",
+        "blanks",
+    ],
 )
 def test_csv_layouts(tmp_path, text, head_dim):
     assert_same(load_factors(write(tmp_path / "f.csv", text), head_dim), make_factors())
 
 
 @pytest.mark.parametrize("head_dim", [None, 8])
-@pytest.mark.parametrize("text", ["12\n1\n1.5\n2\n4\n", "12.0,1,1.5,2,4\n" * 2], ids=["column", "rows"])
+@pytest.mark.parametrize(
+    "text", ["12\n1\n1.5\n2\n4\n", "12.0,1,1.5,2,4\n" * 2, "12 1 1.5 2 4"], ids=["column", "rows", "blanks"]
+)
 def test_csv_with_one_number_more_has_n_hat_first(tmp_path, text, head_dim):
     assert_same(load_factors(write(tmp_path / "f.csv", text), head_dim), make_factors(n_hat=12))
 

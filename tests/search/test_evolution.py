@@ -259,7 +259,7 @@ def test_there_is_no_race_before_there_are_as_many_parents_as_there_may_be():
 def test_settings_by_name_keep_other_numbers():
     paper, released = EvolutionSettings.paper(iterations=3), EvolutionSettings.released(population=7)
     assert (paper.mutation, paper.mutation_probability, paper.reach, paper.crossover) == ("redraw", 0.3, 1, "uniform")
-    assert (released.mutation, released.reach, released.crossover) == ("sweep", 1, "released")
+    assert (released.mutation, released.reach, released.crossover) == ("redraw", 1, "released")
     assert (paper.iterations, released.population, paper.candidates_per_evaluation, released.restarts) == (3, 7, 1, 1)
 
 

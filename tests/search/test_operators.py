@@ -157,13 +157,6 @@ def test_a_narrow_redraw_draws_between_the_neighbours_uniformly():
     assert abs(drawn.mean() - 3.0) < 5 * drawn.std() / np.sqrt(len(drawn))
 
 
-def test_a_sweep_redraws_every_pair_whatever_the_probability():
-    parent = genes(np.linspace(1.5, 9.5, 16))
-    children = mutants(parent, "sweep", probability=0.01)
-    assert ((children.lam != parent.lam).mean(axis=0) > 0.9).all()
-    assert (children.n_hat == 0).mean() > 0.9
-
-
 @pytest.mark.parametrize("kind", CROSSOVERS)
 def test_children_of_two_parents_stay_within_the_space(kind):
     for better in SEEDS.values():
