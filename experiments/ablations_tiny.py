@@ -107,6 +107,7 @@ def _first_evaluations() -> dict[str, lr.EvaluationSettings]:
     searched, unscaled = lr.Method("table_searched", "pretrain"), lr.Method("original", "pretrain")
     return {
         "evaluate_table1_methods": lr.EvaluationSettings(
+            split="test",
             lengths=(L, 2 * L, 4 * L, 8 * L),
             documents=DOCUMENTS,
             methods={
@@ -120,6 +121,7 @@ def _first_evaluations() -> dict[str, lr.EvaluationSettings]:
             compared=(("longrope", "yarn"), ("longrope", "ntk")),
         ),
         "evaluate_table11_forms": lr.EvaluationSettings(
+            split="test",
             lengths=(L, 4 * L, 8 * L),
             documents=DOCUMENTS,
             methods={
@@ -145,6 +147,7 @@ def _recovery() -> dict[str, lr.SearchSettings | lr.TableSettings | lr.Evaluatio
         ),
         "table_tuned": lr.TableSettings(lengths=(8 * L,), factors=("search_8x",), model="finetune_8x"),
         "evaluate_table10_recovery": lr.EvaluationSettings(
+            split="test",
             lengths=(L, 2 * L),
             documents=4 * DOCUMENTS,
             methods={
@@ -174,6 +177,7 @@ def _second_extension() -> dict[str, lr.SearchSettings | lr.TableSettings | lr.E
     for name, factors in sources.items():
         stages[f"table_second_{name}"] = lr.TableSettings(lengths=lengths, factors=factors, model="finetune_8x")
     stages["evaluate_table9_second_extension"] = lr.EvaluationSettings(
+        split="test",
         lengths=lengths,
         documents=LONG_DOCUMENTS,
         methods={

@@ -130,13 +130,14 @@ def _evaluate(config: ConfigDict) -> None:
     sliding = dict(stride=256, tokens_at_once=256 * K, methods=tuned | original, controls=("original",))
     lengths = tuple(length * K for length in (4, 8, 16, 32, 64, 128, 256))
     config.evaluate_proofpile = lr.section(
-        lr.EvaluationSettings(lengths=lengths, documents=10, data="data_proofpile", **sliding)
+        lr.EvaluationSettings(lengths=lengths, split="test", documents=10, data="data_proofpile", **sliding)
     )
     config.evaluate_pg19 = lr.section(
-        lr.EvaluationSettings(lengths=lengths[1:6], data="data_pg19", documents=10, **sliding)
+        lr.EvaluationSettings(lengths=lengths[1:6], split="test", data="data_pg19", documents=10, **sliding)
     )
     config.evaluate_books = lr.section(
         lr.EvaluationSettings(
+            split="test",
             lengths=tuple(length * K for length in (8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
             stride=256 * K,
             tokens_at_once=256 * K,

@@ -77,6 +77,7 @@ def mixed_windows(load: lr.LoadSettings, original: int) -> ConfigDict:
     lengths = tuple(length * K for length in (4, 8, 16, 32, 64, 128))
     config.evaluate = lr.section(
         lr.EvaluationSettings(
+            split="test",
             lengths=lengths,
             stride=256,
             tokens_at_once=TARGET,

@@ -78,7 +78,7 @@ def get_config(head_dim: str = "32") -> ConfigDict:
             )
         )
     methods = {name: Method(f"search_{name}") for name in OBJECTIVES} | {"yarn": Method("yarn_without_temperature")}
-    config.evaluate = section(EvaluationSettings(lengths=(TARGET,), methods=methods, controls=()))
+    config.evaluate = section(EvaluationSettings(lengths=(TARGET,), split="test", methods=methods, controls=()))
     config.retrieval_8x = section(RetrievalSettings(lengths=(TARGET,), methods=methods, tries=100, **cloze))
     config.mesh = section(MeshSettings())
     config.profile = section(ProfileSettings())

@@ -123,6 +123,7 @@ def get_config() -> ConfigDict:
 
     config.evaluate = lr.section(
         lr.EvaluationSettings(
+            split="test",
             lengths=(L // 2, L, 2 * L, 4 * L, 8 * L, 16 * L, 32 * L, 64 * L),
             documents=16,
             methods={

@@ -99,7 +99,7 @@ def get_config(head_dim: str = "32") -> ConfigDict:
     for name, settings in ways.items():
         config[f"search_{name}"] = section(settings)
     methods = {name: Method(f"search_{name}") for name in ways} | {"yarn": Method("yarn_without_temperature")}
-    config.evaluate = section(EvaluationSettings(lengths=(LENGTH,), methods=methods, controls=()))
+    config.evaluate = section(EvaluationSettings(lengths=(LENGTH,), split="test", methods=methods, controls=()))
     return config
 
 

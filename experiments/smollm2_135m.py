@@ -55,7 +55,7 @@ def _full(config: ConfigDict) -> None:
     longrope = {"longrope": lr.Method("table")}
     config.evaluate = lr.section(
         lr.EvaluationSettings(
-            lengths=(L // 4, L, *lengths), documents=10, methods={**lr.published_methods(), **longrope}
+            split="test", lengths=(L // 4, L, *lengths), documents=10, methods={**lr.published_methods(), **longrope}
         )
     )
     methods = {
@@ -84,7 +84,7 @@ def _laptop(config: ConfigDict) -> None:
     methods = {name: method for name, method in lr.published_methods().items() if name in compared}
     config.evaluate = lr.section(
         lr.EvaluationSettings(
-            lengths=(L // 4, L, target), documents=4, methods={**methods, "longrope": lr.Method("table")}
+            split="test", lengths=(L // 4, L, target), documents=4, methods={**methods, "longrope": lr.Method("table")}
         )
     )
     config.retrieval = lr.section(

@@ -2,10 +2,9 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import command_line
 import jax
 import numpy as np
 import pytest
@@ -262,12 +261,9 @@ def test_pieces_are_whole_characters(checkpoint):
 
 
 def test_the_command_line_writes_and_explains(checkpoint, prompts):
-    command = [sys.executable, "-m", "longrope_jax.main", "--mode=generate"]
-
-    def run(*arguments):
-        return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
-
-    found = run(f"--pretrained={checkpoint}", f"--prompt_file={prompts[0]}", "--max_new_tokens=5")
+    found = command_line.run(
+        "--mode=generate", f"--pretrained={checkpoint}", f"--prompt_file={prompts[0]}", "--max_new_tokens=5"
+    )
     assert found.returncode == 0 and found.stdout.endswith("\n") and len(found.stdout) > 1
-    missing = run(f"--pretrained={checkpoint}")
+    missing = command_line.run("--mode=generate", f"--pretrained={checkpoint}")
     assert missing.returncode == 2 and missing.stderr.strip().endswith("--mode=generate needs --prompt_file")

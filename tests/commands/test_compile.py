@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import command_line
 import jax
 import pytest
 from ml_collections import ConfigDict
@@ -392,7 +391,6 @@ COMMANDS = {
 
 @pytest.mark.parametrize(("flags", "told"), COMMANDS.values(), ids=COMMANDS)
 def test_the_command_line_says_so_in_one_line(tmp_path, flags, told):
-    line = [sys.executable, "-m", "longrope_jax.main", "--mode=compile", "--config=experiments/quickstart.py"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run([*line, f"--workdir={tmp_path}", *flags], cwd=root, capture_output=True, text=True)
+    config = Path(__file__).parents[2] / "experiments" / "quickstart.py"
+    done = command_line.run("--mode=compile", f"--config={config}", f"--workdir={tmp_path}", *flags)
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -2,9 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 
+import command_line
 import numpy as np
 import pytest
 
@@ -167,8 +166,8 @@ def test_what_is_no_comparison_is_refused(tmp_path, names, message):
 def test_the_command_compares_and_refuses_in_one_line(tmp_path):
     for name in ("one", "two"):
         write_run(tmp_path / name, 1)
-    line = [sys.executable, "-m", "longrope_jax.main", "--mode=compare", f"--workdir={tmp_path / 'out'}"]
-    done = subprocess.run([*line, tmp_path / "one", tmp_path / "two"], capture_output=True, text=True, check=True)
+    line = ["--mode=compare", f"--workdir={tmp_path / 'out'}"]
+    done = command_line.run(*line, tmp_path / "one", tmp_path / "two")
     assert done.stdout.strip() == f"report: {tmp_path / 'out' / 'compare.md'}"
-    done = subprocess.run([*line, tmp_path / "one", tmp_path / "gone"], capture_output=True, text=True)
+    done = command_line.run(*line, tmp_path / "one", tmp_path / "gone")
     assert done.returncode == 2 and done.stderr == f"error: work directory {tmp_path / 'gone'} is not there\n"
