@@ -46,7 +46,7 @@ def config(tmp_path_factory):
         search=SearchSettings(
             target_length=TARGET,
             documents=3,
-            objective={"text": TermSettings(margin=0.0), "needle": TermSettings("needle", share=2.0, documents=2)},
+            objective={"text": TermSettings.paper(), "needle": TermSettings("needle", share=2.0, documents=2)},
             method="hybrid",
             racing=0.9,
             published=("yarn", "linear"),

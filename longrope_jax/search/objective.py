@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,8 +41,10 @@ class TermSettings(Settings):
         share: of the score, relative to the other terms' shares.
         length: tokens; 0 is the target length. A term for every length of 1x to 8x gives factors that serve them all.
         documents: how many; 0 as many as the search has.
-        margin: of perplexity, how much is read and scored beyond the length, as a share of it. Without a margin a
-            search gives up the last tokens of the window for a lower mean (docs/results/search.md).
+        margin: of perplexity, how much is read and scored beyond the length, as a share of it.
+        end_weight: of perplexity, the share of the score that the last eighth of the length and the margin get on top;
+            the rest is spread evenly over all tokens. With neither, which is the paper's objective (`paper`), a search
+            gives up the last tokens of the window for a lower mean (docs/results/quickstart.md).
     """
 
     kind: str = "perplexity"
@@ -50,11 +52,17 @@ class TermSettings(Settings):
     length: NonNegativeInt = 0
     documents: NonNegativeInt = 0
     margin: Annotated[float, Rule(lambda share: 0 <= share <= 1, "must lie between 0 and 1")] = 1 / 16
+    end_weight: Annotated[float, Rule(lambda share: 0 <= share <= 1, "must lie between 0 and 1")] = 0.25
 
     def __post_init__(self):
         super().__post_init__()
         if self.kind not in OBJECTIVES:
             raise ValueError(f"kind = {self.kind!r} must be one of {', '.join(OBJECTIVES)}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "TermSettings":
+        """The paper's objective: all tokens of the length count the same, and nothing is read beyond (sec. 3.2)."""
+        return cls(**dict(margin=0.0, end_weight=0.0) | changes)
 
     def window(self, target_length: int) -> int:
         """How many tokens are read, the margin included."""
@@ -130,14 +138,24 @@ def make_terms(
     """
     terms = {}
     for name, term in settings.items():
+        make, window = OBJECTIVES[term.kind], term.window(target_length)
         try:
-            made = OBJECTIVES[term.kind](
-                documents, tokenizer, term.window(target_length), term.documents or count, seed
-            )
+            made = make(documents, tokenizer, window, term.documents or count, seed)
         except ValueError as error:
             raise ValueError(f"objective.{name}: {error}{_margin(term, target_length)}") from None
+        if term.kind == "perplexity":
+            weights = _end_weights(window, term.length or target_length, term.end_weight)
+            made = made._replace(weights=np.tile(weights, (len(made.tokens), 1)))
         terms[name] = made._replace(share=term.share)
     return terms
+
+
+def _end_weights(window: int, length: int, end_weight: float) -> Float[np.ndarray, "T"]:
+    """Weights of targets that sum to 1: even, and `end_weight` of all on the last eighth of the length and beyond."""
+    weights = np.full(window, (1 - end_weight) / window)
+    end = 7 * length // 8
+    weights[end:] += end_weight / (window - end)
+    return weights.astype(np.float32)
 
 
 def _margin(term: TermSettings, target_length: int) -> str:

@@ -214,7 +214,7 @@ class SearchSettings(Settings):
             n_hat=(0,),
             upper_bound=(1 + scale) / scale,
             mscale=(mscale, mscale),
-            objective={"perplexity": TermSettings(margin=0.0)},
+            objective={"perplexity": TermSettings.paper()},
             evolution=EvolutionSettings.released(),
         )
         return cls(target_length, **released | changes)

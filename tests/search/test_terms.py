@@ -142,3 +142,22 @@ def test_text_that_does_not_suffice_is_told_with_the_name_of_the_term(tokenizer,
     with pytest.raises(ValueError, match=message) as caught:
         make_terms({"mine": term}, documents_of(tokenizer), tokenizer, 300, 2, 0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("margin", "end_weight"), [(1 / 16, 0.25), (0.0, 0.5), (0.25, 0.0), (0.0, 0.0)])
+def test_the_end_of_the_window_and_the_margin_have_a_weight_of_their_own(margin, end_weight):
+    length, tokenizer = 160, TOKENIZERS["bytes"]
+    settings = {"text": TermSettings(margin=margin, end_weight=end_weight)}
+    (term,) = make_terms(settings, documents_of(tokenizer), tokenizer, length, 3, 0).values()
+    window = round(length * (1 + margin))
+    assert term.weights.shape == (3, window) and term.tokens.shape == (3, window + 1)
+    np.testing.assert_allclose(term.weights.sum(1), 1, rtol=1e-6)
+    end = term.weights[0, 140:].sum()
+    np.testing.assert_allclose(end, end_weight + (1 - end_weight) * (window - 140) / window, rtol=1e-6)
+    assert len(set(term.weights[0, :140])) == len(set(term.weights[0, 140:])) == 1
+
+
+def test_the_papers_objective_is_the_mean_over_the_length():
+    tokenizer = TOKENIZERS["bytes"]
+    (term,) = make_terms({"text": TermSettings.paper()}, documents_of(tokenizer), tokenizer, 160, 3, 0).values()
+    np.testing.assert_array_equal(term.weights, np.full((3, 160), np.float32(1 / 160)))
