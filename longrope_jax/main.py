@@ -2,10 +2,10 @@
 
 `--mode=generate --prompt_file=FILE` continues a text, with a model of the experiment's or `--pretrained=PATH`.
 `--mode=compile --topology=v5p:4x4x4` compiles every stage for that slice, without one, and says what will fit.
-`--mode=compare DIR DIR...` puts finished work directories side by side, as compare.md and compare.html in --workdir.
+`--mode=compare DIR DIR...` compares finished work directories; it writes compare.md and compare.html to --workdir.
 
-Exit status: 0 done, 2 something that the user can mend, 75 (EX_TEMPFAIL) asked to stop and everything saved, 130
-interrupted from the keyboard.
+Exit status: 0 done; 2 the user can mend it; 75 (EX_TEMPFAIL) asked to stop, everything is saved; 130 interrupted from
+the keyboard.
 """
 
 import contextlib
@@ -22,16 +22,14 @@ from ml_collections import config_flags
 # The library is imported where it is used: JAX takes a second, which `--help` and a mistyped flag need not wait for.
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file with get_config().")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where everything the experiment makes is kept. compare: where it is written, . by default."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The work directory. compare: where it is written, . by default.")
 _CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Where compiled programs are kept for the next start; on accelerators by default in the "
     "work directory, '' keeps none."
 )  # fmt: skip
 _MODE = flags.DEFINE_enum(
     "mode", "run", ["run", "generate", "compile", "compare"], "Run the experiment, write text with a model, compile "
-    "all stages for a slice of TPUs that need not be there, or put finished work directories side by side."
+    "all stages for a slice of TPUs that need not be there, or compare finished work directories."
 )  # fmt: skip
 _TOPOLOGY = flags.DEFINE_string("topology", None, "compile: chip and shape of the slice, such as v5p:4x4x4.")
 _PRETRAINED = flags.DEFINE_string(
@@ -64,7 +62,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one i
 
 def main(argv: list[str]) -> None:
     """Runs the experiment; what the user can mend ends in one line and exit status 2."""
-    logging.set_verbosity(logging.WARNING)  # libraries tell their life at INFO
+    logging.set_verbosity(logging.WARNING)  # libraries log much at INFO
     with contextlib.ExitStack() as until_done:
         _run(argv, until_done)
 
@@ -151,7 +149,7 @@ def keep_programs(directory: str | None, workdir: epath.PathLike | None) -> None
     Args:
         directory: a path, gs:// among them; "" for no cache; None for what JAX is configured with
             (`JAX_COMPILATION_CACHE_DIR`), else `compilation_cache` in the work directory where there are accelerators.
-            On CPUs programs compile in seconds, and are good for one make of processor only.
+            On CPUs programs compile in seconds, and run only on the kind of processor they were compiled for.
         workdir: the work directory, if there is one.
     """
     import jax

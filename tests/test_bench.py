@@ -44,7 +44,7 @@ def test_every_benchmark_has_ratios(bench):
     assert {path.stem for path in FOLDER.glob("*.py")} == {*bench.BENCHMARKS, *others}
 
 
-def test_what_has_changed_is_told_as_better_or_worse_whichever_way_is_up(bench):
+def test_what_has_changed_is_reported_as_better_or_worse_whichever_way_is_up(bench):
     before = run_of("old", ratio("speed", 2.0), ratio("cost", 3.0, "lower"), ratio("same", 1.0), ratio("gone", 1.0))
     after = run_of("new", ratio("speed", 1.0), ratio("cost", 2.0, "lower"), ratio("same", 1.05), ratio("new one", 7.0))
     found = rows(bench.changes(before, after))
@@ -53,12 +53,12 @@ def test_what_has_changed_is_told_as_better_or_worse_whichever_way_is_up(bench):
     assert found["gone"] == ["1", "gone", ""] and found["new one"] == ["new", "7", ""]
 
 
-def test_other_versions_are_told(bench):
+def test_other_versions_are_reported(bench):
     text = bench.changes(run_of("old", ratio("speed", 1.0)), run_of("new", ratio("speed", 1.0), jax="0.12.0"))
     assert "jax: 0.10.2 before, 0.12.0 after" in text and "load" not in text
 
 
-def test_a_benchmark_that_is_not_installed_or_fails_is_told_in_its_place(bench, monkeypatch, tmp_path):
+def test_a_benchmark_that_is_not_installed_or_fails_is_reported_in_its_place(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "PARITY", tmp_path / "python")
     (missing,) = bench.measure("versus_pytorch")
     assert "not installed: make parity" in bench.summary([missing])

@@ -100,7 +100,7 @@ def test_errors_are_named():
     assert not {name: found for name, found in problems(ast.FunctionDef, find).items() if name not in caught}
 
 
-def test_shapes_are_told():
+def test_shapes_are_reported():
     def find(_, node: ast.FunctionDef) -> set[str]:
         annotations = arguments(node) | {"the result": node.returns}
         bare = {

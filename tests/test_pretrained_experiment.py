@@ -113,7 +113,7 @@ def test_the_model_is_the_checkpoint_s_not_the_config_s(config):
 @pytest.mark.parametrize(
     ("path", "told"), [("/nowhere", "config.load: .*does not exist"), ("", "config.load: path = '' is empty")]
 )
-def test_a_bad_path_is_told_before_any_work(config, path, told):
+def test_a_bad_path_is_reported_before_any_work(config, path, told):
     changed = ConfigDict(config.to_dict())
     changed.load.path = path
     with pytest.raises(ValueError, match=told):
@@ -237,7 +237,7 @@ def test_text_is_written_from_a_path_and_from_a_work_directory(config, checkpoin
     assert f"==> {prompts[1]} <==\n{both[1]}" in capsys.readouterr().out
 
 
-def test_what_can_t_be_written_is_told(config, checkpoint, workdir, prompts):
+def test_what_can_t_be_written_is_reported(config, checkpoint, workdir, prompts):
     loaded = generate.from_path(str(checkpoint), "", MeshSettings())
     with pytest.raises(ValueError, match="241 tokens and max_new_tokens = 12 make 253; .* ends at 64"):
         generate.write(loaded, settings_for(prompts[1]))

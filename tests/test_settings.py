@@ -136,13 +136,13 @@ def test_an_unknown_field_names_the_closest(fields, message):
     assert_refuses(PretrainSettings, changed(PRETRAIN, **fields), "pretrain", message)
 
 
-def test_a_long_value_is_told_by_its_beginning():
+def test_a_long_value_is_reported_by_its_beginning():
     with pytest.raises(ValueError, match="config.mesh.axes = ") as caught:
         parse(MeshSettings, ConfigDict({"axes": (2**53,) * 2000}), "mesh")
     assert len(str(caught.value)) < 500
 
 
-def test_what_settings_say_of_a_long_value_is_told_by_its_beginning():
+def test_what_settings_say_of_a_long_value_is_reported_by_its_beginning():
     with pytest.raises(ValueError, match=r"config.export: cost_lengths = \(-1, -1") as caught:
         parse(ExportSettings, ConfigDict({"factors": "table", "cost_lengths": (-1,) * 2000}), "export")
     assert len(str(caught.value)) < 2000

@@ -68,14 +68,14 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def told(entry: dict) -> str:
+def describe(entry: dict) -> str:
     """A ratio, or why there is none."""
     return entry.get("missing") or entry.get("failed") or f"{entry['ratio']:.3g}"
 
 
 def summary(results: list[dict]) -> str:
     """The table of one run."""
-    rows = [[entry["case"], told(entry), entry.get("against", ""), entry.get("better", "")] for entry in results]
+    rows = [[entry["case"], describe(entry), entry.get("against", ""), entry.get("better", "")] for entry in results]
     return markdown_table(["benchmark", "ratio", "of what", "better"], rows)
 
 
@@ -91,9 +91,11 @@ def changes(before: dict, after: dict) -> str:
             mark = f"{factor:.2f}" + (
                 " better" if factor > WORTH_A_LOOK else " worse" if factor < 1 / WORTH_A_LOOK else ""
             )
-        rows.append([case, told(old[case]) if case in old else "new", told(entry), mark])
+        rows.append([case, describe(old[case]) if case in old else "new", describe(entry), mark])
     rows += [
-        [case, told(old[case]), "gone", ""] for case in old if case not in {entry["case"] for entry in after["ratios"]}
+        [case, describe(old[case]), "gone", ""]
+        for case in old
+        if case not in {entry["case"] for entry in after["ratios"]}
     ]
     differing = [
         f"{key}: {before['machine'].get(key)} before, {value} after"

@@ -246,7 +246,7 @@ def shortened(config, *stages):
     return config
 
 
-def test_what_does_not_fit_is_told_with_what_to_turn(to_compile, slice_of_cpus, tmp_path):
+def test_what_does_not_fit_is_reported_with_what_to_turn(to_compile, slice_of_cpus, tmp_path):
     config = shortened(to_compile, "pretrain", "search", "finetune", "table", "evaluate")
     config.evaluate.tokens_at_once = 4096
     slice_of_cpus(Chip("small", "Small", 1e9, 2**19, 1e9, 1e8, 3))
@@ -266,7 +266,7 @@ def test_what_does_not_fit_is_told_with_what_to_turn(to_compile, slice_of_cpus, 
     )
 
 
-def test_the_optimizer_counts_while_held_out_documents_are_judged(to_compile, slice_of_cpus, tmp_path):
+def test_the_optimizer_counts_while_held_out_documents_are_evaluated(to_compile, slice_of_cpus, tmp_path):
     """Two moments of every parameter, float32, cut over four devices; and the counter of steps."""
     config = shortened(to_compile, "pretrain", "search", "finetune")
     config.finetune.optimizer.learning_rate = 1e-4
@@ -327,7 +327,7 @@ def test_a_slice_of_no_known_name_or_shape(topology):
         describe_slice(topology, MeshSettings())
 
 
-def test_a_slice_that_cannot_be_described_is_told_with_what_to_install():
+def test_a_slice_that_cannot_be_described_is_reported_with_what_to_install():
     """There are none of this shape; without libtpu, none at all."""
     with pytest.raises(ValueError, match="^topology = 'v5p:4x4' can't be described .*requirements-tpu.txt") as caught:
         describe_slice("v5p:4x4", MeshSettings())

@@ -184,7 +184,7 @@ def test_a_feature_that_is_in_no_example_is_no_text(prepared, tmp_path):
         read(DataSettings(folder=str(folder)))
 
 
-def test_what_tfds_says_of_damaged_features_is_told_by_its_beginning(prepared, tmp_path):
+def test_what_tfds_says_of_damaged_features_is_reported_by_its_beginning(prepared, tmp_path):
     folder = shutil.copytree(prepared / "toy" / "single" / "1.2.0", tmp_path / "single")
     (folder / "features.json").write_text(json.dumps({"featuresDict": [2**60] * 2000, "pythonClassName": "x"}))
     with pytest.raises(ValueError, match=f"data folder '{folder}'") as caught:

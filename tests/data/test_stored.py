@@ -181,7 +181,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
     assert documents[1].tokens[:3].tolist() == [70_000, 100_000 + ord("m"), 100_000 + ord("o")]
 
 
-def test_documents_of_one_name_are_told_apart(tmp_path):
+def test_documents_of_one_name_are_distinguished(tmp_path):
     texts = Texts(range(3), 30, lambda numbers: (("Poems", b"text %d" % number) for number in numbers))
     folder = epath.Path(tmp_path)
     token_files.write_shards(folder, "train", texts, TOKENIZER)

@@ -71,7 +71,7 @@ def test_a_cost_that_is_no_number_survives_its_file():
         ((), (30, 30), "what is dropped has to be measured, but none of 2 documents has the 33 tokens"),
     ],
 )
-def test_where_it_can_t_be_measured_is_told(lengths, sizes, told):
+def test_where_it_can_t_be_measured_is_reported(lengths, sizes, told):
     documents = [Document(f"d{k}", np.zeros(size, np.uint16), size) for k, size in enumerate(sizes)]
     with pytest.raises(ValueError, match=told):
         cost_windows(FOUND, lr.FactorTable.of({16: PLAIN, 64: WIDE}), documents, lengths, 4)

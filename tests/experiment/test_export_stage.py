@@ -79,7 +79,7 @@ def test_an_experiment_ends_with_a_folder_that_holds_its_model_and_factors(check
     assert (tmp_path / "export" / "README.md").read_text() == card
 
 
-def test_what_was_found_stops_the_export_until_it_may_be_dropped_and_then_its_cost_is_told(
+def test_what_was_found_stops_the_export_until_it_may_be_dropped_and_then_its_cost_is_reported(
     checkpoint, text, tmp_path, caplog
 ):
     table = TableSettings(lengths=(L, TARGET), factors=("load", "linear"))
@@ -164,7 +164,7 @@ BEFORE = {
         ({"dtype": "float16"}, "dtype = 'float16' must be one of float32, bfloat16, ''"),
     ],
 )
-def test_bad_settings_are_told_before_anything_starts(changes, told):
+def test_bad_settings_are_reported_before_anything_starts(changes, told):
     with pytest.raises(ValueError, match=told):
         EXPORT.check(ExportSettings(**{"factors": "table", **changes}), MODEL, BEFORE)
 

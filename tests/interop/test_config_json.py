@@ -123,7 +123,7 @@ def test_what_is_wrong_is_named(change, told):
         parse_config({**CONFIG, **change})
 
 
-def test_all_that_is_wrong_is_told_at_once_and_nothing_twice():
+def test_all_that_is_wrong_is_reported_at_once_and_nothing_twice():
     wrong = dict(
         architectures=["GemmaForCausalLM"],
         hidden_act="gelu",
@@ -145,7 +145,7 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_twice():
         assert problem.startswith(start)
 
 
-def test_the_factors_are_judged_once_the_rest_is_right():
+def test_the_factors_are_checked_once_the_rest_is_right():
     wrong = dict(rope_scaling={**SU, "long_factor": [1.0]}, hidden_size=0)
     with pytest.raises(ValueError, match="^hidden_size = 0 [^;]*$"):
         parse_rotation({**CONFIG, **wrong, ORIGINAL: 16})

@@ -116,7 +116,7 @@ def test_start_tokens_reach_a_csv_and_no_config_in_silence(tmp_path, capsys, cap
         ('{"head_dim": 8}', "max_position_embeddings = None"),
     ],
 )
-def test_what_is_no_file_of_factors_is_told_with_its_name(tmp_path, content, told):
+def test_what_is_no_file_of_factors_is_reported_with_its_name(tmp_path, content, told):
     (tmp_path / "f.json").write_text(content)
     with pytest.raises(ValueError, match=rf"f\.json.*{told}"):
         read_factors(tmp_path / "f.json")
@@ -133,7 +133,7 @@ def test_what_is_no_file_of_factors_is_told_with_its_name(tmp_path, content, tol
     ],
 )
 @pytest.mark.parametrize("around", [{}, CONFIG])
-def test_a_long_value_is_told_by_its_beginning(tmp_path, rope, around):
+def test_a_long_value_is_reported_by_its_beginning(tmp_path, rope, around):
     if isinstance(rope, dict):
         rope = {"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 64,
                 "long_factor": [1.0] * 4, "short_factor": [1.0] * 4} | rope  # fmt: skip
@@ -143,7 +143,7 @@ def test_a_long_value_is_told_by_its_beginning(tmp_path, rope, around):
     assert len(str(caught.value)) < 1000
 
 
-def test_a_long_target_length_is_told_by_its_beginning(tmp_path):
+def test_a_long_target_length_is_reported_by_its_beginning(tmp_path):
     save_factors(tmp_path / "one.json", LONG, target_length=[2**31] * 2000)
     with pytest.raises(ValueError, match=r"target_length = \[2147483648.* must be a positive whole number") as caught:
         read_factors(tmp_path / "one.json")

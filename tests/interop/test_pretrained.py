@@ -205,7 +205,7 @@ def test_the_dtype_that_keeps_every_number(params, tmp_path, matrices, norms, wa
         np.testing.assert_array_equal(kept[name].astype(np.float32), leaf.astype(np.float32))
 
 
-def test_what_is_wrong_with_a_config_is_told_with_its_path(tmp_path):
+def test_what_is_wrong_with_a_config_is_reported_with_its_path(tmp_path):
     write(tmp_path / "model", {**CONFIG, "vocab_size": "24"}, {"x": np.zeros(1, np.float32)})
     with pytest.raises(ValueError, match="model: vocab_size = '24' must be a positive whole number"):
         describe_pretrained(tmp_path / "model")
@@ -218,7 +218,7 @@ def test_a_config_that_is_no_object_is_refused(tmp_path, content, told):
         describe_pretrained(tmp_path)
 
 
-def test_all_that_is_wrong_with_tensors_is_told_at_once(params, tmp_path):
+def test_all_that_is_wrong_with_tensors_is_reported_at_once(params, tmp_path):
     tensors = to_huggingface(params)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
@@ -294,7 +294,7 @@ def test_a_damaged_file_is_refused(params, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.gguf"])
-def test_a_path_to_nowhere_is_told(tmp_path, name):
+def test_a_path_to_nowhere_is_reported(tmp_path, name):
     with pytest.raises(ValueError, match="does not exist"):
         lr.load_pretrained(tmp_path / name)
     with pytest.raises(ValueError):
@@ -315,7 +315,7 @@ def test_shapes_and_dtypes_are_those_of_a_new_model(params, tmp_path, architectu
 
 
 @pytest.mark.parametrize("name", ["architectures", "hidden_size", "rms_norm_eps", "hidden_act", "rope_theta"])
-def test_a_long_value_is_told_by_its_beginning(params, tmp_path, name):
+def test_a_long_value_is_reported_by_its_beginning(params, tmp_path, name):
     write(tmp_path / "model", {**CONFIG, name: [2**64] * 2000}, to_huggingface(params))
     with pytest.raises(ValueError, match=name) as caught:
         lr.load_pretrained(tmp_path / "model")

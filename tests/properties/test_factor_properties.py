@@ -88,7 +88,7 @@ json_values = st.recursive(
 
 @settings(max_examples=40)
 @given(tables(), json_values)
-def test_a_table_and_what_is_told_of_it_come_back(tmp_path_factory, table, told):
+def test_a_table_and_what_is_reported_of_it_come_back(tmp_path_factory, table, told):
     path = tmp_path_factory.mktemp("table") / "table.json"
     save_table(path, table, told=told)
     assert_same_table(load_table(path), table)
@@ -167,7 +167,7 @@ def test_one_thing_wrong_is_refused_by_name(factors, data):
 
 @settings(max_examples=40)
 @given(st.lists(factor_sets(half=st.just(4)), min_size=1, max_size=4), st.data())
-def test_a_table_does_not_depend_on_the_order_in_which_it_is_told(sets, data):
+def test_a_table_does_not_depend_on_the_order_in_which_it_is_reported(sets, data):
     boundaries = data.draw(st.lists(lengths, min_size=len(sets), max_size=len(sets), unique=True))
     entries = list(zip(boundaries, sets, strict=True))
     shuffled = data.draw(st.permutations(entries))

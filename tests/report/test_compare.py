@@ -85,7 +85,7 @@ DIFFERENT_TOKENS = {
 
 
 @pytest.mark.parametrize(("change", "reason"), DIFFERENT_TOKENS.values(), ids=DIFFERENT_TOKENS)
-def test_no_difference_is_told_between_other_tokens(tmp_path, change, reason):
+def test_no_difference_is_reported_between_other_tokens(tmp_path, change, reason):
     write_run(tmp_path / "one", 1)
     write_run(tmp_path / "two", 2, **change)
     text = write_comparison([tmp_path / "one", tmp_path / "two"], tmp_path / "out").read_text()
@@ -103,7 +103,7 @@ def test_methods_lengths_and_sections_that_only_some_have_are_marked(tmp_path):
     assert cells(text, "`finetune`") == [["–", '`"present"`']]
 
 
-def test_a_perplexity_that_is_not_finite_is_told_and_left_out_of_the_pictures(tmp_path):
+def test_a_perplexity_that_is_not_finite_is_reported_and_left_out_of_the_pictures(tmp_path):
     write_run(tmp_path / "one", 1)
     write_run(tmp_path / "two", 2)
     report = json.loads((tmp_path / "two" / "report.json").read_text())

@@ -43,20 +43,20 @@ def test_a_search_is_drawn_against_what_it_spent():
     assert [text.get_text() for text in figure.axes[0].texts] == ["seed: YaRN"]
 
 
-def test_what_a_race_saved_is_told():
+def test_what_a_race_saved_is_reported():
     text = search_section(SUMMARY)[1]
     assert text.startswith("By evolution: 6 candidates for 5.0 forward equivalents") and "gradient steps" not in text
     assert "2 candidates were rejected after part of the documents: all candidates together read 83 % of" in text
     assert "rejected" not in search_section(SUMMARY | {"dropped": 0})[1]
 
 
-def test_gradient_steps_are_told_apart_from_candidates():
+def test_gradient_steps_are_distinguished_from_candidates():
     costs = [1.0, 2.0, 3.0, 34.0, 35.0, 36.0]  # the fourth brought 30 forward equivalents of steps with it
     text = search_section(SUMMARY | {"method": "gradient", "costs": costs, "dropped": 0})[1]
     assert "6 candidates for 36.0 forward equivalents" in text and "30.0 of them gradient steps" in text
 
 
-def test_overfitting_is_told_and_drawn():
+def test_overfitting_is_reported_and_drawn():
     search = SUMMARY | {"held_out": HELD_OUT}
     text = "\n".join(search_section(search))
     assert (

@@ -114,7 +114,7 @@ def test_yarn_with_lists_of_factors_is_what_phi_3_once_called_longrope():
 
 
 @pytest.mark.parametrize(("mscale", "is_told"), [(1.2, True), (mscale_su(8, L), False)])
-def test_a_temperature_of_its_own_is_told_under_the_names_of_other_readers_too(mscale, is_told):
+def test_a_temperature_of_its_own_is_reported_under_the_names_of_other_readers_too(mscale, is_told):
     """They have the formula as their default, and know no attention_factor."""
     table = FactorTable.of({L: factors(np.ones(4), 0, mscale), 8 * L: factors(LONG, 0, mscale)})
     parameters = to_huggingface(table, L)

@@ -73,7 +73,7 @@ def test_gathers_and_sums_of_a_part_of_the_mesh_count_its_devices_only(plane):
     assert traffic(exchanged) == {"all-to-all": Traffic(1, 3 * PIECE // 4)}
 
 
-def test_what_the_ring_sends_is_told_apart_from_other_permutes():
+def test_what_the_ring_sends_is_distinguished_from_other_permutes():
     """Forward: keys, values and positions, three times on four devices. Nothing else is sent."""
     length, kv_heads, dim = 256, 2, 8
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)

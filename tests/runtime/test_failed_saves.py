@@ -97,7 +97,7 @@ def save_too_much(checkpoints, step):
 
 
 @pytest.mark.parametrize("good", [None, 1])
-def test_a_full_disk_is_told_in_one_line_and_leaves_the_step_before(tmp_path, disk, good):
+def test_a_full_disk_is_reported_in_one_line_and_leaves_the_step_before(tmp_path, disk, good):
     stage = tmp_path / "stage"
     if good:
         save(stage, good, keep=1)
@@ -111,7 +111,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_the_step_before(tmp_path, di
     assert not (stage / "damaged").exists()
 
 
-def test_a_full_disk_is_told_at_the_next_save_which_can_be_tried_again(tmp_path, disk):
+def test_a_full_disk_is_reported_at_the_next_save_which_can_be_tried_again(tmp_path, disk):
     stage = tmp_path / "stage"
     save(stage, 1)
     with Checkpoints(stage) as checkpoints:
@@ -144,7 +144,7 @@ def test_a_manifest_that_cannot_be_written_is_a_step_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize(("leaf", "record"), [("text", {}), (jnp.ones(2), {"a": jnp.ones(2)})])
-def test_what_cannot_be_written_is_told_and_does_not_stop_the_next_save(tmp_path, leaf, record):
+def test_what_cannot_be_written_is_reported_and_does_not_stop_the_next_save(tmp_path, leaf, record):
     with Checkpoints(tmp_path / "stage") as checkpoints:
         with pytest.raises(OSError, match="step 1 could not be saved; last good step: None; "):
             checkpoints.save(1, {"params": {"x": leaf}}, record)

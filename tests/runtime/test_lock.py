@@ -62,7 +62,7 @@ def can_be_held(workdir):
         return False
 
 
-def test_a_second_run_is_told_who_has_it_and_what_to_do(tmp_path):
+def test_a_second_run_gets_the_holder_and_what_to_do(tmp_path):
     with lock.hold(tmp_path):
         told = rf"{tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}, since 20.* UTC; wait for it"
         with pytest.raises(OSError, match=told), lock.hold(tmp_path):
@@ -152,7 +152,7 @@ def test_an_object_store_has_none(bucket):
         assert not (epath.Path(bucket) / ".lock").exists()
 
 
-def test_a_place_that_is_no_directory_is_told(tmp_path):
+def test_a_place_that_is_no_directory_is_reported(tmp_path):
     (tmp_path / "file").touch()
     told = f"work directory {tmp_path / 'file' / 'run'} can't be made"
     with pytest.raises(OSError, match=told), lock.hold(tmp_path / "file" / "run"):

@@ -3,7 +3,7 @@
 from longrope_jax.runtime.checkpoints import describe, difference
 
 
-def test_the_first_thing_that_is_wrong_is_told(tmp_path):
+def test_the_first_thing_that_is_wrong_is_reported(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
     found = describe(tmp_path)
@@ -14,7 +14,7 @@ def test_the_first_thing_that_is_wrong_is_told(tmp_path):
     assert told is not None and told.startswith("a has size and SHA-256 [1, 'ca978112") and "says [2, 'x']" in told
 
 
-def test_what_a_damaged_manifest_says_is_told_by_its_beginning(tmp_path):
+def test_what_a_damaged_manifest_says_is_reported_by_its_beginning(tmp_path):
     (tmp_path / "a").write_text("a")
     told = difference({"a": [2**60] * 2000}, describe(tmp_path))
     assert told is not None and "says [1152921504606846976, " in told and len(told) < 500

@@ -60,7 +60,7 @@ def test_moving(bucket, tmp_path, name):
         assert found == {"b": "b", "c": "c"} if name == "folder" else moved.read_text() == "a"
 
 
-def test_file_systems_are_told_not_to_remember_what_they_saw(monkeypatch):
+def test_file_systems_are_asked_not_to_remember_what_they_saw(monkeypatch):
     conf = {"s3": {"use_listings_cache": True}}
     monkeypatch.setattr("fsspec.config.conf", conf)
     files.see_what_others_write()

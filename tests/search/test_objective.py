@@ -83,7 +83,7 @@ def test_a_whole_search_compiles_the_objective_once_a_length():
     assert state.nll.min() <= state.nll[:3].min()
 
 
-def test_a_score_that_is_no_number_is_the_worst_and_told_of(caplog):
+def test_a_score_that_is_no_number_is_the_worst_and_reported(caplog):
     _, params = tiny_model.make()
     broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
     scores = score_with(tiny_model.make_objective(ONE, params=broken))(POPULATION, None)

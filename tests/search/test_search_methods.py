@@ -177,7 +177,7 @@ def test_from_any_saved_state_every_method_goes_on_bit_for_bit(method, ramps):
         assert len(score.asked) == len(whole) - len(state) and len(more) == len(saved) - place
 
 
-def test_every_candidate_is_told_with_where_it_came_from():
+def test_every_candidate_is_reported_with_where_it_came_from():
     state = search(steps_of(settings_of("hybrid"), Analytic()))
     told = describe(state, NAMES)
     assert [entry["candidate"] for entry in told] == list(range(len(state)))

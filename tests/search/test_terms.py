@@ -138,7 +138,7 @@ def test_terms_have_lengths_numbers_and_shares_of_their_own():
         (TermSettings("needle", length=30), "^objective.mine: length = .* too short for a needle prompt"),
     ],
 )
-def test_text_that_does_not_suffice_is_told_with_the_name_of_the_term(tokenizer, term, message):
+def test_text_that_does_not_suffice_is_reported_with_the_name_of_the_term(tokenizer, term, message):
     with pytest.raises(ValueError, match=message) as caught:
         make_terms({"mine": term}, documents_of(tokenizer), tokenizer, 300, 2, 0)
     assert "\n" not in str(caught.value)

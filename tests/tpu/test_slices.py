@@ -95,7 +95,7 @@ def test_what_is_compiled_does_not_grow_with_layers_or_tokens():
         assert other["operations"] == pytest.approx(whole["operations"], rel=0.1)
 
 
-def test_two_million_tokens_are_judged_with_room_to_spare_and_nobody_holds_them_all():
+def test_two_million_tokens_are_evaluated_with_room_to_spare_and_nobody_holds_them_all():
     """Keys or values of all tokens would be 2M times 32 heads of 128, a device's share is less than a quarter of that;
     all tokens are together only where each is a number.
     """

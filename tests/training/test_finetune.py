@@ -102,7 +102,7 @@ def test_it_starts_from_the_given_parameters_and_learns(whole):
     assert training[0]["bits_per_byte"] == pytest.approx(training[0]["loss"] / np.log(2) * per_byte)
 
 
-def test_it_is_judged_on_held_out_documents_with_the_same_factors(documents, whole):
+def test_it_is_evaluated_on_held_out_documents_with_the_same_factors(documents, whole):
     judged = {entry["step"]: entry["held_out_loss"] for entry in metrics(whole) if "held_out_loss" in entry}
     assert list(judged) == [6, 12, 18, 24]
     assert judged[24] < judged[6]
