@@ -52,7 +52,7 @@ def measure(head_dim: int, documents_at_once: int, remat: str) -> tuple[float, f
         target_length=LENGTH, documents_at_once=documents_at_once, gradient=GradientSettings(remat=remat)
     )
     trained = Trained(config.original_length, unscaled(head_dim))
-    space, _, seeds, _, objective, _ = prepare(
+    space, _, seeds, _, objective = prepare(
         model, layout, params, trained, settings, documents, ByteTokenizer(), own_seeds={}
     )
     one = type(seeds)(*(leaf[:1] for leaf in seeds))
@@ -64,9 +64,8 @@ def measure(head_dim: int, documents_at_once: int, remat: str) -> tuple[float, f
     def take_step():
         # A step overwrites what it is given.
         start, moments = layout.replicate((variables, optimizer.init(variables)))
-        options = model, block.penalty, space, optimizer, documents_at_once
-        text = shares, block.weights, block.reference, *block.rows
-        return step(*options, params, start, moments, fixed, scale, *text)
+        options = model, space, optimizer, documents_at_once
+        return step(*options, params, start, moments, fixed, scale, shares, block.weights, *block.rows)
 
     seconds = median_seconds({"candidate": lambda: objective.block_nll(0, factors), "step": take_step})
     return seconds["candidate"], seconds["step"]

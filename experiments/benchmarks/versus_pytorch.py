@@ -18,7 +18,7 @@ import transformers
 from timing import Ratio, median_seconds
 
 import longrope_jax as lr
-from longrope_jax.search.objective import Penalty, rows_nll
+from longrope_jax.search.objective import rows_nll
 
 LENGTHS = (2048, 8192)
 PIECE = 256  # tokens whose logits PyTorch holds at a time: the fastest of 128 to 2,048 here
@@ -71,7 +71,7 @@ class Pair:
         mean = np.full((1, length), 1 / length, np.float32)
         competitors = {
             "PyTorch": partial(nll_of_peer, self.torch_model, torch.from_numpy(tokens)),
-            "ours": partial(rows_nll, self.model, Penalty(), self.params, self.factors, mean, (), *rows),
+            "ours": partial(rows_nll, self.model, self.params, self.factors, mean, *rows),
         }
         apart = abs(competitors["PyTorch"]() - float(competitors["ours"]()[0]))
         return median_seconds(competitors, rounds), apart

@@ -5,7 +5,6 @@ They are lowered from the functions that the stages call, with the same shapes.
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,11 +23,10 @@ from longrope_jax.rope import FactorTable, RopeFactors, unscaled
 from longrope_jax.runtime.ahead_of_time import Program, bytes_on_device
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.candidates import Genes
-from longrope_jax.search.find import REFERENCES
 from longrope_jax.search.gradient import make_optimizer as make_refinement_optimizer
 from longrope_jax.search.gradient import step as refinement_step
 from longrope_jax.search.gradient import variables_of
-from longrope_jax.search.objective import PARTS, Penalty, fitting_candidates, rows_nll
+from longrope_jax.search.objective import fitting_candidates, rows_nll
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.loop import LoopSettings
@@ -67,33 +65,28 @@ def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layou
     """
     together = fitting_candidates(layout, settings.candidates_at_once, settings.documents_at_once)
     rows = together * settings.documents_at_once
-    counts: dict[tuple[int, Penalty], int] = {}
-    programs = []
-    for name, term in settings.terms.items():
-        window, documents = term.window(settings.target_length), term.documents or settings.documents
-        penalty = Penalty()
-        if term.kind == "perplexity" and term.penalty:
-            penalty = Penalty(term.length or settings.target_length, term.penalty)
-            times = len(REFERENCES) + len(settings.seeds)
-            programs.append(_windows(config, layout, window, documents, f"seeds, for the penalty of {name}", times))
-        blocks = -(-documents // settings.documents_at_once)
-        counts[window, penalty] = counts.get((window, penalty), 0) + blocks
+    counts: dict[int, int] = {}
+    for term in settings.terms.values():
+        length = term.window(settings.target_length)
+        blocks = -(-(term.documents or settings.documents) // settings.documents_at_once)
+        counts[length] = counts.get(length, 0) + blocks
     space = settings.search_space(config)
     steps = settings.gradient.rounds * -(-settings.gradient.starts // together) * settings.gradient.steps
     candidates = settings.candidates(len(space.n_hat))
-    for (length, penalty), blocks in counts.items():
-        text = _text(layout, rows, length, penalty)
+    programs = []
+    for length, blocks in counts.items():
+        text = _text(layout, rows, length)
         factors = layout.abstract_replicated(_factors(config, rows if together > 1 else 1))
 
-        def lower(text=text, factors=factors, penalty=penalty):
-            return rows_nll.lower(Llama(config), penalty, _params(config, layout), factors, *text)
+        def lower(text=text, factors=factors):
+            return rows_nll.lower(Llama(config), _params(config, layout), factors, *text)
 
         flops = count_flops(config, rows, length)
         calls = -(-candidates // together) * blocks
         programs.append(Program(f"score of candidates at {length}", lower, calls, rows * length, flops, flops))
         if settings.method in ("gradient", "hybrid"):
             share = steps * blocks // sum(counts.values())
-            programs.append(_refinement(settings, config, layout, together, length, penalty, share))
+            programs.append(_refinement(settings, config, layout, together, length, share))
     if count := settings.held_out_documents:
         programs.append(_windows(config, layout, settings.target_length, count, "held-out documents", settings.steps))
     return programs
@@ -164,13 +157,7 @@ def _step(
 
 
 def _refinement(
-    settings: SearchSettings,
-    config: LlamaConfig,
-    layout: Layout,
-    together: int,
-    length: int,
-    penalty: Penalty,
-    calls: int,
+    settings: SearchSettings, config: LlamaConfig, layout: Layout, together: int, length: int, calls: int
 ) -> Program:
     """One step of gradient refinement: the parameters are used, but get no gradient."""
     remat, rows = settings.gradient.remat, together * settings.documents_at_once
@@ -185,8 +172,8 @@ def _refinement(
     small = layout.abstract_replicated((variables, optimizer.init(variables), genes, np.float32(1)))
 
     def lower():
-        shares, text = layout.abstract_rows(rows, dtype=np.float32), _text(layout, rows, length, penalty)
-        options = model, penalty, space, optimizer, settings.documents_at_once
+        shares, text = layout.abstract_rows(rows, dtype=np.float32), _text(layout, rows, length)
+        options = model, space, optimizer, settings.documents_at_once
         return refinement_step.lower(*options, _params(config, layout), *small, shares, *text)
 
     once = count_flops(config, rows, length)
@@ -207,11 +194,10 @@ def _executed(forward: Flops, matrices: float, remat: str) -> Flops:
     return Flops(matrices + recomputed * forward.matrices, forward.attention * (1 + attention + _ATTENTION_BACKWARD))
 
 
-def _text(layout: Layout, rows: int, length: int, penalty: Penalty) -> tuple[Any, ...]:
-    """Weights of targets, the reference of the penalty, tokens, targets and positions."""
+def _text(layout: Layout, rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Weights of targets, tokens, targets and positions."""
     tokens = layout.abstract_rows(rows, length)
-    reference = (layout.abstract_rows(rows, dtype=np.float32),) * (PARTS + 1 if penalty.weight else 0)
-    return layout.abstract_rows(rows, length, dtype=np.float32), reference, tokens, tokens, tokens
+    return layout.abstract_rows(rows, length, dtype=np.float32), tokens, tokens, tokens
 
 
 def _windows(

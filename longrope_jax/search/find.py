@@ -11,19 +11,16 @@ from tqdm import tqdm
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.model import Llama, LlamaConfig
-from longrope_jax.rope import RopeFactors, Trained, extend, unscaled
+from longrope_jax.rope import RopeFactors, Trained, unscaled
 from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.candidates import Genes, SearchState
 from longrope_jax.search.methods import search, search_steps
-from longrope_jax.search.objective import Objective, Term, make_terms, with_references
+from longrope_jax.search.objective import Objective, Term, make_terms
 from longrope_jax.search.racing import score_with
 from longrope_jax.search.seeds import as_genes, critical_seeds, paper_seeds, start_of_extension, yarn_grid
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.search.space import SearchSpace
-
-REFERENCES = ("ntk", "yarn_without_temperature", "yarn_mistral")
-"""Published methods; the best of them, or of your own seeds, is what the penalty of an objective compares with."""
 
 
 class Prepared(NamedTuple):
@@ -97,18 +94,15 @@ def prepare(
     own_seeds: Mapping[str, RopeFactors],
 ) -> Prepared:
     """Space, seeds and objective of a search; raises ValueError where the text is too short or the space is empty."""
-    geometry = model.config.head_dim, model.config.rope_theta
     space = settings.search_space(model.config, float(trained.factors.mscale))
     names, seeds = first_candidates(model.config, settings, trained, space, own_seeds)
     terms = make_terms(settings.terms, documents, tokenizer, settings.target_length, settings.documents, settings.seed)
-    start = start_of_extension(trained, model.config.original_length, settings.target_length)
-    published = [extend(name, start, settings.target_length, *geometry) for name in REFERENCES]
-    terms = with_references(terms, model, layout, params, [*published, *own_seeds.values()])
     objective = Objective.of(model, layout, params, terms, settings.candidates_at_once, settings.documents_at_once)
     grid = {}
     if settings.method == "yarn_grid":
+        start = start_of_extension(trained, model.config.original_length, settings.target_length)
         is_searched = space.mscale[0] < space.mscale[1]
-        grid = yarn_grid(start, settings.target_length, *geometry, is_searched)
+        grid = yarn_grid(start, settings.target_length, model.config.head_dim, model.config.rope_theta, is_searched)
     return Prepared(space, names, seeds, terms, objective, grid)
 
 

@@ -8,7 +8,7 @@ minima. Start tokens have no gradient: every number of them is scored at the end
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -36,7 +36,7 @@ from longrope_jax.search.candidates import (
     new_candidates,
     remove_duplicates,
 )
-from longrope_jax.search.objective import Block, Objective, Penalty, row_losses
+from longrope_jax.search.objective import Block, Objective
 from longrope_jax.search.settings import GradientSettings
 from longrope_jax.search.space import SearchSpace
 
@@ -182,13 +182,14 @@ def _refine_from(key, name, chosen, space, settings, rounds, objective, checkpoi
     like = (variables, layout.replicate(optimizer.init(variables)))
     steps, (variables, moments) = checkpoint.load(name, like) if checkpoint else (0, like)
     shares = [row_shares(objective, block) for block in objective.blocks]
+    step_once = partial(step, model, space, optimizer, objective.documents_at_once)
     for done, number in enumerate(_order(key, len(objective.blocks), settings.steps)):
         if done < steps:
             continue
         block = objective.blocks[number]
-        text = shares[number], block.weights, block.reference, *block.rows
-        options = model, block.penalty, space, optimizer, objective.documents_at_once
-        variables, moments = step(*options, objective.params, variables, moments, fixed, scale, *text)
+        variables, moments = step_once(
+            objective.params, variables, moments, fixed, scale, shares[number], block.weights, *block.rows
+        )
         progress(count * step_cost(settings, objective))
         if checkpoint:
             checkpoint.save_if_due(name, done + 1, (variables, moments), is_last=done + 1 == settings.steps)
@@ -202,10 +203,9 @@ def _refine_from(key, name, chosen, space, settings, rounds, objective, checkpoi
     return jax.tree.map(lambda leaf: leaf[:count], on_grid(ends, space))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(6, 7))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
 def step(
     model: Llama,
-    penalty: Penalty,
     space: SearchSpace,
     optimizer: optax.GradientTransformation,
     documents_at_once: int,
@@ -216,7 +216,6 @@ def step(
     scale: Float[Array, ""],
     shares: Float[Array, "R"],
     weights: Float[Array, "R T"],
-    reference: Sequence[Float[Array, "R"]],
     *rows: Int[Array, "R T"],
 ) -> tuple[Variables, optax.OptState]:
     """One step of all candidates on one block. Returns variables and moments; the old ones are overwritten.
@@ -225,7 +224,7 @@ def step(
         fixed: genes of the candidates; those that are not variables stay.
         scale: of the learning rate.
         shares: weight of each row.
-        penalty, weights, reference, rows: of a `Block`.
+        weights, rows: of a `Block`.
     """
 
     def loss(variables):
@@ -234,8 +233,7 @@ def step(
         if len(genes.n_hat) > 1:
             factors = jax.tree.map(lambda leaf: jnp.repeat(leaf, documents_at_once, axis=0), factors)
         # Candidates share nothing, so the gradient of the sum holds the gradient of each.
-        nll = window_nll(model, params, factors, *rows)
-        return (row_losses(nll, penalty, weights, reference, rows[2]) * shares).sum()
+        return ((window_nll(model, params, factors, *rows) * weights).sum(1) * shares).sum()
 
     # NaN or infinity of one candidate must not spoil the others, nor its own later steps.
     gradient = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0), jax.grad(loss)(variables))

@@ -7,13 +7,12 @@ kind is a new function. The model reads the documents block by block.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
@@ -22,7 +21,7 @@ from longrope_jax.data.corpus import Document
 from longrope_jax.data.needles import Prompt, needle, needle_cloze
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.data.windows import fixed_windows
-from longrope_jax.evaluation.perplexity import token_nll, window_nll
+from longrope_jax.evaluation.perplexity import window_nll
 from longrope_jax.model import Llama
 from longrope_jax.model.sharding import constrain
 from longrope_jax.rope import RopeFactors
@@ -43,10 +42,9 @@ class TermSettings(Settings):
         length: tokens; 0 is the target length. A term for every length of 1x to 8x gives factors that serve them all.
         documents: how many; 0 as many as the search has.
         margin: of perplexity, how much is read and scored beyond the length, as a share of it.
-        penalty: of perplexity, how much a candidate pays for the parts of the window in which it is worse than the best
-            seed: the excess in nats, times this number, as a mean over the eighths of the length and the margin. With
-            neither margin nor penalty, which is the paper's objective (`paper`), a search gives up the last tokens of
-            the window for a lower mean (docs/results/quickstart.md).
+        end_weight: of perplexity, the share of the score that the last eighth of the length and the margin get on top;
+            the rest is spread evenly over all tokens. With neither, which is the paper's objective (`paper`), a search
+            gives up the last tokens of the window for a lower mean (docs/results/quickstart.md).
     """
 
     kind: str = "perplexity"
@@ -54,7 +52,7 @@ class TermSettings(Settings):
     length: NonNegativeInt = 0
     documents: NonNegativeInt = 0
     margin: Annotated[float, Rule(lambda share: 0 <= share <= 1, "must lie between 0 and 1")] = 1 / 16
-    penalty: Annotated[float, Rule(lambda share: 0 <= share <= 100, "must lie between 0 and 100")] = 4.0
+    end_weight: Annotated[float, Rule(lambda share: 0 <= share <= 1, "must lie between 0 and 1")] = 0.25
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,28 +62,12 @@ class TermSettings(Settings):
     @classmethod
     def paper(cls, **changes: Any) -> "TermSettings":
         """The paper's objective: all tokens of the length count the same, and nothing is read beyond (sec. 3.2)."""
-        return cls(**dict(margin=0.0, penalty=0.0) | changes)
+        return cls(**dict(margin=0.0, end_weight=0.0) | changes)
 
     def window(self, target_length: int) -> int:
         """How many tokens are read, the margin included."""
         length = self.length or target_length
         return length + (round(self.margin * length) if self.kind == "perplexity" else 0)
-
-
-PARTS = 8
-"""Of the length, compared one by one with those of the best seed; the margin is one more."""
-
-
-class Penalty(NamedTuple):
-    """What a row pays for being worse than the best seed in a part of its window; static under `jit`.
-
-    Attributes:
-        length: of the window without its margin, tokens.
-        weight: of the mean excess over the parts; 0 for none.
-    """
-
-    length: int = 1
-    weight: float = 0.0
 
 
 class Term(NamedTuple):
@@ -96,16 +78,12 @@ class Term(NamedTuple):
         weights: of every target in the loss of its row, where they sum to 1.
         names: of the documents.
         share: of the term in the score.
-        penalty: for parts of the window that are worse than `reference`.
-        reference: mean NLL (nats) of the best seed in every part of every row; None without a penalty.
     """
 
     tokens: Int[np.ndarray, "N T+1"]
     weights: Float[np.ndarray, "N T"]
     names: list[str]
     share: float = 1.0
-    penalty: Penalty = Penalty()
-    reference: Float[np.ndarray, "N parts"] | None = None
 
 
 def perplexity_term(documents: Sequence[Document], tokenizer: Tokenizer, length: int, count: int, seed: int) -> Term:
@@ -166,36 +144,18 @@ def make_terms(
         except ValueError as error:
             raise ValueError(f"objective.{name}: {error}{_margin(term, target_length)}") from None
         if term.kind == "perplexity":
-            made = made._replace(penalty=Penalty(term.length or target_length, term.penalty))
+            weights = _end_weights(window, term.length or target_length, term.end_weight)
+            made = made._replace(weights=np.tile(weights, (len(made.tokens), 1)))
         terms[name] = made._replace(share=term.share)
     return terms
 
 
-def with_references(
-    terms: Mapping[str, Term], model: Llama, layout: Layout, params: dict, seeds: Iterable[RopeFactors]
-) -> dict[str, Term]:
-    """The same terms; those with a penalty with the NLL of the best seed in every part. Reads every seed once."""
-    seeds, found = list(seeds), dict(terms)
-    for name, term in terms.items():
-        if not (term.penalty.weight and seeds):
-            continue
-        window = term.tokens.shape[1] - 1
-        nll = [token_nll(model, layout, params, factors, term.tokens, window) for factors in seeds]
-        best = min(nll, key=lambda losses: (losses * term.weights).sum())
-        parts = part_means(best, np.arange(window), term.penalty.length)
-        found[name] = term._replace(reference=np.asarray(jnp.stack(parts, axis=1)))
-    return found
-
-
-def part_means(
-    nll: Float[Array | np.ndarray, "R T"], positions: Int[Array | np.ndarray, "#R T"], length: int
-) -> list[Float[Array, "R"]]:
-    """Mean NLL in every eighth of `length` tokens, and beyond; 0 where a window has no tokens of a part."""
-    part = jnp.minimum(positions * PARTS // length, PARTS)
-    return [
-        jnp.where(part == number, nll, 0).sum(1) / jnp.maximum((part == number).sum(-1), 1)
-        for number in range(PARTS + 1)
-    ]
+def _end_weights(window: int, length: int, end_weight: float) -> Float[np.ndarray, "T"]:
+    """Weights of targets that sum to 1: even, and `end_weight` of all on the last eighth of the length and beyond."""
+    weights = np.full(window, (1 - end_weight) / window)
+    end = 7 * length // 8
+    weights[end:] += end_weight / (window - end)
+    return weights.astype(np.float32)
 
 
 def _margin(term: TermSettings, target_length: int) -> str:
@@ -241,40 +201,17 @@ def _digits(prompt: Prompt, tokenizer: Tokenizer, length: int) -> Float[np.ndarr
     return weights / weights.sum()
 
 
-@partial(jax.jit, static_argnames=("model", "penalty"))
+@partial(jax.jit, static_argnames="model")
 def rows_nll(
-    model: Llama,
-    penalty: Penalty,
-    params: dict,
-    factors: RopeFactors,
-    weights: Float[Array, "R T"],
-    reference: Sequence[Float[Array, "R"]],
-    *rows: Int[Array, "R T"],
+    model: Llama, params: dict, factors: RopeFactors, weights: Float[Array, "R T"], *rows: Int[Array, "R T"]
 ) -> Float[Array, "R"]:
-    """Loss (nats per token) of every row, a document with the factors of one candidate, on every device: the weighted
-    NLL, and the penalty.
+    """Weighted NLL (nats per token) of every row, a document with the factors of one candidate, on every device.
 
     `factors` has a leading axis R, or of 1 where all rows share a candidate; `rows` are tokens, targets and positions.
     They are split over the mesh's data and fsdp axes, tokens over seq: time O(R T) in the matrices and O(R T^2) in
     attention, memory O(R T), by device.
     """
-    return constrain(row_losses(window_nll(model, params, factors, *rows), penalty, weights, reference, rows[2]))
-
-
-def row_losses(
-    nll: Float[Array, "R T"],
-    penalty: Penalty,
-    weights: Float[Array, "R T"],
-    reference: Sequence[Float[Array, "R"]],
-    positions: Int[Array, "R T"],
-) -> Float[Array, "R"]:
-    """The loss of every row, from the NLL of its targets; differentiable."""
-    loss = (nll * weights).sum(1)
-    if not penalty.weight:
-        return loss
-    means = part_means(nll, positions, penalty.length)
-    excess = [jnp.maximum(mean - limit, 0) for mean, limit in zip(means, reference, strict=True)]
-    return loss + penalty.weight * sum(excess) / len(excess)
+    return constrain((window_nll(model, params, factors, *rows) * weights).sum(1))
 
 
 def fitting_candidates(layout: Layout, candidates_at_once: int, documents_at_once: int) -> int:
@@ -291,16 +228,12 @@ class Block(NamedTuple):
         tokens: how many a candidate reads here.
         weights: of every target, [candidates_at_once * documents_at_once, T], on the devices.
         rows: tokens, targets and positions, likewise.
-        penalty: of the term.
-        reference: NLL of the best seed in every part of every row, on the devices; () without a penalty.
     """
 
     documents: Int[np.ndarray, "B"]
     tokens: int
     weights: Float[Array, "R T"]
     rows: tuple[Int[Array, "R T"], Int[Array, "R T"], Int[Array, "R T"]]
-    penalty: Penalty = Penalty()
-    reference: Sequence[Float[Array, "R"]] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,8 +306,7 @@ class Objective:
 
     def _losses(self, block: Block, rows: RopeFactors) -> Float[np.ndarray, "R"]:
         with jax.transfer_guard_host_to_device("disallow"):
-            text = block.weights, block.reference, *block.rows
-            running = rows_nll(self.model, block.penalty, self.params, rows, *text)
+            running = rows_nll(self.model, self.params, rows, block.weights, *block.rows)
         return np.asarray(jax.device_get(running), np.float64)
 
 
@@ -387,9 +319,6 @@ def _blocks(layout: Layout, term: Term, first: int, together: int, at_once: int)
         there = np.minimum(chosen, count - 1)
         rows, weights = (np.tile(leaf[there], (together, 1)) for leaf in (term.tokens, term.weights))
         weights, *placed = layout.place((np.float32(weights), rows[:, :-1], rows[:, 1:], positions))
-        reference = () if term.reference is None else np.tile(term.reference[there], (together, 1)).T
-        limits = layout.place(tuple(map(np.float32, reference))) if len(reference) else ()
         real = chosen[chosen < count]
-        penalty = term.penalty if limits else Penalty()
-        blocks.append(Block(first + real, len(real) * length, weights, tuple(placed), penalty, limits))
+        blocks.append(Block(first + real, len(real) * length, weights, tuple(placed)))
     return blocks

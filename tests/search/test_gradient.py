@@ -240,9 +240,8 @@ def step_with(objective, logs, place, scale=1.0):
     variables, fixed, scale = objective.layout.replicate((variables, fixed, np.float32(scale)))
     moments = objective.layout.replicate(optimizer.init(variables))
     block, shares = objective.blocks[0], objective.layout.place(np.ones(count, np.float32))
-    options = model, block.penalty, SPACE, optimizer, 1
-    text = shares, block.weights, block.reference, *block.rows
-    found, _ = gradient.step(*options, objective.params, variables, moments, fixed, scale, *text)
+    found, _ = gradient.step(model, SPACE, optimizer, 1, objective.params, variables, moments, fixed, scale, shares,
+                             block.weights, *block.rows)  # fmt: skip
     return jax.device_get(found)
 
 
@@ -264,7 +263,7 @@ def test_what_is_no_number_of_one_candidate_spoils_no_other_and_bounds_are_kept(
 def test_rounds_start_from_the_best_whose_lam_differ_and_are_counted(monkeypatch):
     """One with other start tokens would lead to the same place."""
     objective, rounds = tiny_model.make_objective(TERMS), []
-    stay = lambda *arguments: rounds.append(float(arguments[9])) or arguments[6:8]  # noqa: E731
+    stay = lambda *arguments: rounds.append(float(arguments[8])) or arguments[5:7]  # noqa: E731
     monkeypatch.setattr(gradient, "step", stay)
     genes = started(objective).take(np.array([0, 0, 1, 2])).genes._replace(n_hat=np.array([0, 1, 3, 3]))
     score = score_with(objective)

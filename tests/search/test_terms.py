@@ -4,25 +4,18 @@ import string
 
 import numpy as np
 import pytest
-import tiny_model
 import tokenizers
 
-from longrope_jax import rope
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.needles import CITIES, NEEDLE_DIGITS
 from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer
-from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.objective import (
-    PARTS,
-    Penalty,
     TermSettings,
     document_weights,
     make_terms,
     needle_cloze_term,
     needle_term,
     perplexity_term,
-    row_losses,
-    with_references,
 )
 
 SENTENCES = ["Version 3.14 is out. ", "The cat sat there! ", "Did anybody see it?\nNo. ", "One line\n"]
@@ -151,48 +144,20 @@ def test_text_that_does_not_suffice_is_reported_with_the_name_of_the_term(tokeni
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("margin", "end_weight"), [(1 / 16, 0.25), (0.0, 0.5), (0.25, 0.0), (0.0, 0.0)])
+def test_the_end_of_the_window_and_the_margin_have_a_weight_of_their_own(margin, end_weight):
+    length, tokenizer = 160, TOKENIZERS["bytes"]
+    settings = {"text": TermSettings(margin=margin, end_weight=end_weight)}
+    (term,) = make_terms(settings, documents_of(tokenizer), tokenizer, length, 3, 0).values()
+    window = round(length * (1 + margin))
+    assert term.weights.shape == (3, window) and term.tokens.shape == (3, window + 1)
+    np.testing.assert_allclose(term.weights.sum(1), 1, rtol=1e-6)
+    end = term.weights[0, 140:].sum()
+    np.testing.assert_allclose(end, end_weight + (1 - end_weight) * (window - 140) / window, rtol=1e-6)
+    assert len(set(term.weights[0, :140])) == len(set(term.weights[0, 140:])) == 1
+
+
 def test_the_papers_objective_is_the_mean_over_the_length():
     tokenizer = TOKENIZERS["bytes"]
     (term,) = make_terms({"text": TermSettings.paper()}, documents_of(tokenizer), tokenizer, 160, 3, 0).values()
     np.testing.assert_array_equal(term.weights, np.full((3, 160), np.float32(1 / 160)))
-    assert not term.penalty.weight
-
-
-@pytest.mark.parametrize("length", [16, 17, 5])
-def test_a_row_pays_for_the_parts_in_which_it_is_worse_than_the_best_seed(length):
-    """Against a loop over tokens in float64, tokens in any order."""
-    rng, window = np.random.default_rng(length), length + 3
-    nll, reference = rng.uniform(1, 3, (4, window)), rng.uniform(1, 3, (4, PARTS + 1))
-    order = rng.permutation(window)
-    weights = np.full((4, window), 1 / window)
-    expected = []
-    for row in range(4):
-        parts = [[] for _ in range(PARTS + 1)]
-        for position in range(window):
-            parts[min(position * PARTS // length, PARTS)].append(nll[row, position])
-        means = [np.mean(part) if part else 0.0 for part in parts]
-        excess = [max(mean - limit, 0) for mean, limit in zip(means, reference[row], strict=True)]
-        expected.append(nll[row].mean() + 2.5 * np.mean(excess))
-    positions = np.broadcast_to(order, (4, window))
-    found = row_losses(nll[:, order], Penalty(length, 2.5), weights, list(reference.T), positions)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-def test_the_best_seed_pays_nothing_and_is_the_reference():
-    model, params = tiny_model.make()
-    rng = np.random.default_rng(0)
-    documents = [Document(f"{k}", rng.integers(0, tiny_model.VOCABULARY, 200), 200) for k in range(5)]
-    settings = {"text": TermSettings(margin=0.25)}
-    terms = make_terms(settings, documents, TOKENIZERS["bytes"], 4 * tiny_model.L, 3, 0)
-    seeds = [rope.unscaled(8), rope.linear(8, 4.0), rope.ntk(8, 4.0)]
-    judged = with_references(terms, model, Layout(), params, seeds)
-    plain, penalised = tiny_model.make_objective(terms), tiny_model.make_objective(judged)
-    losses = [
-        np.concatenate([objective.block_nll(block, rope.stack([seed])) for block in range(3)], axis=1)
-        for objective in (plain, penalised)
-        for seed in seeds
-    ]
-    best = int(np.argmin([loss.mean() for loss in losses[:3]]))
-    np.testing.assert_allclose(losses[3 + best], losses[best], rtol=1e-5)
-    for seed in {0, 1, 2} - {best}:
-        assert (losses[3 + seed] > losses[seed] + 1e-3).all()
