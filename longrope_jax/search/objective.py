@@ -41,18 +41,16 @@ class TermSettings(Settings):
         share: of the score, relative to the other terms' shares.
         length: tokens; 0 is the target length. A term for every length of 1x to 8x gives factors that serve them all.
         documents: how many; 0 as many as the search has.
-        margin: of perplexity, how much is read and scored beyond the length, as a share of it.
-        end_weight: of perplexity, the share of the score that the last eighth of the length and the margin get on top;
-            the rest is spread evenly over all tokens. With neither, which is the paper's objective (`paper`), a search
-            gives up the last tokens of the window for a lower mean (docs/results/quickstart.md).
+        margin: of perplexity, how much is read and scored beyond the length, as a share of it. Without it, which is the
+            paper's objective (`paper`), a search gives up the last tokens of the window for a lower mean; see
+            docs/results/quickstart.md.
     """
 
     kind: str = "perplexity"
     share: PositiveFloat = 1.0
     length: NonNegativeInt = 0
     documents: NonNegativeInt = 0
-    margin: Annotated[float, Rule(lambda share: 0 <= share <= 1, "must lie between 0 and 1")] = 1 / 16
-    end_weight: Annotated[float, Rule(lambda share: 0 <= share <= 1, "must lie between 0 and 1")] = 0.25
+    margin: Annotated[float, Rule(lambda share: 0 <= share <= 1, "must lie between 0 and 1")] = 1 / 8
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,7 +60,7 @@ class TermSettings(Settings):
     @classmethod
     def paper(cls, **changes: Any) -> "TermSettings":
         """The paper's objective: all tokens of the length count the same, and nothing is read beyond (sec. 3.2)."""
-        return cls(**dict(margin=0.0, end_weight=0.0) | changes)
+        return cls(**dict(margin=0.0) | changes)
 
     def window(self, target_length: int) -> int:
         """How many tokens are read, the margin included."""
@@ -143,19 +141,8 @@ def make_terms(
             made = make(documents, tokenizer, window, term.documents or count, seed)
         except ValueError as error:
             raise ValueError(f"objective.{name}: {error}{_margin(term, target_length)}") from None
-        if term.kind == "perplexity":
-            weights = _end_weights(window, term.length or target_length, term.end_weight)
-            made = made._replace(weights=np.tile(weights, (len(made.tokens), 1)))
         terms[name] = made._replace(share=term.share)
     return terms
-
-
-def _end_weights(window: int, length: int, end_weight: float) -> Float[np.ndarray, "T"]:
-    """Weights of targets that sum to 1: even, and `end_weight` of all on the last eighth of the length and beyond."""
-    weights = np.full(window, (1 - end_weight) / window)
-    end = 7 * length // 8
-    weights[end:] += end_weight / (window - end)
-    return weights.astype(np.float32)
 
 
 def _margin(term: TermSettings, target_length: int) -> str:

@@ -177,13 +177,13 @@ def slice_of_cpus(monkeypatch):
 
 PROGRAMS = [
     ("pretrain", "step at 32", 3),
-    ("search", "score of candidates at 544", 3 * 3),  # six candidates on three documents, two rows at a time
-    ("search_wide", "score of candidates at 272", 3 * 2),
+    ("search", "score of candidates at 576", 3 * 3),  # six candidates on three documents, two rows at a time
+    ("search_wide", "score of candidates at 288", 3 * 2),
     # Population 0, an iteration, and two ends with each of ten numbers of start tokens: two at once.
-    ("search_hybrid", "score of candidates at 136", 13 * 4),
-    ("search_hybrid", "step of gradient refinement at 136", 3 * 4 // 6),  # of both candidates at once
-    ("search_hybrid", "score of candidates at 68", 13 * 2),
-    ("search_hybrid", "step of gradient refinement at 68", 3 * 2 // 6),
+    ("search_hybrid", "score of candidates at 144", 13 * 4),
+    ("search_hybrid", "step of gradient refinement at 144", 3 * 4 // 6),  # of both candidates at once
+    ("search_hybrid", "score of candidates at 72", 13 * 2),
+    ("search_hybrid", "step of gradient refinement at 72", 3 * 2 // 6),
     ("search_hybrid", "held-out documents", 4),
     ("finetune", "step at 512", 2),
     ("finetune", "held-out evaluation", 2),
@@ -221,7 +221,7 @@ def test_every_program_of_every_stage_is_reported_and_the_same_one_compiled_once
         assert row["estimate"]["total"] >= row["estimate"]["bound"] > 0 and "suggestion" not in row
         assert 0 < row["estimate"]["attention_share"] < 1
     of_stage = {(row["stage"], row["program"]): row for row in report["programs"]}
-    assert of_stage["search", "score of candidates at 544"]["collectives"]["ring"]["count"] > 0
+    assert of_stage["search", "score of candidates at 576"]["collectives"]["ring"]["count"] > 0
     assert of_stage["pretrain", "step at 32"]["tokens"] == 4 * 32
     for a, b in zip(without_seconds(report)[11:13], without_seconds(report)[-2:], strict=True):
         assert a | {"stage": "evaluate_again"} == b
@@ -292,7 +292,7 @@ def test_a_model_that_only_its_preset_tells_is_compiled_without_its_files(to_com
         config.stages = ("load", "search")
     slice_of_cpus()
     (row,) = compile_experiment(config, "made_up:2x2", tmp_path)["programs"]
-    assert (row["stage"], row["tokens"]) == ("search", 2 * TARGET * 17 // 16)
+    assert (row["stage"], row["tokens"]) == ("search", 2 * TARGET * 9 // 8)
     config.stages = ("load",)
     del config["search"], config["data"]
     with pytest.raises(ValueError, match=r"^config.stages = \('load',\): none of them runs a program$"):
@@ -306,7 +306,7 @@ def test_what_the_run_would_refuse_is_refused_here(to_compile, slice_of_cpus, tm
         (
             ("search_wide", "target_length"),
             258,
-            "^config.search_wide: target_length and margin = 274 can't be split over seq:2",
+            "^config.search_wide: target_length and margin = 290 can't be split over seq:2",
         ),
         (("model", "hidden_size"), 18, "^config.mesh: .*hidden_size = 18 is not a multiple of fsdp = 2 . seq = 2"),
         (("evaluate", "lengths"), (64,), "^config.evaluate: lengths = .* must end at|^config.evaluate: methods"),

@@ -70,7 +70,7 @@ def test_bad_configs_are_refused_in_one_line_before_any_work(config, tmp_path, m
 def test_lengths_beyond_all_documents_are_refused_before_any_work(config, tmp_path):
     config = change(change(config, "search.target_length", 100_000), "evaluate.lengths", (16, 100_000))
     with pytest.raises(
-        ValueError, match="config.search: objective.perplexity: none of .* documents has the 106251 tokens"
+        ValueError, match="config.search: objective.perplexity: none of .* documents has the 112501 tokens"
     ):
         experiment.prepare(config, tmp_path)
 
