@@ -8,7 +8,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocat
 STYLES: dict[str, dict] = {
     "longrope": dict(color="#d62728", linewidth=2.4, marker="o", zorder=5),
     "lambda_only": dict(color="#d62728", marker="o", linestyle="--", markerfacecolor="white"),
-    "yarn_tuned": dict(color="#1f77b4", linewidth=2.0, marker="D"),
+    "yarn_tuned": dict(color="#08306b", linewidth=2.0, marker="D"),
     "yarn": dict(color="#1f77b4", marker="s"),
     "yarn_without_temperature": dict(color="#1f77b4", marker="s", linestyle="--", markerfacecolor="white"),
     "yarn_mistral": dict(color="#1f77b4", marker="+", linestyle=":"),
