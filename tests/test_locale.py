@@ -80,7 +80,7 @@ def results(workdir):
 def folder(tmp_path_factory):
     """Texts whose names and contents are no ASCII, two names no UTF-8 either."""
     folder = tmp_path_factory.mktemp("texte")
-    names = [*(f"{word} {number}.txt" for word in ("straße", "ılık İÇ", "日本語") for number in range(4))]
+    names = [*(f"{word} {number}.txt" for word in ("straße", "ılık İÇ", "日本語") for number in range(8))]
     for name in [*map(os.fsencode, names), b"latin \xe4.txt", b"latin \xff.txt"]:
         with open(os.path.join(os.fsencode(folder), name), "w", encoding="utf-8") as file:
             file.write(f"{name!r}: ünï 日本 ıİ. " * 20)

@@ -42,7 +42,9 @@ def config(tmp_path_factory):
         model=LlamaConfig(vocab_size=258, original_length=LENGTH, **SIZES),
         data=DataSettings(folder=str(folder)),
         pretrain=PretrainSettings(steps=4, batch=4),
-        search_near=SearchSettings(target_length=NEAR, documents=2, evolution=few),
+        search_near=SearchSettings(
+            target_length=NEAR, documents=2, evolution=few, objective={"text": TermSettings.paper()}
+        ),
         search=SearchSettings(
             target_length=TARGET,
             documents=3,

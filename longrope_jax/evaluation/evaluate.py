@@ -38,7 +38,7 @@ EVALUATION_RECORD = {
     "seconds": float,
     "nll_by_position": [float],
     "nll_by_eighth": [float],
-    "nll_beyond": float,
+    "nll_beyond": [float],
     "factors": {"lam": [float], "n_hat": int, "mscale": float},
 }
 """The fields of a record in evaluation.jsonl that readers need, beside the name of the stage."""
@@ -179,7 +179,7 @@ def run_evaluation(
                 "tokens_per_second": nll.size / seconds,
                 "nll_by_position": by_position(nll, min(POSITION_BUCKETS, target)).tolist(),
                 "nll_by_eighth": by_position(nll, min(EIGHTHS, target)).tolist(),
-                "nll_beyond": float(beyond.mean(dtype=np.float64)) if beyond.size else None,
+                "nll_beyond": [float(beyond.mean(dtype=np.float64))] if beyond.size else [],
                 "factors": {
                     "lam": np.asarray(chosen.lam).tolist(),
                     "n_hat": int(chosen.n_hat),

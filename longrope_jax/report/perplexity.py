@@ -54,7 +54,7 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
     }
     for method, entry in summary["perplexity"][str(lengths[-1])].items():
         record = longest[method]
-        entry |= {"last_eighth": _exp(record["nll_by_eighth"][-1]), "beyond": _exp(record["nll_beyond"])}
+        entry |= {"last_eighth": _exp(record["nll_by_eighth"][-1]), "beyond": _exp(*record["nll_beyond"])}
     summary["by_eighth"] = {method: list(map(_exp, longest[method]["nll_by_eighth"])) for method in methods}
     if LONGROPE in methods:
         others = [method for method in methods if method != LONGROPE]
@@ -69,7 +69,10 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
     return summary
 
 
-def _exp(nll: float | None) -> float | None:
+_CLEARLY = 0.005  # nats; two perplexities that differ by less look the same in a table
+
+
+def _exp(nll: float | None = None) -> float | None:
     """A perplexity; None for what was not read, or is not finite."""
     return None if nll is None else float(np.exp(nll))
 
@@ -117,15 +120,21 @@ def _worse_parts(longest: Mapping[str, dict[str, Any]], other: str) -> str:
     """A sentence on the eighths of the window, and what is read beyond it, in which LongRoPE is worse than another."""
     mine, others = (
         {f"eighth {number}": nll for number, nll in enumerate(longest[name]["nll_by_eighth"], 1)}
-        | {"the tokens just beyond it": longest[name]["nll_beyond"]}
+        | dict(zip(["the tokens just beyond it"], longest[name]["nll_beyond"], strict=False))
         for name in (LONGROPE, other)
     )
+    pairs = {part: (_infinite(mine[part]), _infinite(others[part])) for part in mine.keys() & others.keys()}
     worse = [
-        f"{part} ({np.exp(mine[part]):.2f}, {plots.label(other)} {np.exp(others[part]):.2f})"
+        f"{part} ({np.exp(pairs[part][0]):.2f}, {plots.label(other)} {np.exp(pairs[part][1]):.2f})"
         for part in mine
-        if None not in (mine[part], others[part]) and mine[part] > others[part]
+        if part in pairs and pairs[part][0] > pairs[part][1] + _CLEARLY
     ]
-    return f" But LongRoPE is worse in parts of the window: {', '.join(worse)}." if worse else ""
+    return f" LongRoPE is worse in parts of the window: {', '.join(worse)}." if worse else ""
+
+
+def _infinite(nll: float | None) -> float:
+    """An NLL of a record; null in JSON stands for infinity."""
+    return np.inf if nll is None else nll
 
 
 def _finite_first(ppl: Mapping[str, float]) -> Callable[[str], float]:

@@ -206,7 +206,12 @@ class SearchSettings(Settings):
         1 + s, the "su" temperature (`rope.longrope_mscale`), nothing read beyond the target. Lengths are tokens.
 
         What differs still: its YaRN blends factors instead of frequencies, and it puts BOS before every window.
+
+        Raises:
+            ValueError: an original length of a single token.
         """
+        if original_length < 2:
+            raise ValueError(f"original_length = {original_length} must be at least 2 tokens")
         scale = target_length / original_length
         mscale = longrope_mscale(scale, original_length)
         released: dict[str, Any] = dict(
@@ -288,7 +293,8 @@ class SearchSettings(Settings):
             "gradient": seeds + self.ramps + refined,
             "hybrid": evolved(seeds + self.ramps + refined),
             "cma_es": seeds + self.cma_es.evaluations,
-            "yarn_grid": seeds + YARN_GRID_SIZE,  # at most: some ramps of the grid are the same
+            # At most: some ramps of the grid are the same. Where the temperature is searched, each has two.
+            "yarn_grid": seeds + YARN_GRID_SIZE * (1 + (self.mscale[0] < self.mscale[1])),
         }[self.method]
 
     def forward_equivalents(self, blocks: int, start_tokens: int) -> float:

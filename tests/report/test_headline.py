@@ -11,7 +11,7 @@ METHODS = {"yarn": Method("yarn"), "second": Method("yarn_mistral"), "ntk": Meth
 BASE = np.array([1.0, 1.5, 2.0, 1.2])
 
 
-def headline(shifts, methods=METHODS, late=0.0):
+def headline(shifts, methods=METHODS, late=0.0, beyond=()):
     """Of an evaluation whose methods have the NLL of `BASE`, shifted by so many nats per token."""
     settings = EvaluationSettings(lengths=(L, LONG), methods={name: methods[name] for name in shifts}, controls=())
     records = [
@@ -22,7 +22,7 @@ def headline(shifts, methods=METHODS, late=0.0):
             nll_sums=((BASE + shift) * TOKENS).tolist(),
             counts=[TOKENS] * 4,
             nll_by_eighth=[float(np.mean(BASE + shift)) + (name == "longrope") * late * (k == 7) for k in range(8)],
-            nll_beyond=None,
+            nll_beyond=beyond if name == "longrope" else beyond and [1.0],
             factors=dict(lam=[1.0], n_hat=0, mscale=1.0),
         )
         for length in (L, LONG)
@@ -55,5 +55,11 @@ def test_the_headline_compares_longrope_with_the_best_yarn(shifts, text):
 
 def test_the_headline_warns_of_a_part_of_the_window_in_which_longrope_is_worse():
     told = headline(dict(yarn=0.1, longrope=0), late=0.2)
-    assert told.endswith("But LongRoPE is worse in parts of the window: eighth 8 (5.08, YaRN 4.60).")
-    assert "But" not in headline(dict(yarn=0.1, longrope=0), late=0.05)
+    assert told.endswith("LongRoPE is worse in parts of the window: eighth 8 (5.08, YaRN 4.60).")
+    assert "worse" not in headline(dict(yarn=0.1, longrope=0), late=0.05)
+    assert "worse" not in headline(dict(yarn=0.0, longrope=0), late=0.004)
+
+
+@pytest.mark.parametrize("beyond", [[np.inf], [None], [2.0]])
+def test_the_headline_warns_of_what_fails_beyond_the_window(beyond):
+    assert "the tokens just beyond it (" in headline(dict(yarn=0.1, longrope=0), beyond=beyond)

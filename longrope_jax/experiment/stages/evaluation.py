@@ -72,7 +72,11 @@ def _check_evaluate(settings: EvaluationSettings, config: LlamaConfig, before: B
 
 def _check_evaluate_data(settings: EvaluationSettings, context: RunContext) -> None:
     window = settings.window(max(settings.lengths))
-    windows = fixed_windows(context.documents[settings.data][settings.split], window, settings.documents, settings.seed)
+    documents = context.documents[settings.data][settings.split]
+    try:
+        windows = fixed_windows(documents, window, settings.documents, settings.seed)
+    except ValueError as error:
+        raise ValueError(f"{error} (lengths end at {max(settings.lengths)}, margin = {settings.margin:g})") from None
     if len(set(windows.names)) < 2:
         raise ValueError(
             f"only {windows.names[0]!r} has the {window + 1} tokens of a window with its margin; intervals need two "
@@ -82,7 +86,8 @@ def _check_evaluate_data(settings: EvaluationSettings, context: RunContext) -> N
 
 def _check_evaluate_layout(settings: EvaluationSettings, config: LlamaConfig, layout: Layout) -> None:
     for length in settings.lengths:
-        layout.check_length(settings.window(length), "lengths: window with its margin")
+        window = settings.window(length)
+        layout.check_length(window, "lengths: window with its margin" if window > length else "lengths: window of")
 
 
 def _run_evaluate(settings: EvaluationSettings, context: RunContext, name: str) -> dict[str, Any]:
