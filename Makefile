@@ -146,7 +146,7 @@ test-package: .venv-package/installed
 
 .venv-package/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv-package
-	.venv-package/bin/python -m pip install --quiet build -r requirements-dev.txt
+	.venv-package/bin/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
 # From the docstrings too, which are those of the library that is imported: the same .venv, as one of its own would hold JAX

@@ -28,7 +28,7 @@ from longrope_jax.settings import (
     one_of,
 )
 
-POSITION_BUCKETS, EIGHTHS = 32, 8
+POSITION_BUCKETS = 32
 EVALUATION_RECORD = {
     "length": int,
     "method": str,
@@ -37,7 +37,6 @@ EVALUATION_RECORD = {
     "counts": [int],
     "seconds": float,
     "nll_by_position": [float],
-    "nll_by_eighth": [float],
     "nll_beyond": [float],
     "factors": {"lam": [float], "n_hat": int, "mscale": float},
 }
@@ -178,7 +177,6 @@ def run_evaluation(
                 "seconds": seconds,
                 "tokens_per_second": nll.size / seconds,
                 "nll_by_position": by_position(nll, min(POSITION_BUCKETS, target)).tolist(),
-                "nll_by_eighth": by_position(nll, min(EIGHTHS, target)).tolist(),
                 "nll_beyond": [float(beyond.mean(dtype=np.float64))] if beyond.size else [],
                 "factors": {
                     "lam": np.asarray(chosen.lam).tolist(),

@@ -4,11 +4,12 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from longrope_jax import rope
 from longrope_jax.evaluation.evaluate import EvaluationSettings, published_methods, recorded_nll
-from longrope_jax.evaluation.perplexity import DocumentNll, compare, perplexity
+from longrope_jax.evaluation.perplexity import DocumentNll, by_position, compare, perplexity
 from longrope_jax.model import LlamaConfig
 from longrope_jax.report import plots
 from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, markdown_table, picture
@@ -54,8 +55,8 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
     }
     for method, entry in summary["perplexity"][str(lengths[-1])].items():
         record = longest[method]
-        entry |= {"last_eighth": _exp(record["nll_by_eighth"][-1]), "beyond": _exp(*record["nll_beyond"])}
-    summary["by_eighth"] = {method: list(map(_exp, longest[method]["nll_by_eighth"])) for method in methods}
+        entry |= {"last_eighth": _exp(_by_eighth(record)[-1]), "beyond": _exp(*record["nll_beyond"])}
+    summary["by_eighth"] = {method: list(map(_exp, _by_eighth(longest[method]))) for method in methods}
     if LONGROPE in methods:
         others = [method for method in methods if method != LONGROPE]
         controls = [method for method in settings.controls if (original_length, method) in nll]
@@ -72,9 +73,9 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
 _CLEARLY = 0.005  # nats; two perplexities that differ by less look the same in a table
 
 
-def _exp(nll: float | None = None) -> float | None:
+def _exp(nll: float | None = np.inf) -> float | None:
     """A perplexity; None for what was not read, or is not finite."""
-    return None if nll is None else float(np.exp(nll))
+    return None if nll is None or not np.isfinite(nll) else float(np.exp(nll))
 
 
 def _headline(
@@ -119,17 +120,22 @@ def _headline(
 def _worse_parts(longest: Mapping[str, dict[str, Any]], other: str) -> str:
     """A sentence on the eighths of the window, and what is read beyond it, in which LongRoPE is worse than another."""
     mine, others = (
-        {f"eighth {number}": nll for number, nll in enumerate(longest[name]["nll_by_eighth"], 1)}
-        | dict(zip(["the tokens just beyond it"], longest[name]["nll_beyond"], strict=False))
+        {f"eighth {number}": nll for number, nll in enumerate(_by_eighth(longest[name]), 1)}
+        | dict(zip(["the tokens just beyond it"], map(_infinite, longest[name]["nll_beyond"]), strict=False))
         for name in (LONGROPE, other)
     )
-    pairs = {part: (_infinite(mine[part]), _infinite(others[part])) for part in mine.keys() & others.keys()}
     worse = [
-        f"{part} ({np.exp(pairs[part][0]):.2f}, {plots.label(other)} {np.exp(pairs[part][1]):.2f})"
+        f"{part} ({np.exp(mine[part]):.2f}, {plots.label(other)} {np.exp(others[part]):.2f})"
         for part in mine
-        if part in pairs and pairs[part][0] > pairs[part][1] + _CLEARLY
+        if mine[part] > others[part] + _CLEARLY
     ]
     return f" LongRoPE is worse in parts of the window: {', '.join(worse)}." if worse else ""
+
+
+def _by_eighth(record: dict[str, Any]) -> Float[np.ndarray, "eighths"]:
+    """Mean NLL (nats per token) in every eighth of the windows of a record; fewer parts below eight tokens."""
+    curve = np.array([list(map(_infinite, record["nll_by_position"]))])
+    return by_position(curve, min(8, curve.shape[1]))
 
 
 def _infinite(nll: float | None) -> float:

@@ -25,7 +25,7 @@ def search_figures(search: Summary) -> dict[str, Figure]:
 
 def search_section(search: Summary) -> list[str]:
     """The section of a report."""
-    stage, found = search["stage"], search["factors"]
+    stage, found, yarn = search["stage"], search["factors"], search["yarn"]
     seeds = ", ".join(
         f"{plots.label(name)} " + ("not finite" if nll is None else f"{np.exp(nll):.2f}")
         for name, nll in search["seeds"].items()
@@ -34,6 +34,7 @@ def search_section(search: Summary) -> list[str]:
         f"## Search for {search['target_length']} tokens (stage `{stage}`, model of stage `{search['model']}`)\n",
         f"By {search['method'].replace('_', ' ')}: {_cost(search)} Perplexity on the {len(search['documents'])} search "
         f"documents: {np.exp(search['best_nll']):.2f}; seeds: {seeds}.\n",
+        *([f"YaRN with beta_fast = {yarn[0]:g}, beta_slow = {yarn[1]:g}, s = {yarn[2]:g}.\n"] if yarn else []),
         f"n_hat = {found['n_hat']}, lambda = {', '.join(f'{value:.2f}' for value in found['lam'])}\n",
         picture("search convergence", f"convergence_{stage}"),
     ]

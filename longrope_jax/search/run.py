@@ -38,6 +38,7 @@ class SearchResult(NamedTuple):
         dropped: candidates that a race did not read in full.
         held_out: (forward equivalents, score, NLL on held-out documents) of the best so far, after every iteration
             that found a better one.
+        yarn: (beta_fast, beta_slow, scale, with YaRN's temperature) of the factors, if a grid of YaRNs has them.
         documents: names of the search documents, by term of the objective.
         seconds: wall time, over all runs of the process.
         objective_seconds: the part that scored candidates.
@@ -51,6 +52,7 @@ class SearchResult(NamedTuple):
     seeds: dict[str, float]
     dropped: int
     held_out: list[tuple[float, float, float]]
+    yarn: tuple[float, float, float, bool] | None
     documents: dict[str, list[str]]
     seconds: float
     objective_seconds: float
@@ -142,6 +144,7 @@ def run_search(
         dict(zip(names, state.nll[is_seed].tolist(), strict=True)),
         int((np.isnan(state.documents).any(1) & ~np.isnan(state.documents).all(1)).sum()),
         _held_out(model, layout, params, state, settings, documents) if settings.held_out_documents else [],
+        next((key for key, yarn in grid.items() if np.allclose(yarn.lam, state.best().lam)), None),
         {name: term.names for name, term in terms.items()},
         **spent,
     )

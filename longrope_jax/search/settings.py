@@ -150,8 +150,8 @@ class SearchSettings(Settings):
         model: the stage whose model is searched on; "" is the latest before this one.
         documents: how many documents a candidate is scored on, from different files as far as there are enough.
         seed: of the documents and of the search.
-        objective: terms of the score, by names of your own; see `TermSettings`. Empty is the paper's: the perplexity of
-            documents of the target length.
+        objective: terms of the score, by names of your own; see `TermSettings`. Empty is the perplexity of
+            documents of the target length and a margin.
         method: "evolution", LongRoPE's Algorithm 1; "gradient", gradient refinement; "hybrid", gradient refinement of a
             few candidates and then Algorithm 1 from the results; "cma_es", a baseline; "yarn_grid", the baseline of a
             YaRN whose ramp and scale are the best on the search documents.

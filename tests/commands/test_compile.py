@@ -281,9 +281,6 @@ def test_the_optimizer_counts_while_held_out_documents_are_evaluated(to_compile,
     assert 0 <= beside - 2 * 4 * (matrices // 4 + norms) - results < 100
 
 
-# --- what can be mended -----------------------------------------------------------------------------------------------
-
-
 def test_a_model_that_only_its_preset_tells_is_compiled_without_its_files(to_compile, slice_of_cpus, tmp_path):
     config = shortened(to_compile, "search")
     with config.unlocked():

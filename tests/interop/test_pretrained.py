@@ -327,7 +327,7 @@ def test_the_stack_of_layers_is_filled_in_place(params, tmp_path):
     write(tmp_path / "model", CONFIG, to_huggingface(params))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as: some donated buffers were not usable
-        read_params(tmp_path / "model", MODEL)
+        assert_same(read_params(tmp_path / "model", MODEL), params)
 
 
 def test_a_folder_in_an_object_store_is_copied_here_once(params, tmp_path, bucket, monkeypatch):

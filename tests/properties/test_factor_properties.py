@@ -88,7 +88,7 @@ json_values = st.recursive(
 
 @settings(max_examples=40)
 @given(tables(), json_values)
-def test_a_table_and_what_is_reported_of_it_come_back(tmp_path_factory, table, told):
+def test_a_table_and_its_metadata_come_back(tmp_path_factory, table, told):
     path = tmp_path_factory.mktemp("table") / "table.json"
     save_table(path, table, told=told)
     assert_same_table(load_table(path), table)

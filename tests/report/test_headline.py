@@ -21,7 +21,7 @@ def headline(shifts, methods=METHODS, late=0.0, beyond=()):
             documents=["a", "b", "c", "d"],
             nll_sums=((BASE + shift) * TOKENS).tolist(),
             counts=[TOKENS] * 4,
-            nll_by_eighth=[float(np.mean(BASE + shift)) + (name == "longrope") * late * (k == 7) for k in range(8)],
+            nll_by_position=[float(np.mean(BASE + shift)) + (name == "longrope") * late * (k == 7) for k in range(8)],
             nll_beyond=beyond if name == "longrope" else beyond and [1.0],
             factors=dict(lam=[1.0], n_hat=0, mscale=1.0),
         )

@@ -23,6 +23,7 @@ SUMMARY = dict(
     costs=[1.0, 2.0, 3.0, 3.5, 4.0, 5.0],
     dropped=2,
     held_out=[],
+    yarn=[],
 )
 HELD_OUT = [[3.0, 1.5, 1.6], [4.0, 1.25, 1.3], [5.0, 1.0, 1.35]]
 
@@ -81,3 +82,9 @@ def test_population_0_is_marked_where_there_is_one(population):
     figure = plots.search_convergence(np.array([2.0, 1.5, 1.0]), {"yarn": 2.0}, population, [1.0, 2.0, 3.0])
     marks = [text.get_text() for text in figure.axes[0].texts if text.get_text() == "population 0"]
     assert len(marks) == (population == 3)
+
+
+def test_a_tuned_yarn_is_described_by_its_parameters():
+    text = "\n".join(search_section(SUMMARY | {"method": "yarn_grid", "yarn": [8, 1.25, 7.5, False]}))
+    assert "YaRN with beta_fast = 8, beta_slow = 1.25, s = 7.5." in text
+    assert "beta_fast" not in "\n".join(search_section(SUMMARY))

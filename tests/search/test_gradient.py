@@ -220,7 +220,7 @@ def test_critical_pairs_and_ntk_below_them_stay_through_a_refinement():
         np.testing.assert_allclose(row[:critical], row[critical] ** (np.arange(critical) / critical), rtol=1e-5)
 
 
-def test_a_gradient_that_is_no_number_is_reported_of_and_moves_nothing(caplog):
+def test_a_gradient_that_is_no_number_is_reported_and_moves_nothing(caplog):
     _, params = tiny_model.make()
     broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
     objective = tiny_model.make_objective(tiny_model.make_term(1, 32), params=broken)

@@ -93,6 +93,7 @@ def _run_search(settings: SearchSettings, context: RunContext, name: str) -> dic
         "costs": result.costs,
         "dropped": result.dropped,
         "held_out": result.held_out,
+        "yarn": list(result.yarn or ()),
     }
 
 
@@ -135,6 +136,7 @@ _SUMMARY = {
     "costs": [float],
     "dropped": int,
     "held_out": [[float]],
+    "yarn": list,
     "objective_seconds": float,
 }
 
