@@ -5,7 +5,7 @@
 
 Builds the embedded corpus (the standard library's sources), pretrains 0.57M parameters, searches factors for 8L and
 evaluates every method from L/2 to 8L on documents that training and search have not seen. It exports the extended model
-for Transformers to `export/` in the work directory. Three minutes on two cores. Expect a perplexity of about 4.0 at L.
+for Transformers to `export/` in the work directory. Four minutes on two cores. Expect a perplexity of about 4.0 at L.
 At 8L without fine-tuning, LongRoPE is 3 to 17 % below YaRN tuned on the same documents; NTK and PI are above 12 (six
 models, docs/results/quickstart.md).
 """
