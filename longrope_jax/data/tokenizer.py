@@ -12,10 +12,10 @@ from etils import epath
 from jaxtyping import Integer, UInt16
 
 from longrope_jax import json_files
-from longrope_jax.errors import beginning, shortened
+from longrope_jax.errors import naming, shortened
 
 _TOKENIZER = "tokenizer.json"
-# The files that an exported model gets, and those that are only read for the ids that begin and end a text.
+# The files that an exported model gets.
 _FILES = (
     _TOKENIZER,
     "tokenizer_config.json",
@@ -26,9 +26,14 @@ _FILES = (
     "vocab.json",
     "merges.txt",
 )
-_CONFIGS = ("config.json", "generation_config.json")
 # Sixty times the largest vocabularies in use. `tokenizers` needs memory and time for every id below the largest.
 _MAX_VOCAB_SIZE = 1 << 24
+
+
+_SENTENCEPIECE = (
+    f"has a SentencePiece tokenizer.model but no {_TOKENIZER}; make one with Transformers: "
+    "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+)
 
 
 class Tokenizer(Protocol):
@@ -118,8 +123,8 @@ class SubwordTokenizer:
         self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
         if self.vocab_size > _MAX_VOCAB_SIZE:
             raise ValueError(f"a token has id {self.vocab_size - 1}; ids must be below {_MAX_VOCAB_SIZE}")
-        ends = ([] if eos is None else [eos]) + list(stops)
-        for name, ids in {"bos": [] if bos is None else [bos], "eos": ends}.items():
+        starts, ends = [] if bos is None else [bos], list(stops) if eos is None else [eos, *stops]
+        for name, ids in {"bos": starts, "eos": ends}.items():
             wrong = [i for i in ids if not _is_id(i, self.vocab_size) or tokenizer.id_to_token(i) is None]
             if wrong:
                 raise ValueError(
@@ -127,13 +132,13 @@ class SubwordTokenizer:
                 )
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        _make_special(tokenizer, {index for index in (bos, eos) if index is not None}, stops)
+        _make_special(tokenizer, {*starts, *ends}, always={bos, eos})
         # Only the arguments `bos` and `eos` add special tokens: a text that spells EOS must not end a document.
         tokenizer.encode_special_tokens = True
         self.bos, self.eos, self.stops = bos, eos, tuple(dict.fromkeys(ends))
         self.files = dict(files)
         self._tokenizer = tokenizer
-        _warn_of_merges_to(tokenizer, {index for index in (bos, *ends) if index is not None})
+        _warn_of_merges_to(tokenizer, {*starts, *ends})
         self._dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     @cached_property
@@ -153,20 +158,18 @@ class SubwordTokenizer:
             ValueError: the folder has no tokenizer.json, or a file can't be read or contradicts the others.
         """
         folder = epath.Path(folder)
-        if not (folder / _TOKENIZER).is_file():
-            raise ValueError(f"{folder}: {_missing(folder)}")
         files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
-        named = _json(folder, "special_tokens_map.json") | _json(folder, "tokenizer_config.json")
-        ids = _json(folder, _CONFIGS[0]) | _json(folder, _CONFIGS[1])
-        try:
+        with naming(folder):
+            if _TOKENIZER not in files:
+                raise ValueError(_SENTENCEPIECE if "tokenizer.model" in files else f"has no {_TOKENIZER}")
+            named = _json(folder, "special_tokens_map.json") | _json(folder, "tokenizer_config.json")
+            ids = _json(folder, "config.json") | _json(folder, "generation_config.json")
             try:
                 tokenizer = tokenizers.Tokenizer.from_buffer(files[_TOKENIZER])
             except Exception as error:  # `tokenizers` raises Exception itself
                 raise ValueError(f"{_TOKENIZER} can't be read: {error}") from None
             bos, eos = (_id_of(tokenizer, name, named, ids) for name in ("bos", "eos"))
             return cls(tokenizer, files, bos=bos, eos=eos, stops=_as_list(ids.get("eos_token_id")))
-        except ValueError as error:
-            raise ValueError(f"{folder}: {beginning(error)}") from None
 
     def encode(self, text: str | bytes, *, bos: bool = True, eos: bool = True) -> Integer[np.ndarray, "tokens"]:
         """See `Tokenizer`; invalid UTF-8 becomes the replacement character."""
@@ -186,12 +189,13 @@ def _is_id(value: Any, vocab_size: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
-def _make_special(tokenizer: tokenizers.Tokenizer, special_ids: set[int], stops: Sequence[int]) -> None:
-    """Registers BOS, EOS and those stops that are added tokens as special: some files say so only in their configs."""
+def _make_special(tokenizer: tokenizers.Tokenizer, ids: set[int], always: set[int | None]) -> None:
+    """Registers tokens as special, those not in `always` only if they are added tokens: some files say so only in their
+    configs.
+    """
     added = tokenizer.get_added_tokens_decoder()
-    wanted = {index for index in [*special_ids, *stops] if index in special_ids or index in added}
-    special = sorted(index for index in wanted if index not in added or not added[index].special)
-    tokens = [tokenizer.id_to_token(index) for index in special]
+    missing = [index for index in sorted(ids) if (not added[index].special if index in added else index in always)]
+    tokens = [tokenizer.id_to_token(index) for index in missing]
     tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
 
 
@@ -201,15 +205,6 @@ def _warn_of_merges_to(tokenizer: tokenizers.Tokenizer, special_ids: set[int]) -
         token = tokenizer.id_to_token(index)
         if index in tokenizer.encode(token, add_special_tokens=False).ids:
             logging.warning("the tokenizer's merges turn the text %r into the special token itself", token)
-
-
-def _missing(folder: epath.Path) -> str:
-    if (folder / "tokenizer.model").is_file():
-        return (
-            f"has a SentencePiece tokenizer.model but no {_TOKENIZER}; make one with Transformers: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-        )
-    return f"has no {_TOKENIZER}"
 
 
 def _json(folder: epath.Path, name: str) -> dict[str, Any]:
