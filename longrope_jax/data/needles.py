@@ -56,6 +56,7 @@ def passkey(length: int, tokenizer: Tokenizer, rng: np.random.Generator, depth: 
     answer = _number(rng, PASSKEY_DIGITS)
     depth = float(rng.uniform()) if depth is None else depth
     parts = _Parts.of(
+        "passkey",
         tokenizer,
         "There is important information hidden in a lot of irrelevant text. Find it and memorize it. I will quiz you "
         "about it.\n",
@@ -63,11 +64,11 @@ def passkey(length: int, tokenizer: Tokenizer, rng: np.random.Generator, depth: 
         "\nWhat is the pass key? The pass key is",
         answer,
     )
-    room = parts.haystack_size(length, "passkey")
+    room = parts.haystack_size(length)
     once = _encode(tokenizer, FILLER)
     again = _encode(tokenizer, f"{FILLER} {FILLER}")[len(once) :]  # with what a tokenizer makes of the space
     haystack = np.concatenate([once, np.tile(again, room // len(again) + 1)])[:room]
-    return _insert_needle(parts, haystack, depth, tokenizer)
+    return _insert_needle(parts, haystack, depth)
 
 
 def needle(
@@ -85,13 +86,14 @@ def needle(
     """
     answer, city = _number(rng, NEEDLE_DIGITS), CITIES[rng.integers(len(CITIES))]
     parts = _Parts.of(
+        "needle",
         tokenizer,
         "There is a magic number hidden in the following text. Find it and memorize it. I will quiz you about it.\n",
         f"\nThe magic number of {city} is {answer}.\n",
         f"\nWhat is the magic number of {city}? The magic number of {city} is",
         answer,
     )
-    return _insert_needle(parts, _sample_haystack(parts, length, "needle", tokenizer, rng, documents), depth, tokenizer)
+    return _insert_needle(parts, _sample_haystack(parts, length, rng, documents), depth)
 
 
 def needle_cloze(
@@ -111,9 +113,7 @@ def needle_cloze(
         ValueError: as for `needle`.
     """
     parts = _draw_cloze(tokenizer, rng)
-    return _insert_needle(
-        parts, _sample_haystack(parts, length, "needle_cloze", tokenizer, rng, documents), depth, tokenizer
-    )
+    return _insert_needle(parts, _sample_haystack(parts, length, rng, documents), depth)
 
 
 def cloze_example(
@@ -129,13 +129,12 @@ def cloze_example(
     """
     parts, depth = _draw_cloze(tokenizer, rng), float(rng.uniform())
     asked, more = length - len(parts.answer_tokens), len(parts.needle)
-    if rng.integers(2) and asked >= parts.fixed_size + more:
-        text = _sample_haystack(parts, asked - more, "needle_cloze", tokenizer, rng, documents)
+    is_twice = rng.integers(2) and asked >= parts.fixed_size + more
+    text = _sample_haystack(parts, asked - more if is_twice else asked, rng, documents)
+    if is_twice:
         place = _nearest_boundary(text, int(rng.integers(len(text) + 1)), tokenizer)
         text = np.concatenate([text[:place], parts.needle, text[place:]])
-    else:
-        text = _sample_haystack(parts, asked, "needle_cloze", tokenizer, rng, documents)
-    prompt = _insert_needle(parts, text, depth, tokenizer)
+    prompt = _insert_needle(parts, text, depth)
     return np.concatenate([prompt.tokens, prompt.answer_tokens])
 
 
@@ -152,8 +151,10 @@ def max_answer_tokens(task: str, tokenizer: Tokenizer) -> int:
 
 
 class _Parts(NamedTuple):
-    """The fixed parts of a prompt, as tokens."""
+    """The fixed parts of a task's prompt, as tokens."""
 
+    task: str
+    tokenizer: Tokenizer
     instruction: np.ndarray
     needle: np.ndarray
     question: np.ndarray
@@ -161,9 +162,11 @@ class _Parts(NamedTuple):
     answer_tokens: np.ndarray
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, instruction: str, needle: str, question: str, answer: str) -> "_Parts":
+    def of(cls, task: str, tokenizer: Tokenizer, instruction: str, needle: str, question: str, answer: str) -> "_Parts":
         asked = _encode(tokenizer, question)
         return cls(
+            task,
+            tokenizer,
             tokenizer.encode(instruction, eos=False).astype(np.int32),
             _encode(tokenizer, needle),
             asked,
@@ -177,11 +180,12 @@ class _Parts(NamedTuple):
         """Tokens of a prompt without its haystack."""
         return len(self.instruction) + len(self.needle) + len(self.question)
 
-    def haystack_size(self, length: int, task: str) -> int:
+    def haystack_size(self, length: int) -> int:
         """Tokens that remain for the haystack; raises ValueError if the length is too short."""
         if length < self.fixed_size:
             raise ValueError(
-                f"length = {length} tokens is too short for a {task} prompt, whose fixed parts take {self.fixed_size}"
+                f"length = {length} tokens is too short for a {self.task} prompt, whose fixed parts take "
+                f"{self.fixed_size}"
             )
         return length - self.fixed_size
 
@@ -194,28 +198,20 @@ def _draw_cloze(tokenizer: Tokenizer, rng: np.random.Generator) -> _Parts:
 
 def _cloze(tokenizer: Tokenizer, city: str, answer: str) -> _Parts:
     statement = f"\nThe magic number of {city} is"
-    return _Parts.of(tokenizer, "", f"{statement} {answer}.\n", statement, answer)
+    return _Parts.of("needle_cloze", tokenizer, "", f"{statement} {answer}.\n", statement, answer)
 
 
-def _sample_haystack(
-    parts: _Parts,
-    length: int,
-    task: str,
-    tokenizer: Tokenizer,
-    rng: np.random.Generator,
-    documents: Sequence[Document],
-) -> np.ndarray:
+def _sample_haystack(parts: _Parts, length: int, rng: np.random.Generator, documents: Sequence[Document]) -> np.ndarray:
     """Text of one document that fills the prompt; the document and the place are drawn."""
-    room = parts.haystack_size(length, task)
+    room, tokenizer = parts.haystack_size(length), parts.tokenizer
     # The length decides without reading the tokens, except where it depends on BOS and EOS.
     fitting = [tokens for tokens in (document.tokens for document in documents) if len(tokens) >= room]
     fitting = [tokens for tokens in fitting if len(tokens) >= room + 2 or len(_text(tokens, tokenizer)) >= room]
     if not fitting:
-        longest = max((len(document.tokens) for document in documents), default=0)
-        ends = [d.tokens for d in documents if len(d.tokens) >= longest - 2]
+        longest = max((len(_text(document.tokens, tokenizer)) for document in documents), default=0)
         raise ValueError(
-            f"none of {len(documents)} documents has the {room} tokens of text that a {task} prompt of length = "
-            f"{length} takes; the longest has {max((len(_text(tokens, tokenizer)) for tokens in ends), default=0)}"
+            f"none of {len(documents)} documents has the {room} tokens of text that a {parts.task} prompt of length = "
+            f"{length} takes; the longest has {longest}"
         )
     tokens = fitting[rng.integers(len(fitting))]
     text = _text(tokens, tokenizer)
@@ -223,10 +219,10 @@ def _sample_haystack(
     return tokens[start : start + room]
 
 
-def _insert_needle(parts: _Parts, haystack: np.ndarray, depth: float, tokenizer: Tokenizer) -> Prompt:
+def _insert_needle(parts: _Parts, haystack: np.ndarray, depth: float) -> Prompt:
     if not 0 <= depth <= 1:
         raise ValueError(f"depth = {depth} must lie between 0 and 1")
-    place = _nearest_boundary(haystack, round(depth * len(haystack)), tokenizer)
+    place = _nearest_boundary(haystack, round(depth * len(haystack)), parts.tokenizer)
     before = np.concatenate([parts.instruction, haystack[:place]])
     tokens = np.concatenate([before, parts.needle, haystack[place:], parts.question]).astype(np.int32)
     return Prompt(tokens, parts.answer, parts.answer_tokens, place / max(len(haystack), 1), len(before))
