@@ -7,13 +7,12 @@ import math
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
 from typing import NamedTuple
 
 import grain
 from absl import logging
 
-from longrope_jax.data.corpus import Document
+from longrope_jax.data.corpus import Document, too_short
 from longrope_jax.data.sequences import Batch, DisjointWindows, NeedleRows, PackedPieces, Pieces, cut, pack, segments
 from longrope_jax.data.tokenizer import Tokenizer
 
@@ -63,8 +62,7 @@ def pretraining_batches(
     kinds = []
     if share < 1:
         windows = DisjointWindows(documents, length)
-        _check_enough(documents, f"{len(windows)} windows of {length} tokens", len(windows), batch, 1 - share)
-        kinds.append(_epochs(windows, seed))
+        kinds.append(_epochs(windows, f"windows of {length} tokens", documents, batch, 1 - share, seed))
     if needles and share > 0:
         kinds.append(grain.MapDataset.source(NeedleRows(documents, length, needles.tokenizer, seed)))
     return _batches(_mixed(kinds, share), batch, process)
@@ -113,18 +111,14 @@ def finetuning_batches(
     share = _share("long_share", long_share)
     if not 2 <= original_length <= length:
         raise ValueError(f"original_length = {original_length} must lie in [2, length = {length}]")
-    make_source = partial(PackedPieces, documents, length=length, bos=bos, eos=eos)
-    epochs = []
-    if share < 1:
-        short = make_source(*_packed(documents, original_length, length, seed), context=original_length)
-        _check_enough(documents, f"{len(short)} short sequences of {length} tokens", len(short), batch, 1 - share)
-        epochs.append(_epochs(short, seed))
-    if share > 0:
-        plan = _packed(documents, length, length, seed) if packed else _one_each(documents, length)
-        long = make_source(*plan, context=length)
-        _check_enough(documents, f"{len(long)} long sequences of {length} tokens", len(long), batch, share)
-        epochs.append(_epochs(long, seed))
-    sequences = _mixed(epochs, share)
+    kinds = []
+    for kind, window, part in (("short", original_length, 1 - share), ("long", length, share)):
+        if part > 0:
+            is_packed = packed or kind == "short"
+            plan = _packed(documents, window, length, seed) if is_packed else _one_each(documents, length)
+            rows = PackedPieces(documents, *plan, length, window, bos, eos)
+            kinds.append(_epochs(rows, f"{kind} sequences of {length} tokens", documents, batch, part, seed))
+    sequences = _mixed(kinds, share)
     if share == 1 and not packed:
         sequences = sequences.map(lambda row: row._replace(segment_ids=None))  # one segment needs no mask
     return _batches(sequences, batch, process)
@@ -149,20 +143,8 @@ def _one_each(documents: Sequence[Document], length: int) -> tuple[Pieces, Seque
     pieces = segments(documents, length)
     count = len(pieces.sizes)
     if not count:
-        longest = max((len(document.tokens) for document in documents), default=0)
-        raise ValueError(
-            f"none of {len(documents)} training documents has the {length + 1} tokens of a segment of {length}; "
-            f"the longest has {longest}"
-        )
+        raise too_short(documents, f"training documents has the {length + 1} tokens of a segment of {length}")
     return pieces, [[piece] for piece in range(count)]
-
-
-def _check_enough(documents: Sequence[Document], held: str, count: int, batch: int, share: Fraction | int = 1) -> None:
-    """Raises ValueError if a batch would hold a sequence twice: `share` of it comes from `count` sequences."""
-    needed = math.ceil(share * batch)
-    if count < needed:
-        what = f"a batch of {batch}" if share == 1 else f"the {needed} that a batch of {batch} takes"
-        raise ValueError(f"the {len(documents)} training documents hold {held}, fewer than {what}")
 
 
 def _share(name: str, share: float) -> Fraction:
@@ -194,8 +176,22 @@ class _Mixture(grain.transforms.DatasetSelectionMap):
         return (1, before) if is_second else (0, index - before)
 
 
-def _epochs(source: grain.sources.RandomAccessDataSource, seed: int) -> grain.MapDataset[Batch]:
-    """The rows of a source, endlessly, reshuffled in every epoch."""
+def _epochs(
+    source: grain.sources.RandomAccessDataSource,
+    what: str,
+    documents: Sequence[Document],
+    batch: int,
+    share: Fraction,
+    seed: int,
+) -> grain.MapDataset[Batch]:
+    """The rows of a source, endlessly, reshuffled in every epoch; `share` of every batch are such rows.
+
+    Raises ValueError, which says what the rows are, if a batch would hold one of them twice.
+    """
+    needed = math.ceil(share * batch)
+    if len(source) < needed:
+        wanted = f"a batch of {batch}" if share == 1 else f"the {needed} that a batch of {batch} takes"
+        raise ValueError(f"the {len(documents)} training documents hold {len(source)} {what}, fewer than {wanted}")
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
 

@@ -257,6 +257,12 @@ def documents(builder: tfds.core.DatasetBuilder, split: str, tokenizer: Tokenize
     return [Document(d["path"].decode(), tokenizer.encode(d["text"]), len(d["text"])) for d in source]
 
 
+def too_short(documents: Sequence[Document], needed: str) -> ValueError:
+    """The error that no document is as long as needed: "none of 3 documents has the 65 tokens of ..."."""
+    longest = max((len(document.tokens) for document in documents), default=0)
+    return ValueError(f"none of {len(documents)} {needed}; the longest has {longest}")
+
+
 def tokens_per_byte(documents: Sequence[Document]) -> float:
     """Tokens per byte of text, over all documents."""
     return sum(len(d.tokens) for d in documents) / sum(d.size for d in documents)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from longrope_jax.data.corpus import Document
+from longrope_jax.data.corpus import Document, too_short
 from longrope_jax.data.needles import cloze_example, cloze_size
 from longrope_jax.data.tokenizer import Tokenizer
 
@@ -66,11 +66,7 @@ class NeedleRows:
         # Selected once, because every row draws one of them.
         self._documents = [document for document in documents if len(document.tokens) >= length]
         if not self._documents:
-            longest = max((len(document.tokens) for document in documents), default=0)
-            raise ValueError(
-                f"none of {len(documents)} training documents has the {length} tokens that needles are hidden in; "
-                f"the longest has {longest}"
-            )
+            raise too_short(documents, f"training documents has the {length} tokens that needles are hidden in")
         shortest = cloze_size(tokenizer) - 1  # a row has one token more than its length
         if length < shortest:
             raise ValueError(

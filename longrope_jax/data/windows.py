@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
-from longrope_jax.data.corpus import Document
+from longrope_jax.data.corpus import Document, too_short
 
 
 class Windows(NamedTuple):
@@ -43,11 +43,7 @@ def fixed_windows(documents: Sequence[Document], length: int, count: int, seed: 
             offset = rng.integers(len(document.tokens) - fitting * length)
             queues.append([(document, int(offset + k * length)) for k in rng.permutation(fitting)])
     if not queues:
-        longest = max((len(document.tokens) for document in documents), default=0)
-        raise ValueError(
-            f"none of {len(documents)} documents has the {length + 1} tokens of a window of {length}; "
-            f"the longest has {longest}"
-        )
+        raise too_short(documents, f"documents has the {length + 1} tokens of a window of {length}")
     queues = [queues[i] for i in rng.permutation(len(queues))]
     rounds = [[queue[turn] for queue in queues if turn < len(queue)] for turn in range(max(map(len, queues)))]
     chosen = [window for turn in rounds for window in turn][:count]
