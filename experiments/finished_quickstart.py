@@ -6,9 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
-from longrope_jax import Llama, LlamaConfig, find_factors
-from longrope_jax.data import corpus
-from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax import DataSettings, Llama, LlamaConfig, find_factors, read_documents
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.perplexity import Perplexity, by_document, perplexity, token_nll
 from longrope_jax.rope import RopeFactors
@@ -31,10 +29,7 @@ class Quickstart:
         self.config = LlamaConfig(**settings["model"])
         self._model, self._layout = Llama(self.config), Layout()
         self._params = load_params(path, "pretrain", self._model, self._layout, settings["pretrain"]["steps"])
-        builder = corpus.build(corpus.stdlib_config(), path / "data")
-        self._documents = {
-            split: corpus.documents(builder, split, ByteTokenizer()) for split in ("search", "evaluation")
-        }
+        self._documents = read_documents(DataSettings(), path / "data")
 
     def search(self, settings: SearchSettings, seeds: Mapping[str, RopeFactors] | None = None) -> SearchState:
         """Runs a search on the search documents; returns all its candidates."""

@@ -21,7 +21,6 @@ from etils import epath
 from jaxtyping import UInt
 from tqdm import tqdm
 
-from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.errors import beginning
 from longrope_jax.files import as_utf8, copy_tree, is_remote, size_of
 from longrope_jax.settings import Settings
@@ -112,24 +111,25 @@ class TextFolderConfig(tfds.core.BuilderConfig):
     shares: tuple[float, ...] = SHARES
 
 
-def stdlib_config(shares: tuple[float, ...] = SHARES) -> TextFolderConfig:
-    """The embedded corpus, about 600 files and 11 MB: the standard library of the running Python, without its tests."""
+def folder_config(settings: DataSettings) -> TextFolderConfig:
+    """The files of a user's folder or, if the settings name none, of the embedded corpus.
+
+    The embedded corpus has about 600 files and 11 MB: the standard library of the running Python, without its tests.
+    In the data directory, the name of a dataset has a digest of folder, suffix and shares.
+    """
+    folder, suffix, shares = settings.folder, settings.suffix, settings.shares
+    unusual = [] if shares == SHARES else [str(share) for share in shares]
+    if folder:
+        name, description = f"folder-{_digest(folder, suffix, *unusual)}", f"text files of {folder}"
+        return TextFolderConfig(name=name, description=description, folder=folder, suffix=suffix, shares=shares)
     return TextFolderConfig(
-        name="stdlib" if shares == SHARES else f"stdlib-{_digest(*map(str, shares))}",
+        name=f"stdlib-{_digest(*unusual)}" if unusual else "stdlib",
         description="source files of the Python standard library",
         folder=sysconfig.get_path("stdlib"),
         suffix=".py",
         # `encodings` has a hundred near copies of one table, which would be in both training and evaluation.
         excluded=("__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"),
         shares=shares,
-    )
-
-
-def folder_config(folder: str, suffix: str = "", shares: tuple[float, ...] = SHARES) -> TextFolderConfig:
-    """A user's folder. Its name in the data directory has a digest of folder, suffix and shares."""
-    digest = _digest(folder, suffix, *([] if shares == SHARES else map(str, shares)))
-    return TextFolderConfig(
-        name=f"folder-{digest}", description=f"text files of {folder}", folder=folder, suffix=suffix, shares=shares
     )
 
 
@@ -234,12 +234,18 @@ def build(config: TextFolderConfig, data_dir: epath.PathLike) -> TextFolder:
             built = build(config, folder)
             copy_tree(epath.Path(built.data_dir), epath.Path(builder.data_dir), last="dataset_info.json")
         builder = _builder(config, data_dir)
-    try:
-        with contextlib.redirect_stdout(None):
-            builder.download_and_prepare()
-    except RuntimeError as error:  # of array_record's writer, for example a full disk
-        raise OSError(f"{builder.data_dir} can't be written: {beginning(error)}") from None
+    with writing(builder.data_dir), contextlib.redirect_stdout(None):
+        builder.download_and_prepare()
     return builder
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[None]:
+    """Turns errors of array_record's writer, such as a full disk, into an OSError that names the path."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path} can't be written: {beginning(error)}") from None
 
 
 def _builder(config: TextFolderConfig, data_dir: epath.PathLike) -> TextFolder:
@@ -249,12 +255,6 @@ def _builder(config: TextFolderConfig, data_dir: epath.PathLike) -> TextFolder:
         return TextFolder(config=config, data_dir=str(data_dir), file_format="array_record")
     finally:
         logging.set_verbosity(verbosity)
-
-
-def documents(builder: tfds.core.DatasetBuilder, split: str, tokenizer: Tokenizer) -> list[Document]:
-    """The tokenized documents of a split, in memory (2 bytes per token, 4 if the vocabulary is above 65,536)."""
-    source = builder.as_data_source(split)
-    return [Document(d["path"].decode(), tokenizer.encode(d["text"]), len(d["text"])) for d in source]
 
 
 def too_short(documents: Sequence[Document], needed: str) -> ValueError:

@@ -70,8 +70,8 @@ def open_source(settings: DataSettings, data_dir: epath.PathLike) -> dict[str, T
         raise ValueError(f"text_feature = {settings.text_feature!r} is for TFDS; {settings.folder} holds {kind}")
     if kind == "array_record files":
         return _record_splits(files, settings)
-    config = _folder_config(settings) if settings.folder else corpus.stdlib_config(settings.shares)
-    return _dataset_splits(OpenDataset(corpus.build(config, data_dir), "text"), settings, from_files=True)
+    dataset = OpenDataset(corpus.build(corpus.folder_config(settings), data_dir), "text")
+    return {split: _texts(dataset, split) for split in SPLITS}
 
 
 def read_documents(
@@ -101,11 +101,7 @@ def is_built(settings: DataSettings, data_dir: epath.PathLike) -> bool:
 
 def built_folder(settings: DataSettings, data_dir: epath.PathLike) -> epath.Path:
     """The directory of the dataset made from a folder of text files."""
-    return epath.Path(data_dir) / "text_folder" / _folder_config(settings).name
-
-
-def _folder_config(settings: DataSettings) -> corpus.TextFolderConfig:
-    return corpus.folder_config(settings.folder, settings.suffix, settings.shares)
+    return epath.Path(data_dir) / "text_folder" / corpus.folder_config(settings).name
 
 
 def folder_fingerprint(folder: str) -> str:
@@ -134,33 +130,31 @@ def _kind(folder: str) -> tuple[str, list[epath.Path]]:
     return ("array_record files", files) if files else ("texts", [])
 
 
-def _dataset_splits(dataset: OpenDataset, settings: DataSettings, from_files: bool = False) -> dict[str, Texts]:
-    """The splits of a TFDS dataset; `from_files` if it was made from text files, with our names of splits."""
+def _dataset_splits(dataset: OpenDataset, settings: DataSettings) -> dict[str, Texts]:
+    """The splits of a TFDS dataset: its own, or its only one split by `shares`."""
     counts = dataset.counts
-    if not from_files and len(counts) == 1:
+    if len(counts) == 1:
         (only,) = counts
         documents = [f"{only}/{number}" for number in range(counts[only])]
         return _split(documents, settings.shares, dataset.size(only), partial(dataset.read, only))
-    if not from_files and settings.shares != SHARES:
+    if settings.shares != SHARES:
         raise ValueError(f"shares = {settings.shares}: the dataset has its own splits, {', '.join(counts)}")
+    return {split: _texts(dataset, name, places) for split, (name, places) in _TFDS_SPLITS.items()}
 
-    splits = {}
-    for split in SPLITS:
-        name, places = (split, slice(None)) if from_files else _TFDS_SPLITS[split]
-        count = counts.get(name, 0)
-        numbers = range(count)[places]
-        splits[split] = Texts(numbers, dataset.size(name) * len(numbers) // max(1, count), partial(dataset.read, name))
-    return splits
+
+def _texts(dataset: OpenDataset, split: str, places: slice = slice(None)) -> Texts:
+    """The documents at some places of a dataset's split; none if there is no such split."""
+    count = dataset.counts.get(split, 0)
+    numbers = range(count)[places]
+    return Texts(numbers, dataset.size(split) * len(numbers) // max(1, count), partial(dataset.read, split))
 
 
 def _record_splits(files: Sequence[epath.Path], settings: DataSettings) -> dict[str, Texts]:
     """Array_record files; every record is a text."""
     with ThreadPoolExecutor(_BATCH) as pool:  # on an object store each file has a latency
-        counts = list(pool.map(_count, files))
-    names = [f"{file.name}/{i}" for file, count in zip(files, counts, strict=True) for i in range(count)]
-    records = grain.sources.ArrayRecordDataSource(
-        [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True)]
-    )
+        counts = dict(zip(files, pool.map(_count, files), strict=True))
+    names = [f"{file.name}/{i}" for file, count in counts.items() for i in range(count)]
+    records = grain.sources.ArrayRecordDataSource([f"{file}[0:{count}]" for file, count in counts.items()])
 
     def fetch(numbers: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         for start in range(0, len(numbers), _BATCH):

@@ -55,11 +55,10 @@ class OpenDataset:
         if not len(numbers):
             return
         if self._is_array_record:
-            if split not in self._sources:
-                with self._name_dataset():
-                    self._sources[split] = self._builder.as_data_source(split)
             for number in numbers:
                 with self._name_dataset():
+                    if split not in self._sources:
+                        self._sources[split] = self._builder.as_data_source(split)
                     example = self._sources[split][number]
                 yield number, example
         else:

@@ -4,7 +4,6 @@ A folder holds the shards of every split, `<split>-00000-of-00002.array_record`,
 document is a run of records. Each record has the same number of tokens, except the last one, as little-endian integers.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -24,7 +23,7 @@ from jaxtyping import UInt
 from tqdm import tqdm
 
 from longrope_jax import json_files
-from longrope_jax.data.corpus import Document
+from longrope_jax.data.corpus import Document, writing
 from longrope_jax.data.sources import Texts
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.errors import beginning
@@ -131,11 +130,7 @@ class StoredTokens:
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, where: int) -> np.integer: ...
-    @overload
-    def __getitem__(self, where: slice) -> UInt[np.ndarray, "tokens"]: ...
-    def __getitem__(self, where):
+    def __getitem__(self, where: int | slice) -> Any:
         if not isinstance(where, slice):
             index = range(self._length)[where]  # handles negative indices and raises IndexError
             return self[index : index + 1][0]
@@ -276,30 +271,21 @@ def _write(file: epath.Path, documents: Iterator[tuple[str, bytes]], tokenizer: 
     dtype = token_type(tokenizer.vocab_size)
     shard = {"file": file.name, "names": [], "tokens": [], "sizes": []}
     with new_file(file) as local:
-        with _as_os_error(file):
+        with writing(file):
             # One record per group, so that each can be read alone. Compression would save little and cost reading time.
             writer = ArrayRecordWriter(local, "group_size:1,uncompressed")
         for name, tokens, size in _encoded(documents, tokenizer):
-            with _as_os_error(file):
+            with writing(file):
                 for start in range(0, len(tokens), RECORD):
                     writer.write(tokens[start : start + RECORD].astype(dtype).tobytes())
             shard["names"].append(name)
             shard["tokens"].append(len(tokens))
             shard["sizes"].append(size)
             bar.update()
-        with _as_os_error(file):
+        with writing(file):
             writer.close()
         shard |= {"bytes": os.path.getsize(local), "sha256": digest(local)}
     write_whole(_metadata_file(file.parent, file.name), json.dumps(shard).encode())
-
-
-@contextlib.contextmanager
-def _as_os_error(file: epath.Path) -> Iterator[None]:
-    """Turns errors of array_record's writer, such as a full disk, into an OSError that names the file."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(f"{file} can't be written: {error}") from None
 
 
 def _encoded(documents: Iterator[tuple[str, bytes]], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, int]]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from longrope_jax.data import corpus
+from longrope_jax.data.corpus import DataSettings, Document
 from longrope_jax.data.tokenizer import ByteTokenizer
 
 TEXTS = {
@@ -43,7 +44,10 @@ def write_files(folder: Path, files: dict[str, bytes]) -> str:
 
 
 def read_splits(builder):
-    return {split: corpus.documents(builder, split, ByteTokenizer()) for split in corpus.SPLITS}
+    return {
+        split: [Document(d["path"].decode(), ByteTokenizer().encode(d["text"]), len(d["text"])) for d in texts]
+        for split, texts in builder.as_data_source().items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +57,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def builder(folder, tmp_path_factory):
-    return corpus.build(corpus.folder_config(folder), tmp_path_factory.mktemp("data"))
+    return corpus.build(corpus.folder_config(DataSettings(folder)), tmp_path_factory.mktemp("data"))
 
 
 # --- which files are documents -------------------------------------------------------------------------------------
 
 
 def test_stdlib_has_hundreds_of_sources_and_none_from_an_excluded_directory():
-    config = corpus.stdlib_config()
+    config = corpus.folder_config(DataSettings())
     texts = corpus.find_texts(config)
     assert len(texts) > 200
     assert {"argparse.py", "json/decoder.py"} <= set(texts)
@@ -71,12 +75,12 @@ def test_stdlib_has_hundreds_of_sources_and_none_from_an_excluded_directory():
 
 
 def test_folder_texts_are_all_but_binary_empty_hidden_and_cached_files(folder):
-    texts = corpus.find_texts(corpus.folder_config(folder))
+    texts = corpus.find_texts(corpus.folder_config(DataSettings(folder)))
     assert {path: file.read_bytes() for path, file in texts.items()} == TEXTS
 
 
 def test_suffix_chooses_files(folder):
-    texts = corpus.find_texts(corpus.folder_config(folder, ".md"))
+    texts = corpus.find_texts(corpus.folder_config(DataSettings(folder, ".md")))
     assert sorted(texts) == [f"notes/{i:02}.md" for i in range(12)]
 
 
@@ -88,9 +92,11 @@ def test_excluded_directories_are_passed_over_at_every_depth_but_files_of_that_n
 
 
 def test_configs_of_different_text_have_different_names_in_the_data_directory():
-    configs = [corpus.folder_config(*arguments) for arguments in [("/a",), ("/b",), ("/a", ".py"), ("/a", ".md")]]
+    configs = [
+        corpus.folder_config(DataSettings(*arguments)) for arguments in [("/a",), ("/b",), ("/a", ".py"), ("/a", ".md")]
+    ]
     assert len({config.name for config in configs}) == 4
-    assert corpus.folder_config("/a", ".py").name == configs[2].name
+    assert corpus.folder_config(DataSettings("/a", ".py")).name == configs[2].name
 
 
 FAULTY = {
@@ -107,12 +113,12 @@ def test_a_folder_with_too_few_texts_is_an_error(files, message, tmp_path):
     folder = write_files(tmp_path / "texts", files)
     (tmp_path / "texts").mkdir(exist_ok=True)
     with pytest.raises(ValueError, match=re.escape(f"data folder {folder!r} {message}")):
-        corpus.build(corpus.folder_config(folder), tmp_path / "data")
+        corpus.build(corpus.folder_config(DataSettings(folder)), tmp_path / "data")
 
 
 def test_too_few_files_of_a_suffix_is_an_error_that_names_it(folder):
     with pytest.raises(ValueError, match=re.escape("holds 0 text files ending in '.rst'")):
-        corpus.find_texts(corpus.folder_config(folder, ".rst"))
+        corpus.find_texts(corpus.folder_config(DataSettings(folder, ".rst")))
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file.txt"])
@@ -120,12 +126,12 @@ def test_a_missing_folder_or_a_file_in_its_place_is_an_error(name, tmp_path):
     (tmp_path / "file.txt").write_text("text")
     missing = str(tmp_path / name)
     with pytest.raises(ValueError, match=re.escape(f"data folder {missing!r} is not a directory")):
-        corpus.build(corpus.folder_config(missing), tmp_path / "data")
+        corpus.build(corpus.folder_config(DataSettings(missing)), tmp_path / "data")
 
 
 def test_a_failed_build_is_not_taken_for_a_dataset(tmp_path):
     files = {"a": b"a", "b": b"b", "c": b"c", "d": b"d"}
-    config = corpus.folder_config(write_files(tmp_path / "texts", {"a": b"a", "b": b"b"}))
+    config = corpus.folder_config(DataSettings(write_files(tmp_path / "texts", {"a": b"a", "b": b"b"})))
     with pytest.raises(ValueError, match="holds 2 text files"):
         corpus.build(config, tmp_path / "data")
     write_files(tmp_path / "texts", files)
@@ -217,33 +223,31 @@ def test_metadata_names_the_folder(builder, folder):
 
 
 def test_another_build_has_the_documents_in_the_same_order(builder, folder, tmp_path):
-    again = read_splits(corpus.build(corpus.folder_config(folder), tmp_path))
+    again = read_splits(corpus.build(corpus.folder_config(DataSettings(folder)), tmp_path))
     names = {split: [d.name for d in documents] for split, documents in read_splits(builder).items()}
     assert {split: [d.name for d in documents] for split, documents in again.items()} == names
 
 
 def test_second_build_does_not_look_at_the_folder_again(tmp_path):
-    config = corpus.folder_config(write_files(tmp_path / "texts", TEXTS))
+    config = corpus.folder_config(DataSettings(write_files(tmp_path / "texts", TEXTS)))
     first = corpus.build(config, tmp_path / "data")
     shutil.rmtree(tmp_path / "texts")
-    second = corpus.build(corpus.folder_config(config.folder), tmp_path / "data")
+    second = corpus.build(corpus.folder_config(DataSettings(config.folder)), tmp_path / "data")
     assert second.info.metadata["files"] == first.info.metadata["files"]
     for split, documents in read_splits(first).items():
-        found = corpus.documents(second, split, ByteTokenizer())
+        found = read_splits(second)[split]
         assert [(d.name, d.tokens.tobytes()) for d in found] == [(d.name, d.tokens.tobytes()) for d in documents]
 
 
 BUILD_AND_READ = """
 import importlib.util, sys
-from longrope_jax.data import batches, corpus
-from longrope_jax.data.tokenizer import ByteTokenizer
+from longrope_jax.data import batches, corpus, sources
 
 folder, data_dir = sys.argv[1:]
 assert importlib.util.find_spec("tensorflow") is not None  # it is there to be imported
-builder = corpus.build(corpus.folder_config(folder), data_dir)
-documents = [corpus.documents(builder, split, ByteTokenizer()) for split in corpus.SPLITS]
-next(batches.pretraining_batches(documents[0], length=4, batch=2, seed=0))
-print("documents:", sum(map(len, documents)))
+documents = sources.read_documents(corpus.DataSettings(folder), data_dir)
+next(batches.pretraining_batches(documents["train"], length=4, batch=2, seed=0))
+print("documents:", sum(map(len, documents.values())))
 print("tensorflow:", "tensorflow" in sys.modules)
 """
 

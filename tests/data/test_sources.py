@@ -11,7 +11,6 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from longrope_jax.data import corpus
 from longrope_jax.data.corpus import DataSettings
 from longrope_jax.data.sources import folder_fingerprint, open_source
-from longrope_jax.data.tokenizer import ByteTokenizer
 
 SPLITS = ("train", "search", "evaluation", "test")
 
@@ -41,7 +40,7 @@ def test_files_may_belong_to_nobody_that_this_machine_knows(tmp_path, monkeypatc
     monkeypatch.setattr("pwd.getpwuid", unknown)
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text("Some text.")
-    assert len(corpus.find_texts(corpus.folder_config(str(tmp_path)))) == 4
+    assert len(corpus.find_texts(corpus.folder_config(DataSettings(str(tmp_path))))) == 4
     assert folder_fingerprint(str(tmp_path))
 
 
@@ -296,8 +295,8 @@ def test_a_record_of_settings_has_what_was_given_only():
 
 def test_the_names_of_datasets_in_old_work_directories():
     """Written down: another name would be another dataset."""
-    assert corpus.stdlib_config().name == "stdlib"
-    assert corpus.folder_config("/texts", ".md").name == "folder-111a45f7c361"
+    assert corpus.folder_config(DataSettings()).name == "stdlib"
+    assert corpus.folder_config(DataSettings("/texts", ".md")).name == "folder-111a45f7c361"
 
 
 def test_texts_of_a_folder_are_in_the_order_of_its_dataset(tmp_path):
@@ -305,17 +304,16 @@ def test_texts_of_a_folder_are_in_the_order_of_its_dataset(tmp_path):
     for i in range(20):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"text {i}")
     found = read(DataSettings(folder=str(tmp_path / "texts")), tmp_path / "data")
-    builder = corpus.build(corpus.folder_config(str(tmp_path / "texts")), tmp_path / "data")
+    builder = corpus.build(corpus.folder_config(DataSettings(str(tmp_path / "texts"))), tmp_path / "data")
     for split, documents in found.items():
-        held = corpus.documents(builder, split, ByteTokenizer())
-        assert [name for name, _ in documents] == [document.name for document in held]
+        assert [name for name, _ in documents] == [held["path"].decode() for held in builder.as_data_source(split)]
 
 
 def test_a_dataset_is_built_on_an_object_store(tmp_path, bucket):
     (tmp_path / "texts").mkdir()
     for i in range(20):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"text {i}")
-    config = corpus.folder_config(str(tmp_path / "texts"))
+    config = corpus.folder_config(DataSettings(str(tmp_path / "texts")))
     local = corpus.build(config, tmp_path / "data")
     remote = corpus.build(config, bucket / "data")
     assert remote.info.metadata["files"] == local.info.metadata["files"]

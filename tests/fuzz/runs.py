@@ -151,7 +151,7 @@ def make_dataset(folder: Path) -> list[str]:
     for number in range(6):
         (texts / f"{number}.txt").write_text(TEXT * 4)
     with contextlib.redirect_stdout(None):
-        built = corpus.build(corpus.folder_config(str(texts)), folder / "built")
+        built = corpus.build(corpus.folder_config(DataSettings(str(texts))), folder / "built")
     for file in Path(built.data_dir).iterdir():
         shutil.copy(file, folder)
     shutil.rmtree(texts)
