@@ -91,7 +91,7 @@ def test_tokens_that_do_not_fit_are_made_again(tmp_path, capsys, room):  # what 
     assert not token_files.is_finished(folder, "train")
     token_files.write_shards(folder, "train", source, ByteTokenizer())
     token_files.finish(folder, "train", source, ByteTokenizer(), {})
-    for document in token_files.StoredDocuments(folder, "train"):
+    for document in token_files.stored_documents(folder, "train"):
         assert ByteTokenizer().decode(document.tokens[:]).encode() == texts[document.name]
 
 

@@ -179,19 +179,14 @@ def find_texts(config: TextFolderConfig) -> dict[str, epath.Path]:
     if not folder.is_dir():
         raise ValueError(f"data folder {config.folder!r} is not a directory")
     texts, binary = {}, 0
-    for directory, subdirectories, names in folder.walk():
-        subdirectories[:] = [d for d in subdirectories if d not in config.excluded and not d.startswith(".")]
-        for name in names:
-            file = directory / name
-            if name.startswith(".") or not name.endswith(config.suffix):
-                continue
-            if not file.is_file() or size_of(file) == 0:  # is_file is False for a broken link
-                continue
-            with file.open("rb") as opened:
-                if b"\0" in opened.read(8192):
-                    binary += 1
-                else:
-                    texts[as_utf8(str(file.relative_to(folder)))] = file
+    for path, file in visible_files(folder, config.excluded):
+        if file.name.startswith(".") or not file.name.endswith(config.suffix) or size_of(file) == 0:
+            continue
+        with file.open("rb") as opened:
+            if b"\0" in opened.read(8192):
+                binary += 1
+            else:
+                texts[path] = file
     wanted = [split for split, share in zip(SPLITS, config.shares, strict=True) if share]
     if len(texts) < len(wanted):
         which = f" ending in {config.suffix!r}" if config.suffix else ""
@@ -203,6 +198,15 @@ def find_texts(config: TextFolderConfig) -> dict[str, epath.Path]:
     if binary:
         logging.warning("%s: skipped %d binary files", config.folder, binary)
     return texts
+
+
+def visible_files(folder: epath.Path, excluded: Sequence[str] = ()) -> Iterator[tuple[str, epath.Path]]:
+    """(Path within the folder, file) of all files, except those in hidden directories and in excluded ones."""
+    for directory, subdirectories, names in folder.walk():
+        subdirectories[:] = [d for d in subdirectories if d not in excluded and not d.startswith(".")]
+        for file in (directory / name for name in names):
+            if file.is_file():  # False for a broken link
+                yield as_utf8(str(file.relative_to(folder))), file
 
 
 def split_by_file(paths: Sequence[str], shares: Sequence[float] = SHARES) -> dict[str, list[str]]:

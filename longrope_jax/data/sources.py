@@ -15,7 +15,7 @@ from longrope_jax.data import corpus
 from longrope_jax.data.corpus import SHARES, SPLITS, DataSettings
 from longrope_jax.data.tfds_text import OpenDataset, open_by_name, open_directory
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
-from longrope_jax.files import as_utf8, modified_at, size_of
+from longrope_jax.files import modified_at, size_of
 
 _BATCH = 64  # records to read together: a compressed group of records is decompressed as a whole
 # The split of a TFDS dataset, and the places in it: validation is shared.
@@ -109,13 +109,7 @@ def folder_fingerprint(folder: str) -> str:
     root = epath.Path(folder)
     if not folder or not root.is_dir():
         return ""
-    files = []
-    for directory, subdirectories, names in root.walk():
-        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
-        for name in names:
-            file = directory / name
-            if file.is_file():  # is_file is False for a broken link
-                files.append([as_utf8(str(file.relative_to(root))), size_of(file), modified_at(file)])
+    files = [[path, size_of(file), modified_at(file)] for path, file in corpus.visible_files(root)]
     return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()
 
 

@@ -4,12 +4,11 @@ A folder holds the shards of every split, `<split>-00000-of-00002.array_record`,
 document is a run of records. Each record has the same number of tokens, except the last one, as little-endian integers.
 """
 
-import itertools
 import json
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -151,48 +150,24 @@ class StoredTokens:
         return np.asarray(self[:], dtype)
 
 
-class StoredDocuments(Sequence[Document]):
-    """The documents of a split, made on demand; only names, lengths and sizes are in memory."""
+def stored_documents(folder: epath.Path, split: str) -> list[Document]:
+    """The documents of a finished split, whose tokens stay in the files; raises ValueError if its index is damaged.
 
-    def __init__(self, folder: epath.Path, split: str):
-        """Reads the index of a finished split; raises ValueError if it is damaged."""
-        index = read_index(folder, split)
-        dtype, record, shards = np.dtype(index["dtype"]), index["record"], index["shards"]
-        self._shards = [Shard(folder / s["file"], s["bytes"], s["sha256"], dtype, record) for s in shards]
-        self._names = _unique_names([name for shard in shards for name in shard["names"]])
-        self._lengths = _flat(shard["tokens"] for shard in shards)
-        self._sizes = _flat(shard["sizes"] for shard in shards)
-        self._ends = np.cumsum([len(shard["names"]) for shard in shards])
-        records = [-(-np.asarray(shard["tokens"], np.int64) // record) for shard in shards]
-        self._first_records = _flat(np.cumsum(counts) - counts for counts in records)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        index = range(len(self))[index]
-        shard = self._shards[int(np.searchsorted(self._ends, index, side="right"))]
-        tokens: Any = StoredTokens(shard, int(self._first_records[index]), int(self._lengths[index]))
-        return Document(self._names[index], tokens, int(self._sizes[index]))
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} stored documents>"
-
-
-def _flat(parts: Iterable[Iterable[int]]) -> np.ndarray:
-    return np.fromiter(itertools.chain.from_iterable(parts), np.int64)
-
-
-def _unique_names(names: list[str]) -> list[str]:
-    """The same names; repeated ones get a number, because windows of one name count as one document's."""
+    Repeated names get a number, because windows of one name count as one document's.
+    """
+    index = read_index(folder, split)
+    dtype, record = np.dtype(index["dtype"]), index["record"]
+    documents: list[Document] = []
     seen: Counter[str] = Counter()
-    unique = []
-    for name in names:
-        seen[name] += 1
-        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return unique
+    for entry in index["shards"]:
+        shard, first = Shard(folder / entry["file"], entry["bytes"], entry["sha256"], dtype, record), 0
+        for name, length, size in zip(entry["names"], entry["tokens"], entry["sizes"], strict=True):
+            seen[name] += 1
+            unique = name if seen[name] == 1 else f"{name} ({seen[name]})"
+            tokens: Any = StoredTokens(shard, first, length)
+            documents.append(Document(unique, tokens, size))
+            first += -(-length // record)
+    return documents
 
 
 def is_finished(folder: epath.Path, split: str) -> bool:
@@ -270,20 +245,17 @@ def _metadata_file(folder: epath.Path, shard: str) -> epath.Path:
 def _write(file: epath.Path, documents: Iterator[tuple[str, bytes]], tokenizer: Tokenizer, bar: tqdm) -> None:
     dtype = token_type(tokenizer.vocab_size)
     shard = {"file": file.name, "names": [], "tokens": [], "sizes": []}
-    with new_file(file) as local:
-        with writing(file):
-            # One record per group, so that each can be read alone. Compression would save little and cost reading time.
-            writer = ArrayRecordWriter(local, "group_size:1,uncompressed")
+    with new_file(file) as local, writing(file):
+        # One record per group, so that each can be read alone. Compression would save little and cost reading time.
+        writer = ArrayRecordWriter(local, "group_size:1,uncompressed")
         for name, tokens, size in _encoded(documents, tokenizer):
-            with writing(file):
-                for start in range(0, len(tokens), RECORD):
-                    writer.write(tokens[start : start + RECORD].astype(dtype).tobytes())
+            for start in range(0, len(tokens), RECORD):
+                writer.write(tokens[start : start + RECORD].astype(dtype).tobytes())
             shard["names"].append(name)
             shard["tokens"].append(len(tokens))
             shard["sizes"].append(size)
             bar.update()
-        with writing(file):
-            writer.close()
+        writer.close()
         shard |= {"bytes": os.path.getsize(local), "sha256": digest(local)}
     write_whole(_metadata_file(file.parent, file.name), json.dumps(shard).encode())
 

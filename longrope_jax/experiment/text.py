@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from longrope_jax import json_files
 from longrope_jax.data import sources, token_files
 from longrope_jax.data.corpus import DataSettings, Document
-from longrope_jax.data.token_files import StoredDocuments
+from longrope_jax.data.token_files import stored_documents
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.errors import shortened
 from longrope_jax.runtime import processes
@@ -79,7 +79,7 @@ def read(
             _tokenize(settings, folder, stages, tokenizer, workdir)
         except ValueError as error:
             raise ValueError(f"config.{section}: {error}") from None
-        documents[section] = {split: StoredDocuments(folder, split) for split in stages}
+        documents[section] = {split: stored_documents(folder, split) for split in stages}
     return documents
 
 

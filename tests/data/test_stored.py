@@ -15,7 +15,7 @@ from longrope_jax.data.corpus import Document, tokens_per_byte
 from longrope_jax.data.needles import needle
 from longrope_jax.data.sequences import cut, segments
 from longrope_jax.data.sources import Texts
-from longrope_jax.data.token_files import StoredDocuments
+from longrope_jax.data.token_files import stored_documents
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.data.windows import fixed_windows
 
@@ -41,7 +41,7 @@ def as_texts(texts, size=None):
 def store(folder, texts, tokenizer=TOKENIZER, split="train", size=None):
     token_files.write_shards(folder, split, as_texts(texts, size), tokenizer)
     token_files.finish(folder, split, as_texts(texts, size), tokenizer, {})
-    return StoredDocuments(folder, split)
+    return stored_documents(folder, split)
 
 
 @pytest.fixture(autouse=True)
@@ -186,7 +186,7 @@ def test_documents_of_one_name_are_distinguished(tmp_path):
     folder = epath.Path(tmp_path)
     token_files.write_shards(folder, "train", texts, TOKENIZER)
     token_files.finish(folder, "train", texts, TOKENIZER, {})
-    assert [document.name for document in StoredDocuments(folder, "train")] == ["Poems", "Poems (2)", "Poems (3)"]
+    assert [document.name for document in stored_documents(folder, "train")] == ["Poems", "Poems (2)", "Poems (3)"]
 
 
 def test_threads_share_a_shard(both):
@@ -234,7 +234,7 @@ def test_a_damaged_index_is_named(tmp_path, change, told):
     change(index)
     (tmp_path / "train.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / 'train.json'))}.*{told}"):
-        StoredDocuments(epath.Path(tmp_path), "train")
+        stored_documents(epath.Path(tmp_path), "train")
 
 
 def test_an_index_that_promises_more_than_there_is_does_not_give_less(tmp_path):
@@ -244,7 +244,7 @@ def test_an_index_that_promises_more_than_there_is_does_not_give_less(tmp_path):
         changed = json.loads(json.dumps(index))
         changed["shards"][0]["tokens"][0] += more
         (tmp_path / "train.json").write_text(json.dumps(changed))
-        (document,) = StoredDocuments(epath.Path(tmp_path), "train")
+        (document,) = stored_documents(epath.Path(tmp_path), "train")
         with pytest.raises(OSError, match="is damaged; without"):
             document.tokens[:]
 

@@ -14,7 +14,7 @@ from etils import epath
 
 from longrope_jax.data import token_files
 from longrope_jax.data.sources import Texts
-from longrope_jax.data.token_files import StoredDocuments
+from longrope_jax.data.token_files import stored_documents
 from longrope_jax.data.tokenizer import ByteTokenizer
 
 SIZES = np.random.default_rng(0).integers(1, 400, 23)
@@ -153,7 +153,7 @@ def test_what_is_lost_is_written_again(whole, tmp_path, lost):
 
 def test_splits_may_be_empty(tmp_path):
     write_all(tmp_path, Texts([], 0, lambda numbers: iter(())))
-    assert len(StoredDocuments(epath.Path(tmp_path), "train")) == 0
+    assert len(stored_documents(epath.Path(tmp_path), "train")) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
 
 
@@ -166,7 +166,7 @@ def test_object_stores_are_written_to_and_read_through_a_local_copy(whole, tmp_p
     assert contents(folder) == whole
     held = [ByteTokenizer().encode(text) for _, text in make_texts().read(0, len(SIZES))]
     for _ in range(2):  # copied, and found again
-        documents = StoredDocuments(folder, "train")
+        documents = stored_documents(folder, "train")
         for mine, other in zip(documents, held, strict=True):
             np.testing.assert_array_equal(mine.tokens[3:250], other[3:250])
         cached = list((tmp_path / "cache" / "longrope_jax").iterdir())
@@ -174,7 +174,7 @@ def test_object_stores_are_written_to_and_read_through_a_local_copy(whole, tmp_p
         assert all(path.read_bytes() == whole[path.name.split("-", 1)[1]] for path in cached)
         dates = {path: os.stat(path).st_mtime_ns for path in cached}
     cached[0].write_bytes(b"cut off")
-    for document in StoredDocuments(folder, "train"):
+    for document in stored_documents(folder, "train"):
         document.tokens[:1]
     assert cached[0].read_bytes() == whole[cached[0].name.split("-", 1)[1]]
     assert {path: os.stat(path).st_mtime_ns for path in cached[1:]} == {path: dates[path] for path in cached[1:]}
@@ -186,7 +186,7 @@ def test_other_tokens_at_the_same_address_are_not_mistaken_for_those_in_the_cach
     for word in (b"one", b"two"):
         texts = Texts([0], 3, lambda numbers, word=word: iter([("text", word)]))
         write_all(folder, texts)
-        assert StoredDocuments(folder, "train")[0].tokens[1:4].tolist() == list(word)
+        assert stored_documents(folder, "train")[0].tokens[1:4].tolist() == list(word)
         (folder / "train.json").unlink()
     write_all(folder, texts)
     (shard,) = folder.glob("*.array_record")
@@ -195,4 +195,4 @@ def test_other_tokens_at_the_same_address_are_not_mistaken_for_those_in_the_cach
         file.unlink()
     for _ in range(2):
         with pytest.raises(OSError, match="array_record is not what was written there: it is damaged"):
-            StoredDocuments(folder, "train")[0].tokens[:1]
+            stored_documents(folder, "train")[0].tokens[:1]

@@ -26,7 +26,7 @@ from longrope_jax.data import corpus
 from longrope_jax.data.corpus import DataSettings
 from longrope_jax.data.sources import open_source
 from longrope_jax.data.tfds_text import open_directory
-from longrope_jax.data.token_files import StoredDocuments, is_finished
+from longrope_jax.data.token_files import is_finished, stored_documents
 from longrope_jax.evaluation import evaluate, retrieval
 from longrope_jax.evaluation.evaluate import recorded_nll
 from longrope_jax.experiment.stages import LoadSettings, TableSettings
@@ -91,7 +91,7 @@ def make_shard(folder: Path) -> list[str]:
 def read_tokens(folder: Path, name: str) -> None:
     if not is_finished(epath.Path(folder), "train"):
         raise OSError(f"{folder}: made again")
-    for document in StoredDocuments(epath.Path(folder), "train"):
+    for document in stored_documents(epath.Path(folder), "train"):
         document.tokens[: min(len(document.tokens), 100)]
         document.tokens[max(0, len(document.tokens) - 100) :]
 
