@@ -19,8 +19,9 @@ CITIES = (
     "Accra", "Bergen", "Bogota", "Cairo", "Dakar", "Delhi", "Dublin", "Hanoi", "Havana", "Kyoto", "Lagos", "Lima",
     "Lisbon", "Lusaka", "Lyon", "Manila", "Osaka", "Oslo", "Prague", "Quito", "Riga", "Sofia", "Turin", "Vienna",
 )  # fmt: skip
-PASSKEY_DIGITS = 5
-NEEDLE_DIGITS = 7
+ANSWER_DIGITS = {"passkey": 5, "needle": 7, "needle_cloze": 7}
+"""Task -> digits of the hidden number."""
+
 _EXTRA_TOKENS = 10  # of an answer beside the number: quotation marks, or too many digits, which make the answer wrong
 
 
@@ -53,7 +54,7 @@ def passkey(length: int, tokenizer: Tokenizer, rng: np.random.Generator, depth: 
     Raises:
         ValueError: the length does not hold the fixed parts.
     """
-    answer = _number(rng, PASSKEY_DIGITS)
+    answer = _number(rng, ANSWER_DIGITS["passkey"])
     depth = float(rng.uniform()) if depth is None else depth
     parts = _Parts.of(
         "passkey",
@@ -84,7 +85,7 @@ def needle(
     Raises:
         ValueError: the length does not hold the fixed parts, or no document is long enough.
     """
-    answer, city = _number(rng, NEEDLE_DIGITS), CITIES[rng.integers(len(CITIES))]
+    answer, city = _number(rng, ANSWER_DIGITS["needle"]), CITIES[rng.integers(len(CITIES))]
     parts = _Parts.of(
         "needle",
         tokenizer,
@@ -140,14 +141,13 @@ def cloze_example(
 
 def cloze_size(tokenizer: Tokenizer) -> int:
     """Upper bound on the tokens of a prompt of `needle_cloze` and its answer, without the haystack."""
-    largest = [_cloze(tokenizer, city, "8" * NEEDLE_DIGITS) for city in CITIES]
+    largest = [_cloze(tokenizer, city, "8" * ANSWER_DIGITS["needle_cloze"]) for city in CITIES]
     return max(len(parts.answer_tokens) + parts.fixed_size for parts in largest)
 
 
 def max_answer_tokens(task: str, tokenizer: Tokenizer) -> int:
     """How many tokens a model may generate as the answer to the task "passkey", "needle" or "needle_cloze"."""
-    digits = {"passkey": PASSKEY_DIGITS, "needle": NEEDLE_DIGITS, "needle_cloze": NEEDLE_DIGITS}[task]
-    return len(_encode(tokenizer, " " + "8" * digits)) + _EXTRA_TOKENS
+    return len(_encode(tokenizer, " " + "8" * ANSWER_DIGITS[task])) + _EXTRA_TOKENS
 
 
 class _Parts(NamedTuple):
@@ -192,7 +192,8 @@ class _Parts(NamedTuple):
 
 def _draw_cloze(tokenizer: Tokenizer, rng: np.random.Generator) -> _Parts:
     digits = rng.permutation(10)
-    answer = "".join(map(str, digits[int(digits[0] == 0) :][:NEEDLE_DIGITS]))  # no number begins with 0
+    first = int(digits[0] == 0)  # no number begins with 0
+    answer = "".join(map(str, digits[first : first + ANSWER_DIGITS["needle_cloze"]]))
     return _cloze(tokenizer, CITIES[rng.integers(len(CITIES))], answer)
 
 

@@ -14,7 +14,7 @@ from etils import epath
 from tqdm import tqdm
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.needles import Prompt, max_answer_tokens, needle, needle_cloze, passkey
+from longrope_jax.data.needles import ANSWER_DIGITS, Prompt, max_answer_tokens, needle, needle_cloze, passkey
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.evaluation.evaluate import EvaluatedMethod, Method, by_model, published_methods
 from longrope_jax.evaluation.perplexity import Methods, factors_at
@@ -25,7 +25,6 @@ from longrope_jax.runtime import preemption, processes, records
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.settings import DistinctLengths, PositiveInt, Seed, Settings, one_of
 
-TASKS = ("passkey", "needle", "needle_cloze")
 RETRIEVAL_RECORD = {"method": str, "length": int, "depth": float, "hits": int, "tries": int, "seconds": float}
 """What readers of the records rely on, beside the name of the stage."""
 
@@ -49,7 +48,7 @@ class RetrievalSettings(Settings):
     """
 
     lengths: DistinctLengths
-    task: Annotated[str, one_of(TASKS)] = "passkey"
+    task: Annotated[str, one_of(ANSWER_DIGITS)] = "passkey"
     depths: tuple[float, ...] = ()
     methods: dict[str, Method] = field(default_factory=published_methods)
     tries: PositiveInt = 10
@@ -194,7 +193,7 @@ def find_numbers(
     layout, tokenizer = layout or Layout(), tokenizer or ByteTokenizer()
     settings = replace(settings, methods={name: Method(name) for name in methods})
     evaluated = {name: EvaluatedMethod(lambda: params, partial(factors_at, method)) for name, method in methods.items()}
-    with layout.active(), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         found = run_retrieval(model, layout, evaluated, settings, tokenizer, documents, epath.Path(folder), "retrieval")
     return settings, found
 
@@ -211,9 +210,9 @@ def _answers(
     """What a model says to one batch of prompts."""
     rows = [prompt.tokens for prompt in prompts]
     rows += [rows[-1]] * (settings.prompts_at_once - len(rows))  # a smaller last batch would compile anew
+    room = max_answer_tokens(settings.task, tokenizer)
     with layout.active():
-        room, options = max_answer_tokens(settings.task, tokenizer), dict(chunk=settings.tokens_at_once)
-        tokens = complete(model, params, table, rows, room, stops=tokenizer.stops, **options)
+        tokens = complete(model, params, table, rows, room, stops=tokenizer.stops, chunk=settings.tokens_at_once)
     return [tokenizer.decode(new) for new in tokens[: len(prompts)]]
 
 

@@ -105,7 +105,7 @@ def needle_term(documents: Sequence[Document], tokenizer: Tokenizer, length: int
 
 
 def needle_cloze_term(documents: Sequence[Document], tokenizer: Tokenizer, length: int, count: int, seed: int) -> Term:
-    """The same with needles that a question only begins again, see `data.retrieval.needle_cloze`.
+    """The same with needles that a question only begins again, see `data.needles.needle_cloze`.
 
     Raises:
         ValueError: as for `needle_term`.

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from longrope_jax.data.corpus import Document
-from longrope_jax.data.needles import CITIES, NEEDLE_DIGITS
+from longrope_jax.data.needles import ANSWER_DIGITS, CITIES
 from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer
 from longrope_jax.search.objective import (
     TermSettings,
@@ -66,7 +66,7 @@ def test_needles_are_rows_of_one_length_whose_digits_alone_count(tokenizer, need
         counting = tokens[1:][weights > 0]
         assert len(set(weights[weights > 0].tolist())) == 1  # all digits count the same
         answer = tokenizer.decode(counting).strip()
-        assert answer.isdigit() and len(answer) == NEEDLE_DIGITS
+        assert answer.isdigit() and len(answer) == ANSWER_DIGITS["needle"]
         text = tokenizer.decode(tokens)
         assert text.count(answer) == 2 and text.endswith(answer)  # in the needle, and at the very end
         assert weights[-1] > 0 and not weights[: length - 20].any()
