@@ -35,7 +35,7 @@ REQUIRED = {
 
 def all_settings() -> list[type[Settings]]:
     for module in pkgutil.walk_packages(longrope_jax.__path__, "longrope_jax."):
-        if not module.name.endswith(".harness"):  # it needs the lm-evaluation-harness
+        if not module.name.endswith(".harness_model"):  # it needs the lm-evaluation-harness
             importlib.import_module(module.name)
     found, classes = [], [Settings]
     while classes:

@@ -37,13 +37,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """See `evaluation.harness.benchmark`; everything that can be wrong is looked at before the weights are read.
+    """See `evaluation.harness_model.benchmark`; everything that can be wrong is looked at before the weights are read.
 
     Raises:
         ValueError, OSError, ImportError: the harness is missing, there is no such task, or the model or the factors
             can't be loaded.
     """
-    from longrope_jax.evaluation.harness import HarnessModel, benchmark, find_tasks  # an optional extra
+    from longrope_jax.evaluation.harness_model import HarnessModel, benchmark, find_tasks  # an optional extra
 
     if not epath.Path(options.output).parent.is_dir():
         raise ValueError(f"output = {options.output!r}: its parent directory does not exist")

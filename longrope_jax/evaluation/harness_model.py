@@ -23,7 +23,7 @@ try:
     from lm_eval import simple_evaluate
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 except ImportError as error:
@@ -88,7 +88,8 @@ class HarnessModel(TemplateLM):
         bos: bool = True,
     ):
         super().__init__()
-        if tokenizer.bos is None and tokenizer.eos is None:
+        self._ends = [token for token in (tokenizer.bos, tokenizer.eos) if token is not None]
+        if not self._ends:
             raise ValueError("the tokenizer has neither a BOS nor an EOS token; one has to stand for an empty context")
         self._model, self._params, self._table = model, params, table
         self._text, self._layout, self._tokens_at_once = tokenizer, layout or Layout(), tokens_at_once
@@ -97,17 +98,14 @@ class HarnessModel(TemplateLM):
         self.max_gen_toks = 256  # where a task does not say; the harness's own default
 
     @property
-    def eot_token_id(self) -> int | None:
-        """What ends a text."""
-        return self._text.bos if self._text.eos is None else self._text.eos
+    def eot_token_id(self) -> int:
+        """What ends a text: EOS, or BOS where the tokenizer has no other."""
+        return self._ends[-1]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text; raises ValueError for a tokenizer that has no such token."""
-        token = self.eot_token_id if self._text.bos is None else self._text.bos
-        if token is None:
-            raise ValueError("the tokenizer has neither BOS nor EOS, one of which a text without a context comes after")
-        return token
+        """What stands before a text: BOS, or EOS where the tokenizer has no other."""
+        return self._ends[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Token ids, after BOS unless that is not wanted."""
@@ -185,16 +183,17 @@ class HarnessModel(TemplateLM):
         self, prompts: list[np.ndarray], wanted: int, new: int, sampling: Sampling, until: tuple[str, ...]
     ) -> list[str]:
         """The texts after the first `wanted` prompts; it ends as soon as each has stopped."""
-        tokens, texts = np.zeros((wanted, 0), np.int32), [""] * wanted
+        tokens, kept = np.zeros((wanted, 0), np.int32), [""] * wanted
         with self._layout.active():
             for step in generate(
                 self._model, self._params, self._table, prompts, new, sampling=sampling, stops=self._text.stops
             ):
                 tokens = np.concatenate([tokens, step[:wanted, None]], axis=1)
                 texts = [self._text.decode(row[row != ENDED]) for row in tokens]
-                if all(row[-1] == ENDED or _cut(text, until) != text for row, text in zip(tokens, texts, strict=True)):
+                kept = [postprocess_generated_text(text, list(until), None) for text in texts]
+                if all(row[-1] == ENDED or keep != text for row, keep, text in zip(tokens, kept, texts, strict=True)):
                     break
-        return [_cut(text, until) for text in texts]
+        return kept
 
     @staticmethod
     def _progress(results: Iterator, total: int, what: str, disable: bool) -> Iterable:
@@ -210,8 +209,3 @@ def _sampling(options: dict) -> Sampling:
     return Sampling(
         float(options["temperature"] or 1), int(options.get("top_k") or 0), float(options.get("top_p") or 1)
     )
-
-
-def _cut(text: str, until: tuple[str, ...]) -> str:
-    """Up to the first of the strings."""
-    return text[: min((place for place in map(text.find, until) if place >= 0), default=len(text))]

@@ -15,8 +15,8 @@ from lm_eval.api.instance import Instance
 from longrope_jax import rope
 from longrope_jax.commands import harness
 from longrope_jax.data.tokenizer import ByteTokenizer
-from longrope_jax.evaluation import harness as evaluation_harness
-from longrope_jax.evaluation.harness import HarnessModel, benchmark
+from longrope_jax.evaluation import harness_model
+from longrope_jax.evaluation.harness_model import HarnessModel, benchmark
 from longrope_jax.interop import Pretrained
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.decode import complete
@@ -34,7 +34,7 @@ MODEL = Llama(
 TABLE = FactorTable.of({16: rope.unscaled(8), 64: rope.linear(8, 4.0)})
 
 
-find_tasks = functools.cache(lambda names, folder: evaluation_harness.find_tasks(names.split(","), folder))  # seconds
+find_tasks = functools.cache(lambda names, folder: harness_model.find_tasks(names.split(","), folder))  # seconds
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def command(monkeypatch, tmp_path):
         harness, "load_pretrained", lambda path, **_: Pretrained(MODEL.config, make_params(), TOKENIZER, TABLE)
     )
     found = find_tasks("local_choices", TASKS)
-    monkeypatch.setattr(evaluation_harness, "TaskManager", lambda include_path: found)
+    monkeypatch.setattr(harness_model, "TaskManager", lambda include_path: found)
     output = tmp_path / "results.json"
 
     def run(**options):
