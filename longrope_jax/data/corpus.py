@@ -7,6 +7,7 @@ documents that exists on every machine.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import sysconfig
 import tempfile
@@ -217,10 +218,8 @@ def split_by_file(paths: Sequence[str], shares: Sequence[float] = SHARES) -> dic
     }
     rest = next(name for name, count in counts.items() if count)  # takes the rounding error
     counts[rest] = max(0, len(order) - sum(count for name, count in counts.items() if name != rest))
-    splits, start = {}, 0
-    for name in [*list(SPLITS)[1:], "train"]:
-        splits[name] = order[start : start + counts[name]]
-        start += counts[name]
+    remaining = iter(order)
+    splits = {name: list(itertools.islice(remaining, counts[name])) for name in [*list(SPLITS)[1:], "train"]}
     return {name: splits[name] for name in SPLITS}
 
 

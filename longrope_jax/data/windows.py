@@ -3,6 +3,7 @@
 A window of length T has T + 1 tokens: T inputs, and the same shifted by one as T targets.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,8 +46,8 @@ def fixed_windows(documents: Sequence[Document], length: int, count: int, seed: 
     if not queues:
         raise too_short(documents, f"documents has the {length + 1} tokens of a window of {length}")
     queues = [queues[i] for i in rng.permutation(len(queues))]
-    rounds = [[queue[turn] for queue in queues if turn < len(queue)] for turn in range(max(map(len, queues)))]
-    chosen = [window for turn in rounds for window in turn][:count]
+    # One window of every document, then a second one of those that have it, and so on.
+    chosen = [window for turn in itertools.zip_longest(*queues) for window in turn if window][:count]
     if len(chosen) < count:
         logging.warning("only %d disjoint windows of %d tokens, %d were asked for", len(chosen), length, count)
     tokens = np.stack([document.tokens[start : start + length + 1] for document, start in chosen]).astype(np.int32)
