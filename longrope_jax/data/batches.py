@@ -7,29 +7,16 @@ import math
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
 
 import grain
 from absl import logging
 
 from longrope_jax.data.corpus import Document, too_short
 from longrope_jax.data.sequences import Batch, DisjointWindows, NeedleRows, PackedPieces, Pieces, cut, pack, segments
-from longrope_jax.data.tokenizer import Tokenizer
+from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 
 # Reading a batch from local files is faster than a step, so a buffer of two is enough; long batches are large.
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-
-
-class Needles(NamedTuple):
-    """Mixes needle prompts with their answers into the batches, see `NeedleRows`.
-
-    Attributes:
-        share: their share of all sequences, in [0, 1].
-        tokenizer: the one that made the documents.
-    """
-
-    share: float
-    tokenizer: Tokenizer
 
 
 def pretraining_batches(
@@ -38,7 +25,8 @@ def pretraining_batches(
     batch: int,
     seed: int,
     process: tuple[int, int] = (0, 1),
-    needles: Needles | None = None,
+    needle_share: float = 0.0,
+    tokenizer: Tokenizer | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Batches of disjoint windows, reshuffled in every epoch, and optionally of needles.
 
@@ -48,8 +36,9 @@ def pretraining_batches(
         batch: sequences per step, of all processes together.
         seed: of the order.
         process: (index, count). Each process loads its own rows; concatenated, they are the whole batch.
-        needles: the share of needles, exact and even as `long_share` of `finetuning_batches`. Every needle is new, so
-            only windows have epochs.
+        needle_share: share of needle prompts with their answers (see `NeedleRows`), exact and even as `long_share` of
+            `finetuning_batches`. Every needle is new, so only windows have epochs.
+        tokenizer: of the documents, for needles; without it bytes.
 
     Returns:
         An iterator whose `get_state()` is a small dict of numbers; `set_state()` resumes exactly there.
@@ -58,13 +47,13 @@ def pretraining_batches(
         ValueError: fewer windows than a batch needs, a batch that the processes cannot share evenly, a share outside
             [0, 1], or needles that do not fit this length or these documents.
     """
-    share = _share("needle_share", needles.share) if needles else Fraction(0)
+    share = _share("needle_share", needle_share)
     kinds = []
     if share < 1:
         windows = DisjointWindows(documents, length)
         kinds.append(_epochs(windows, f"windows of {length} tokens", documents, batch, 1 - share, seed))
-    if needles and share > 0:
-        kinds.append(grain.MapDataset.source(NeedleRows(documents, length, needles.tokenizer, seed)))
+    if share > 0:
+        kinds.append(grain.MapDataset.source(NeedleRows(documents, length, tokenizer or ByteTokenizer(), seed)))
     return _batches(_mixed(kinds, share), batch, process)
 
 

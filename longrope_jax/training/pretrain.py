@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from longrope_jax.data.batches import Needles, pretraining_batches
+from longrope_jax.data.batches import pretraining_batches
 from longrope_jax.data.corpus import Document, tokens_per_byte
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.model import Llama
@@ -37,8 +37,9 @@ class PretrainSettings(LoopSettings):
         self, documents: Sequence[Document], tokenizer: Tokenizer, original_length: int, share: tuple[int, int] = (0, 1)
     ):
         """The iterator of batches; raises ValueError if there is too little text, or the length is too short."""
-        needles = Needles(self.needle_share, tokenizer) if self.needle_share else None
-        return pretraining_batches(documents, original_length, self.batch, self.seed, share, needles)
+        return pretraining_batches(
+            documents, original_length, self.batch, self.seed, share, self.needle_share, tokenizer
+        )
 
 
 def pretrain(

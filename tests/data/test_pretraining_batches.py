@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numbered_documents import assert_equal, joined, make_documents, rows_of
 
-from longrope_jax.data.batches import Needles, pretraining_batches
+from longrope_jax.data.batches import pretraining_batches
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.tokenizer import ByteTokenizer
 
@@ -121,8 +121,7 @@ def make_prose():
 
 
 def with_needles(share=0.7, batch=4, length=96, documents=None, **more):
-    needles = Needles(share, ByteTokenizer())
-    return pretraining_batches(documents or make_prose(), length, batch, seed=3, needles=needles, **more)
+    return pretraining_batches(documents or make_prose(), length, batch, seed=3, needle_share=share, **more)
 
 
 def is_needle(row):
