@@ -32,7 +32,7 @@ _NAMES = {
     "runtime.mesh": ("Layout", "MeshSettings"),
     "runtime.profiling": ("ProfileSettings",),
     "search.find": ("find_factors",),
-    "search.objective": ("TermSettings",),
+    "search.objective": ("ScreeningSettings", "TermSettings"),
     "search.settings": ("CmaEsSettings", "EvolutionSettings", "GradientSettings", "SearchSettings", "SeedSettings"),
     "search.space": ("N_HAT",),
     "settings": ("section",),

@@ -60,8 +60,8 @@ def finetune_programs(settings: FinetuneSettings, config: LlamaConfig, layout: L
 
 
 def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layout) -> Programs:
-    """For each length of the objective, the score of a batch of candidates on a batch of documents, and a step of their
-    gradient refinement; and the evaluation of the best candidate on held-out documents.
+    """For each length of the objective, the score of a batch of candidates on a batch of documents, the same on skipped
+    positions, and a step of their gradient refinement; and the evaluation of the best candidate on held-out documents.
     """
     together = fitting_candidates(layout, settings.candidates_at_once, settings.documents_at_once)
     rows = together * settings.documents_at_once
@@ -73,17 +73,21 @@ def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layou
     space = settings.search_space(config)
     steps = settings.gradient.rounds * -(-settings.gradient.starts // together) * settings.gradient.steps
     candidates = settings.candidates(len(space.n_hat))
-    programs = []
-    for length, blocks in counts.items():
-        text = _text(layout, rows, length)
-        factors = layout.abstract_replicated(_factors(config, rows if together > 1 else 1))
+    factors = layout.abstract_replicated(_factors(config, rows if together > 1 else 1))
 
-        def lower(text=text, factors=factors):
-            return rows_nll.lower(Llama(config), _params(config, layout), factors, *text)
+    def score(name: str, length: int, blocks: int) -> Program:
+        def lower():
+            return rows_nll.lower(Llama(config), _params(config, layout), factors, *_text(layout, rows, length))
 
         flops = count_flops(config, rows, length)
-        calls = -(-candidates // together) * blocks
-        programs.append(Program(f"score of candidates at {length}", lower, calls, rows * length, flops, flops))
+        return Program(name, lower, -(-candidates // together) * blocks, rows * length, flops, flops)
+
+    programs = []
+    for length, blocks in counts.items():
+        programs.append(score(f"score of candidates at {length}", length, blocks))
+        if settings.screening.share:
+            skipped = len(settings.screening.positions(length))
+            programs.append(score(f"screening at {skipped} of {length} positions", skipped, blocks))
         if settings.method in ("gradient", "hybrid"):
             share = steps * blocks // sum(counts.values())
             programs.append(_refinement(settings, config, layout, together, length, share))

@@ -40,11 +40,13 @@ class Incumbents(NamedTuple):
         documents: NLL by document (nats per token) of the best F candidates that were read in full.
         threshold: score of the last of the k best, nats per token; inf where there are fewer than k.
         best: score of the best.
+        screens: their scores on skipped positions; nan without screening.
     """
 
     documents: Float[np.ndarray, "F D"]
     threshold: float
     best: float
+    screens: Float[np.ndarray, "F"] | float = np.nan
 
     @property
     def has_enough(self) -> bool:
@@ -60,11 +62,13 @@ class Scores(NamedTuple):
             decided early.
         documents: by document; nan where a race did not read it.
         cost: of every candidate in forward equivalents; all documents read once cost 1.
+        screens: the score on skipped positions, nats per token; nan without screening.
     """
 
     nll: Float[np.ndarray, "P"]
     documents: Float[np.ndarray, "P D"]
     cost: Float[np.ndarray, "P"]
+    screens: Float[np.ndarray, "P"] | float = np.nan
 
 
 Score = Callable[[RopeFactors, Incumbents | None], Scores]
@@ -77,8 +81,8 @@ class SearchState:
 
     Attributes:
         lam, n_hat, mscale, critical: their genes.
-        nll, documents, cost: their scores, see `Scores`; the first candidate of a gradient round also has the cost of
-            the round's steps.
+        nll, documents, cost, screens: their scores, see `Scores`; the first candidate of a gradient round also has the
+            cost of the round's steps.
         parents: rows of the parents, -1 for none; a mutation has one, a crossover two.
         operator: index into `OPERATORS`.
         iteration: the iteration that made each candidate, 0 for the seeds.
@@ -92,6 +96,7 @@ class SearchState:
     nll: Float[np.ndarray, "N"]
     documents: Float[np.ndarray, "N D"]
     cost: Float[np.ndarray, "N"]
+    screens: Float[np.ndarray, "N"]
     parents: Int[np.ndarray, "N 2"]
     operator: Int[np.ndarray, "N"]
     iteration: Int[np.ndarray, "N"]
@@ -149,7 +154,7 @@ class SearchState:
         order = self.top(len(self))
         is_read = ~np.isnan(self.documents).any(1) & np.isfinite(self.nll)
         rows = [row for row in order if is_read[row]][:_MAX_INCUMBENTS]
-        return Incumbents(self.documents[rows], float(threshold), float(self.nll.min()))
+        return Incumbents(self.documents[rows], float(threshold), float(self.nll.min()), self.screens[rows])
 
     def best(self) -> RopeFactors:
         """The best candidate so far. It was read in full."""
@@ -173,6 +178,7 @@ def new_candidates(
         np.full(count, np.inf),
         np.full((count, documents), np.nan),
         np.zeros(count),
+        np.full(count, np.nan),
         np.full((count, 2), -1) if parents is None else np.asarray(parents, int),
         np.full(count, OPERATORS.index(operator)),
         np.zeros(count, int),
@@ -190,6 +196,7 @@ def evaluate(candidates: SearchState, score: Score, incumbents: Incumbents | Non
         nll=scores.nll,
         documents=scores.documents,
         cost=candidates.cost + scores.cost,
+        screens=np.full(len(candidates), scores.screens),
         iteration=np.full(len(candidates), iteration),
     )
 

@@ -77,7 +77,9 @@ def find_factors(
         objective, key = prepared.objective, jax.random.key(settings.seed)
         total = settings.forward_equivalents(len(objective.blocks), len(prepared.space.n_hat))
         with progress_bar("search", total) as bar:
-            score = score_with(objective, settings.racing, progress=bar.advance)
+            score = score_with(
+                objective, settings.racing, progress=bar.advance, screening=settings.screening.confidence
+            )
             shared = prepared.seeds, prepared.space, objective, score
             steps = search_steps(settings, key, *shared, progress=bar.advance, grid=prepared.grid.values())
             return search(steps, save=lambda state: bar.show_best(state.nll.min()))
@@ -97,7 +99,8 @@ def prepare(
     space = settings.search_space(model.config, float(trained.factors.mscale))
     names, seeds = first_candidates(model.config, settings, trained, space, own_seeds)
     terms = make_terms(settings.terms, documents, tokenizer, settings.target_length, settings.documents, settings.seed)
-    objective = Objective.of(model, layout, params, terms, settings.candidates_at_once, settings.documents_at_once)
+    at_once = settings.candidates_at_once, settings.documents_at_once
+    objective = Objective.of(model, layout, params, terms, *at_once, settings.screening)
     grid = {}
     if settings.method == "yarn_grid":
         start = start_of_extension(trained, model.config.original_length, settings.target_length)

@@ -22,7 +22,8 @@ from longrope_jax.data.needles import Prompt, needle, needle_cloze
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.perplexity import window_nll
-from longrope_jax.model import Llama
+from longrope_jax.model import Llama, LlamaConfig
+from longrope_jax.model.flops import count_flops
 from longrope_jax.model.sharding import constrain
 from longrope_jax.rope import RopeFactors
 from longrope_jax.runtime import profiling
@@ -66,6 +67,36 @@ class TermSettings(Settings):
         """How many tokens are read, the margin included."""
         length = self.length or target_length
         return length + (round(self.margin * length) if self.kind == "perplexity" else 0)
+
+
+@dataclass(frozen=True)
+class ScreeningSettings(Settings):
+    """Skipped positions: a few pieces of each document, far apart, are read at their true positions in place of the
+    whole window. See `racing.screen`.
+
+    Attributes:
+        share: of the window's tokens that all pieces have together; 0 does not screen.
+        pieces: of a document, of equal length and evenly spread; the first one begins it, the last one ends it.
+        confidence: one-sided, with which a candidate is left out.
+    """
+
+    share: Annotated[float, Rule(lambda share: 0 <= share <= 0.5, "must lie between 0 and 0.5")] = 0.0
+    pieces: Annotated[int, Rule(lambda count: count >= 2, "must be at least 2")] = 8
+    confidence: Annotated[float, Rule(lambda level: 0.5 <= level < 1, "must be at least 0.5 and below 1")] = 0.8
+
+    def positions(self, length: int) -> Int[np.ndarray, "S"]:
+        """Which tokens of a window of `length` are read.
+
+        Raises:
+            ValueError: the share is too small for a token a piece.
+        """
+        size = round(self.share * length / self.pieces)
+        if not size:
+            raise ValueError(
+                f"screening: share = {self.share} of {length} tokens has none for each of pieces = {self.pieces}"
+            )
+        starts = np.round(np.linspace(0, length - size, self.pieces)).astype(int)
+        return (starts[:, None] + np.arange(size)).ravel()
 
 
 class Term(NamedTuple):
@@ -212,13 +243,13 @@ class Block(NamedTuple):
 
     Attributes:
         documents: which of the objective's.
-        tokens: how many a candidate reads here.
+        flops: what a candidate costs here.
         weights: of every target, [candidates_at_once * documents_at_once, T], on the devices.
         rows: tokens, targets and positions, likewise.
     """
 
     documents: Int[np.ndarray, "B"]
-    tokens: int
+    flops: float
     weights: Float[Array, "R T"]
     rows: tuple[Int[Array, "R T"], Int[Array, "R T"], Int[Array, "R T"]]
 
@@ -234,6 +265,7 @@ class Objective:
         params: of the frozen model, on them.
         weights: what each document counts in the score.
         blocks: the documents.
+        screens: their skipped positions, in the same blocks; none without screening.
         candidates_at_once: how many are a batch axis of the model; under a mesh more than were asked for, where that is
             needed to fill its data and fsdp axes.
         documents_at_once: of a block.
@@ -244,6 +276,7 @@ class Objective:
     params: dict
     weights: Float[np.ndarray, "D"]
     blocks: list[Block]
+    screens: list[Block]
     candidates_at_once: int
     documents_at_once: int
     _numbers: itertools.count = field(default_factory=lambda: itertools.count(1))
@@ -257,22 +290,28 @@ class Objective:
         terms: Mapping[str, Term],
         candidates_at_once: int = 1,
         documents_at_once: int = 1,
+        screening: ScreeningSettings = ScreeningSettings(),
     ) -> "Objective":
         """Places the text of all terms on the devices."""
         together = fitting_candidates(layout, candidates_at_once, documents_at_once)
-        blocks, first = [], 0
+        place = partial(_blocks, model.config, layout, together=together, at_once=documents_at_once)
+        blocks, screens, first = list[Block](), list[Block](), 0
         for term in terms.values():
-            blocks += _blocks(layout, term, first, together, documents_at_once)
+            length = term.weights.shape[1]
+            blocks += place(term, first, positions=np.arange(length))
+            if screening.share:
+                screens += place(term, first, positions=screening.positions(length))
             first += len(term.tokens)
         weights = document_weights(list(terms.values()))
-        return cls(model, layout, params, weights, blocks, together, documents_at_once)
+        return cls(model, layout, params, weights, blocks, screens, together, documents_at_once)
 
     def block_nll(self, block: int, candidates: RopeFactors) -> Float[np.ndarray, "C B"]:
         """Losses of up to `candidates_at_once` candidates on the documents of a block, nats per token.
 
+        `block` counts the `blocks`, and then the `screens`.
         What is not a number, or overflows, is inf, with a warning.
         """
-        count, chosen = len(candidates.lam), self.blocks[block]
+        count, chosen = len(candidates.lam), [*self.blocks, *self.screens][block]
         rows = self.spread(candidates)
         nll = profiling.step("candidates", next(self._numbers), partial(self._losses, chosen, rows))
         nll = nll.reshape(-1, self.documents_at_once)[:count, : len(chosen.documents)]
@@ -297,15 +336,27 @@ class Objective:
         return np.asarray(jax.device_get(running), np.float64)
 
 
-def _blocks(layout: Layout, term: Term, first: int, together: int, at_once: int) -> list[Block]:
-    count, length = len(term.tokens), term.tokens.shape[1] - 1
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (together * at_once, length))
+def _blocks(
+    config: LlamaConfig,
+    layout: Layout,
+    term: Term,
+    first: int,
+    together: int,
+    at_once: int,
+    positions: Int[np.ndarray, "S"],
+) -> list[Block]:
+    """The tokens of a term at some positions; each predicts the token after it in the document."""
+    count, length = len(term.tokens), len(positions)
+    weights = term.weights[:, positions]
+    weights = weights / weights.sum(1, keepdims=True) if length < term.weights.shape[1] else weights
+    inputs, targets = term.tokens[:, positions], term.tokens[:, positions + 1]
+    rows = np.broadcast_to(positions.astype(np.int32), (together * at_once, length))
     blocks = []
     for start in range(0, count, at_once):
         chosen = np.arange(start, start + at_once)
         there = np.minimum(chosen, count - 1)
-        rows, weights = (np.tile(leaf[there], (together, 1)) for leaf in (term.tokens, term.weights))
-        weights, *placed = layout.place((np.float32(weights), rows[:, :-1], rows[:, 1:], positions))
+        placed = layout.place((*(np.tile(leaf[there], (together, 1)) for leaf in (weights, inputs, targets)), rows))
         real = chosen[chosen < count]
-        blocks.append(Block(first + real, len(real) * length, weights, tuple(placed)))
+        flops = count_flops(config, len(real), length).total
+        blocks.append(Block(first + real, flops, placed[0], tuple(placed[1:])))
     return blocks

@@ -4,11 +4,14 @@ In a race a candidate is read only until it is decided whether it scores below a
 Candidates are compared with the incumbents document by document, so what makes a document hard cancels. The incumbents
 themselves tell how far a difference on some documents is from the difference on all. A candidate that may be the best
 of all is always read in full.
+
+Screening comes first, where it is asked for: candidates are read on skipped positions, and only those go on that may
+score below the threshold.
 """
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from longrope_jax.rope import RopeFactors
 from longrope_jax.runtime import preemption, processes, records
 from longrope_jax.search.candidates import Incumbents, Score, Scores
-from longrope_jax.search.objective import Objective
+from longrope_jax.search.objective import Objective, ScreeningSettings
 
 _RECORD = {"candidate": str, "block": int, "nll": [float], "documents_at_once": int}
 _WRITE_EVERY = 30.0  # seconds; an object store takes a second for the file, a small model milliseconds for a candidate
@@ -34,6 +37,7 @@ def score_with(
     racing: float = 0.0,
     losses: Losses | None = None,
     progress: Callable[[float], Any] = lambda candidates: None,
+    screening: float = ScreeningSettings.confidence,
 ) -> Score:
     """Returns the function that scores a population.
 
@@ -41,33 +45,69 @@ def score_with(
         racing: confidence of a race's decisions, see `race`; 0 reads all documents.
         losses: in place of the objective's own, such as `cached` ones.
         progress: is called with the number of candidates finished since the last call, a fraction.
+        screening: confidence of `screen`, if the objective has skipped positions.
     """
     losses = losses or objective.block_nll
     columns = [block.documents for block in objective.blocks]
-    share = np.array([block.tokens for block in objective.blocks], float)
-    share /= share.sum()
+    share = np.array([block.flops for block in (*objective.blocks, *objective.screens)], float)
+    share /= share[: len(columns)].sum()
 
     def score(population: RopeFactors, incumbents: Incumbents | None) -> Scores:
         size = len(population.lam)
-        documents, cost = np.full((size, len(objective.weights)), np.nan), np.zeros(size)
-        rivals = incumbents if racing > 0 and incumbents is not None and incumbents.has_enough else None
-        order = informative_first(rivals.documents, objective.weights, columns) if rivals else [*range(len(columns))]
-        nll, running = np.full(size, np.inf), np.arange(size)
-        for place, block in enumerate(order):
-            for first in range(0, len(running), objective.candidates_at_once):
-                chosen = running[first : first + objective.candidates_at_once]
+        documents, skipped = np.full((2, size, len(objective.weights)), np.nan)
+        nll, cost, screens, running = np.full(size, np.inf), np.zeros(size), np.full(size, np.nan), np.arange(size)
+        incumbents = incumbents if incumbents is not None and incumbents.has_enough else None
+
+        def read(block: int, rows: Int[np.ndarray, "R"]) -> Iterator[tuple[Int[np.ndarray, "C"], Any]]:
+            for first in range(0, len(rows), objective.candidates_at_once):
+                chosen = rows[first : first + objective.candidates_at_once]
                 candidates = jax.tree.map(lambda leaf, chosen=chosen: np.asarray(leaf)[chosen], population)
-                documents[np.ix_(chosen, columns[block])] = losses(block, candidates)
+                yield chosen, losses(block, candidates)
                 cost[chosen] += share[block]
+
+        for number, pieces in enumerate(objective.screens, len(columns)):
+            for chosen, found in read(number, running):
+                skipped[np.ix_(chosen, pieces.documents)] = found
+        if objective.screens:
+            screens = (skipped * objective.weights).sum(1)
+        if objective.screens and incumbents:
+            nll, is_out = screen(screens, incumbents, objective.weights, screening)
+            progress(is_out.sum())
+            running = running[~is_out]
+        rivals = incumbents if racing > 0 else None
+        order = informative_first(rivals.documents, objective.weights, columns) if rivals else [*range(len(columns))]
+        for place, block in enumerate(order):
+            for chosen, found in read(block, running):
+                documents[np.ix_(chosen, columns[block])] = found
                 progress(len(chosen) * share[block])
             if rivals and place + 1 < len(columns):
                 nll[running], decided = race(documents[running], rivals, objective.weights, racing)
                 progress(decided.sum() * (1 - sum(share[b] for b in order[: place + 1])))
                 running = running[~decided]
         nll[running] = (documents[running] * objective.weights).sum(1)  # bit for bit, whoever else is running
-        return Scores(nll, documents, cost)
+        return Scores(nll, documents, cost, screens)
 
     return score
+
+
+def screen(
+    screens: Float[np.ndarray, "P"], incumbents: Incumbents, weights: Float[np.ndarray, "D"], confidence: float
+) -> tuple[Float[np.ndarray, "P"], Bool[np.ndarray, "P"]]:
+    """Estimated scores, nats per token, and which candidates are left out.
+
+    The incumbents were read both ways. The mean of their differences is the bias of a score on skipped positions, and
+    the spread is its error.
+
+    Args:
+        screens: scores of the candidates on skipped positions.
+        weights: of the documents, see `document_weights`.
+        confidence: one-sided, that a candidate left out scores above the threshold (t with F - 1 degrees of freedom).
+    """
+    differences = incumbents.documents @ weights - incumbents.screens
+    count = len(differences)
+    half_width = scipy.stats.t.ppf(confidence, count - 1) * differences.std(ddof=1) * np.sqrt(1 + 1 / count)
+    score = screens + differences.mean()
+    return score, score - half_width > incumbents.threshold
 
 
 def informative_first(

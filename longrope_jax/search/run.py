@@ -104,7 +104,7 @@ def run_search(
         total = settings.forward_equivalents(len(objective.blocks), len(space.n_hat))
         with progress_bar(stage, total, 0.0 if state is None else float(state.cost.sum())) as bar:
             losses = cached(objective.block_nll, workdir / "scores.jsonl", stage, settings.documents_at_once)
-            score = score_with(objective, settings.racing, losses, bar.advance)
+            score = score_with(objective, settings.racing, losses, bar.advance, settings.screening.confidence)
             clock = time.monotonic()
 
             def timed(population, incumbents):
@@ -142,7 +142,7 @@ def run_search(
         np.minimum.accumulate(state.nll).tolist(),
         np.cumsum(state.cost).tolist(),
         dict(zip(names, state.nll[is_seed].tolist(), strict=True)),
-        int((np.isnan(state.documents).any(1) & ~np.isnan(state.documents).all(1)).sum()),
+        int(np.isnan(state.documents).any(1).sum()),
         _held_out(model, layout, params, state, settings, documents) if settings.held_out_documents else [],
         next((key for key, yarn in grid.items() if np.allclose(yarn.lam, state.best().lam)), None),
         {name: term.names for name, term in terms.items()},

@@ -7,7 +7,7 @@ from longrope_jax.model import LlamaConfig
 from longrope_jax.model.config import REMAT_POLICIES
 from longrope_jax.rope import longrope_mscale
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.search.objective import TermSettings
+from longrope_jax.search.objective import ScreeningSettings, TermSettings
 from longrope_jax.search.operators import CROSSOVERS, MUTATIONS
 from longrope_jax.search.seeds import PAPER_SEEDS, PUBLISHED, YARN_GRID_SIZE
 from longrope_jax.search.space import N_HAT, SPACES, SearchSpace, critical_space, paper_space
@@ -158,6 +158,8 @@ class SearchSettings(Settings):
         racing: confidence (0.99, say) with which a race decides before all documents are read whether a candidate is
             among the best, see `search/racing.py`; 0 reads all. A block of `documents_at_once` is the least that is
             read.
+        screening: skipped positions as the first rung of a race: on a few pieces of the documents it is decided which
+            candidates are read at all, see `racing.screen`.
         published: which of linear, ntk and yarn to start from; all three bring the other seeds of `paper_seeds` too.
         seeds: factors of your own to start from, by names of your own.
         ramps: number of random ramps to start from, see `search/seeds.py`.
@@ -185,6 +187,7 @@ class SearchSettings(Settings):
     racing: Annotated[
         float, Rule(lambda p: p == 0 or 0.5 < p < 1, "must be a confidence between 0.5 and 1, or 0 for none")
     ] = 0.0
+    screening: ScreeningSettings = field(default_factory=ScreeningSettings)
     published: tuple[str, ...] = PUBLISHED
     seeds: dict[str, SeedSettings] = field(default_factory=dict)
     ramps: NonNegativeInt = 0
@@ -229,6 +232,12 @@ class SearchSettings(Settings):
         for name, methods in (("racing", ("cma_es",)), ("ramps", ("cma_es", "yarn_grid"))):
             if getattr(self, name) and self.method in methods:
                 raise ValueError(f"{name} = {getattr(self, name)} is not for method = {self.method!r}")
+        if self.screening.share and self.method == "cma_es":
+            raise ValueError(f"screening.share = {self.screening.share} is not for method = 'cma_es'")
+        for name, term in self.terms.items() if self.screening.share else ():
+            if term.kind != "perplexity":
+                raise ValueError(f"screening.share is for perplexity, not for objective.{name}.kind = {term.kind!r}")
+            self.screening.positions(term.window(self.target_length))
         if self.method == "yarn_grid" and self.space != "paper":
             raise ValueError(f"space = {self.space!r} is not for method = 'yarn_grid', which has the space of YaRN")
         if unknown := set(self.published) - set(PUBLISHED):
@@ -263,6 +272,8 @@ class SearchSettings(Settings):
             window = term.window(self.target_length)
             has_margin = window > (term.length or self.target_length)
             layout.check_length(window, f"{where} and margin" if has_margin else where)
+            if self.screening.share:
+                layout.check_length(len(self.screening.positions(window)), "screening: tokens of all pieces")
 
     def search_space(self, config: LlamaConfig, mscale: float = 1.0) -> SearchSpace:
         """All candidates for a model with the temperature `mscale`; raises ValueError where there are none."""

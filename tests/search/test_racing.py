@@ -135,6 +135,8 @@ CONFIDENCES = pytest.mark.parametrize("racing", [0.9, 0.99])
 class Simulated:
     """Documents that agree on a candidate up to what each has to say of each pair, as real ones do; some more."""
 
+    screens: list[Block] = []
+
     def __init__(self, trial, candidates_at_once=4):
         rng = np.random.default_rng(trial)
         self.candidates_at_once, self.weights = candidates_at_once, WEIGHTS
