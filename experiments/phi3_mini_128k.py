@@ -13,7 +13,7 @@ takes 97 (155 s a step, as if all sequences were long).
 
 Published figures to compare with: the factors of Phi-3-mini-128k-instruct, which LongRoPE found (`python -m
 longrope_jax.commands.export factors CONFIG.json long.csv --length=131072`); in LongRoPE2 the real critical
-dimension is pair 25, the theoretical one 31.
+dimension is pair 25, the theoretical one 31. That is the one for L = 2k; for this model's 4k the formula gives 34.
 """
 
 from ml_collections import ConfigDict
