@@ -68,6 +68,19 @@ def test_links_lead_somewhere(document):
     assert not broken
 
 
+def test_the_figures_of_the_readme_are_those_of_the_results():
+    """Each line of "What to expect" links to its page, which has every number of the line."""
+    section = (ROOT / "README.md").read_text().split("## What to expect\n")[1].split("\n## ")[0]
+    lines = section.split("\n* ")[1:]
+    assert len(lines) >= 5
+    for line in lines:
+        (page,) = re.findall(r"\]\((docs/results/\w+\.md)\)", line)
+        text = (ROOT / page).read_text()
+        figures = re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w-])", re.sub(r"\]\([^)]*\)", "", line))
+        missing = [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\.?\d)", text)]
+        assert not missing, line
+
+
 def test_files_that_are_named_exist(document):
     named = [name for name in re.findall(r"(?<![`}])`([^`\n]+)`", prose(document)) if FILE.match(name)]
     paths = [name for name in named if re.search(r"/|\.(py|md|toml|txt|sh|yaml|cff|ipynb)$", name)]
@@ -108,11 +121,11 @@ def test_every_short_name_is_there():
 
 
 def test_configs_and_notebooks_need_one_import():
-    """`search_comparison.py` and `needle_tiny.py` are scripts too, which look inside."""
+    """`search_comparison.py`, `needle_tiny.py` and `skipped_positions.py` are scripts too, which look inside."""
     configs = [path for path in (ROOT / "experiments").glob("*.py") if "def get_config" in path.read_text()]
     texts = {path.name: path.read_text() for path in [*configs, *(ROOT / "notebooks").glob("*.ipynb")]}
     deeper = {name for name, text in texts.items() if re.search(r"from longrope_jax|import longrope_jax\.", text)}
-    assert len(texts) > 10 and deeper <= {"search_comparison.py", "needle_tiny.py"}
+    assert len(texts) > 10 and deeper <= {"search_comparison.py", "needle_tiny.py", "skipped_positions.py"}
 
 
 def test_configs_that_are_named_are_configs():

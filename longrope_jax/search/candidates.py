@@ -234,6 +234,7 @@ def describe(state: SearchState, seed_names: Iterable[str], first: int = 0) -> l
             "operator": OPERATORS[state.operator[row]],
             "parents": [int(parent) for parent in state.parents[row] if parent >= 0],
             **({"seed": names[row]} if state.operator[row] == 0 else {}),
+            **({"screen": float(state.screens[row])} if np.isfinite(state.screens[row]) else {}),
             "nll": float(state.nll[row]),
             "documents": state.documents[row].tolist(),
             "cost": float(state.cost[row]),

@@ -5,8 +5,8 @@ Candidates are compared with the incumbents document by document, so what makes 
 themselves tell how far a difference on some documents is from the difference on all. A candidate that may be the best
 of all is always read in full.
 
-Screening comes first, where it is asked for: candidates are read on skipped positions, and only those go on that may
-score below the threshold.
+Screening comes first, where it is asked for: candidates are read on skipped positions, and the same is decided from
+these.
 """
 
 import hashlib
@@ -71,9 +71,9 @@ def score_with(
         if objective.screens:
             screens = (skipped * objective.weights).sum(1)
         if objective.screens and incumbents:
-            nll, is_out = screen(screens, incumbents, objective.weights, screening)
-            progress(is_out.sum())
-            running = running[~is_out]
+            nll, decided = screen(screens, incumbents, objective.weights, screening)
+            progress(decided.sum())
+            running = running[~decided]
         rivals = incumbents if racing > 0 else None
         order = informative_first(rivals.documents, objective.weights, columns) if rivals else [*range(len(columns))]
         for place, block in enumerate(order):
@@ -93,7 +93,7 @@ def score_with(
 def screen(
     screens: Float[np.ndarray, "P"], incumbents: Incumbents, weights: Float[np.ndarray, "D"], confidence: float
 ) -> tuple[Float[np.ndarray, "P"], Bool[np.ndarray, "P"]]:
-    """Estimated scores, nats per token, and which candidates are left out.
+    """Estimated scores, nats per token, and which candidates are decided.
 
     The incumbents were read both ways. The mean of their differences is the bias of a score on skipped positions, and
     the spread is its error.
@@ -101,13 +101,13 @@ def screen(
     Args:
         screens: scores of the candidates on skipped positions.
         weights: of the documents, see `document_weights`.
-        confidence: one-sided, that a candidate left out scores above the threshold (t with F - 1 degrees of freedom).
+        confidence: one-sided, of the interval of a score (t with F - 1 degrees of freedom).
     """
     differences = incumbents.documents @ weights - incumbents.screens
     count = len(differences)
     half_width = scipy.stats.t.ppf(confidence, count - 1) * differences.std(ddof=1) * np.sqrt(1 + 1 / count)
     score = screens + differences.mean()
-    return score, score - half_width > incumbents.threshold
+    return score, _decided(score, half_width, incumbents)
 
 
 def informative_first(
@@ -140,9 +140,14 @@ def race(
     score = mean @ weights + _weighted(losses - mean, weights, read)
     error = _error(incumbents.documents, weights, read)
     half_width = scipy.stats.t.ppf(confidence, len(incumbents.documents) - 1) * error
+    return score, _decided(score, half_width, incumbents)
+
+
+def _decided(score: Float[np.ndarray, "P"], half_width: float, incumbents: Incumbents) -> Bool[np.ndarray, "P"]:
+    """Whether a candidate is above the threshold; or below, and not the best."""
     is_out = score - half_width > incumbents.threshold
     is_in = (score + half_width < incumbents.threshold) & (score - half_width > incumbents.best)
-    return score, is_out | is_in
+    return is_out | is_in
 
 
 def _error(documents, weights, read) -> float:

@@ -75,28 +75,27 @@ def incumbents(bias, spread, count=16):
 
 
 def test_the_incumbents_tell_the_bias_of_a_screen_and_its_error():
-    score, is_out = screen(np.array([4.0, 4.1, 4.2, 4.3]), incumbents(bias=1.0, spread=1e-6), EVEN, 0.9)
-    np.testing.assert_allclose(score, [5.0, 5.1, 5.2, 5.3], atol=1e-5)
-    np.testing.assert_array_equal(is_out, [False, False, True, True])  # the last incumbent has 5.15
-    noisy = incumbents(bias=1.0, spread=0.1)
-    out = [screen(np.linspace(4, 5, 101), noisy, EVEN, level)[1].sum() for level in (0.5, 0.8, 0.99)]
-    assert out[0] > out[1] > out[2] > 0
-    assert out[0] == (np.linspace(4, 5, 101) + 1 > 5.15).sum()
+    """Their scores are 5 to 5.15: of candidates above, and of those between, it is known that they are."""
+    known = incumbents(bias=1.0, spread=1e-6)
+    score, decided = screen(np.array([3.9, 4.1, 4.15, 4.3]), known, EVEN, 0.9)
+    np.testing.assert_allclose(score, [4.9, 5.1, 5.15, 5.3], atol=1e-5)
+    np.testing.assert_array_equal(decided, [False, True, False, True])
+    noisy, screens = incumbents(bias=1.0, spread=0.1), np.linspace(3, 5, 101)
+    few = [screen(screens, noisy, EVEN, level)[1].sum() for level in (0.5, 0.8, 0.99)]
+    assert few[0] > few[1] > few[2] > 0
+    assert few[0] == (screens + 1 > 5).sum()
 
 
-def test_a_candidate_that_is_left_out_is_as_good_as_confidence_says():
-    """Scores and screens with normal errors: of those left out, few would have been below the threshold."""
+def test_confidence_is_the_share_of_good_candidates_that_are_read():
+    """Screens with normal errors, of candidates that are as good as the best: a fifth is left out."""
     rng = np.random.default_rng(0)
-    wrong = near = 0
+    decided = []
     for _ in range(300):
         scores = np.sort(rng.normal(5, 0.1, 16))
-        known = Incumbents(
-            np.repeat(scores[:, None], 4, axis=1), scores[7], scores[0], scores - 1 + rng.normal(0, 0.05, 16)
-        )
-        candidates = np.full(50, scores[7] - 1e-9)  # just good enough
-        _, is_out = screen(candidates - 1 + rng.normal(0, 0.05, 50), known, EVEN, 0.8)
-        wrong, near = wrong + is_out.sum(), near + 50
-    assert 0.15 < wrong / near < 0.25
+        screens = scores - 1 + rng.normal(0, 0.05, 16)
+        known = Incumbents(np.repeat(scores[:, None], 4, axis=1), scores[-1], scores[0], screens)
+        decided.append(screen(scores[0] - 1 + rng.normal(0, 0.05, 50), known, EVEN, 0.8)[1].mean())
+    assert 0.15 < np.mean(decided) < 0.25
 
 
 class Made:
@@ -115,15 +114,15 @@ class Made:
         return self.losses[np.asarray(population.n_hat)][:, [block]]
 
 
-def test_who_is_left_out_is_not_read_and_has_an_estimate():
-    losses = np.array([[5.0] * 4, [6.0] * 4, [5.1] * 4, [np.inf] * 4])
+def test_a_candidate_that_is_decided_is_not_read_and_has_an_estimate():
+    losses = np.array([[5.0] * 4, [6.0] * 4, [4.9] * 4, [np.inf] * 4])
     made, progress = Made(losses, losses - 1), []
     candidates = POPULATION.replace(n_hat=np.arange(4))
     rivals = incumbents(bias=1.0, spread=1e-3)
     found = score_with(made, progress=progress.append, screening=0.9)(candidates, rivals)
     np.testing.assert_array_equal(np.isnan(found.documents).all(1), [False, True, False, True])
-    np.testing.assert_allclose(found.nll, [5.0, 6.0, 5.1, np.inf], atol=2e-3)
-    np.testing.assert_allclose(found.screens, [4.0, 5.0, 4.1, np.inf])
+    np.testing.assert_allclose(found.nll, [5.0, 6.0, 4.9, np.inf], atol=2e-3)
+    np.testing.assert_allclose(found.screens, [4.0, 5.0, 3.9, np.inf])
     np.testing.assert_allclose(found.cost, [1.1, 0.1, 1.1, 0.1])
     assert sum(progress) == pytest.approx(4) and len(made.asked) == 4 * 4 + 2 * 4
     # Too few incumbents, or none: all are read, and both scores are known of all.
