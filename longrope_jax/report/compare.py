@@ -4,23 +4,25 @@ The first run is the baseline. The report has a paired difference only where bot
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 
 from longrope_jax.evaluation.perplexity import compare
 from longrope_jax.report import plots
-from longrope_jax.report.page import write_pages
+from longrope_jax.report.page import Picture, write_pages
 from longrope_jax.report.perplexity import evaluation_title
 from longrope_jax.report.plots import comparison as comparison_plots
 from longrope_jax.report.runs import Run, other_tokens, read_runs
-from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, markdown_table, picture, share_cell
+from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, markdown_table, share_cell
 from longrope_jax.runtime.records import flat
 
 _ABSENT = "–"
+
+Entries = dict[str, dict[str, dict[int, Any]]]
+"""Method -> run -> length (tokens) -> what the run has of it."""
 
 
 def write_comparison(workdirs: Sequence[epath.PathLike], folder: epath.PathLike) -> epath.Path:
@@ -31,13 +33,14 @@ def write_comparison(workdirs: Sequence[epath.PathLike], folder: epath.PathLike)
         ValueError: fewer than two work directories, one twice, or one that has no finished run; one line.
         OSError: the records of one are damaged, or `folder` can't be written to.
     """
-    runs, folder = read_runs(workdirs), epath.Path(folder)
-    parts = ["# Comparison\n", _overview(runs)]
-    figures: dict[str, Figure] = {}
-    for section, drawn in (_perplexities(runs), _searches(runs), _retrievals(runs), (_configs(runs), {})):
-        parts += section
-        figures |= drawn
-    return write_pages(folder, "compare", "\n".join([*parts, *_seconds(runs)]), figures)
+    runs = read_runs(workdirs)
+    parts: list[str | Picture] = ["# Comparison\n", _overview(runs)]
+    for stage in _stages(runs, "evaluations"):
+        parts += _perplexity(stage, [run for run in runs if stage in run.report["evaluations"]])
+    parts += _searches(runs)
+    for stage in _stages(runs, "retrieval"):
+        parts += _retrieval(stage, [run for run in runs if stage in run.report["retrieval"]])
+    return write_pages(epath.Path(folder), "compare", [*parts, *_configs(runs), *_seconds(runs)])
 
 
 def _stages(runs: Sequence[Run], key: str) -> list[str]:
@@ -59,100 +62,86 @@ def _overview(runs: Sequence[Run]) -> str:
     return markdown_table(["run", "work directory", "L", "stages"], rows)
 
 
-def _perplexities(runs: Sequence[Run]) -> tuple[list[str], dict]:
-    parts, figures = [], {}
-    for stage in _stages(runs, "evaluations"):
-        having = [run for run in runs if stage in run.report["evaluations"]]
-        found = {run.name: run.report["evaluations"][stage]["perplexity"] for run in having}
-        lengths = sorted({int(n) for by_length in found.values() for n in by_length})
-        methods = plots.ordered(
-            dict.fromkeys(method for by_n in found.values() for row in by_n.values() for method in row)
-        )
-        rows = [
-            [plots.label(method), run, *(_perplexity_cell(by_length.get(str(n), {}).get(method)) for n in lengths)]
-            for method in methods
-            for run, by_length in found.items()
-            if any(method in row for row in by_length.values())
-        ]
-        header = ["", "run", *(_length(n, having) for n in lengths)]
-        parts += [
-            f"## {evaluation_title(stage)}\n",
-            markdown_table(header, rows),
-            *_differences(stage, having, methods),
-        ]
-        names = [run.name for run in having]
-        curves = {
-            method: {run: _by_length(by_length, method) for run, by_length in found.items()} for method in methods
-        }
-        longest = {
-            method: {run: entries[lengths[-1]] for run, entries in by_run.items() if lengths[-1] in entries}
-            for method, by_run in curves.items()
-        }
-        figures[f"compare_{stage}_longest"] = comparison_plots.intervals_by_run(longest, names, lengths[-1])
-        parts.append(picture("perplexity at the longest length", f"compare_{stage}_longest"))
-        if len(lengths) > 1:
-            originals = {run.report["original_length"] for run in having}
-            figures[f"compare_{stage}"] = comparison_plots.perplexity_by_run(curves, names, originals)
-            parts.append(picture("perplexity by length", f"compare_{stage}"))
-    return parts, figures
+def _lengths(entries: Entries) -> list[int]:
+    return sorted({n for by_run in entries.values() for by_length in by_run.values() for n in by_length})
 
 
-def _by_length(by_length: dict[str, dict], method: str) -> dict[int, comparison_plots.Interval]:
-    """Length (tokens) -> finite perplexity of a method, with its interval."""
-    entries = {int(n): row[method] for n, row in by_length.items() if method in row and row[method]["ppl"] is not None}
-    return {
-        n: (entry["ppl"], *(np.nan if end is None else end for end in entry["ci95"])) for n, entry in entries.items()
+def _table(entries: Entries, cell: Callable[[Any], str], what: str, heading: Callable[[int], str]) -> str:
+    """A row for every method and run, a column for every length.
+
+    Args:
+        cell: what is shown of an entry.
+        what: the heading of the runs.
+        heading: of a length.
+    """
+    lengths = _lengths(entries)
+    rows = [
+        [plots.label(method), run, *(cell(by_length[n]) if n in by_length else _ABSENT for n in lengths)]
+        for method in plots.ordered(entries)
+        for run, by_length in entries[method].items()
+    ]
+    return markdown_table(["", what, *map(heading, lengths)], rows)
+
+
+def _perplexity(stage: str, runs: Sequence[Run]) -> list[str | Picture]:
+    entries: Entries = {}
+    for run in runs:
+        for n, row in run.report["evaluations"][stage]["perplexity"].items():
+            for method, entry in row.items():
+                entries.setdefault(method, {}).setdefault(run.name, {})[int(n)] = entry
+    intervals = {
+        method: {
+            run: {n: np.array([entry["ppl"], *entry["ci95"]], float) for n, entry in by_length.items()}
+            for run, by_length in by_run.items()
+        }
+        for method, by_run in entries.items()
     }
+    names = [run.name for run in runs]
+    lengths = _lengths(entries)
+    figure = comparison_plots.intervals_by_run(intervals, names, lengths[-1])
+    parts: list[str | Picture] = [
+        f"## {evaluation_title(stage)}\n",
+        _table(entries, _perplexity_cell, "run", lambda n: _length(n, runs)),
+        *_differences(stage, runs, entries),
+        Picture("perplexity at the longest length", f"compare_{stage}_longest", figure),
+    ]
+    if len(lengths) > 1:
+        originals = {run.report["original_length"] for run in runs}
+        figure = comparison_plots.perplexity_by_run(intervals, names, originals)
+        parts.append(Picture("perplexity by length", f"compare_{stage}", figure))
+    return parts
 
 
-def _perplexity_cell(entry: dict[str, Any] | None) -> str:
-    if entry is None:
-        return _ABSENT
+def _perplexity_cell(entry: dict[str, Any]) -> str:
     return "not finite" if entry["ppl"] is None else f"{entry['ppl']:.3f}"
 
 
-def _differences(stage: str, runs: Sequence[Run], methods: Sequence[str]) -> list[str]:
+def _differences(stage: str, runs: Sequence[Run], methods: Iterable[str]) -> list[str]:
     """Paired differences of every other run to the first, by method."""
     first, *others = runs
-    parts, rows = [], []
-    shared: set[int] = set()
+    parts = []
+    entries: Entries = {method: {} for method in methods}
     for other in others:
         reason = other_tokens(first, other, stage)
         if reason:
             parts.append(f"No differences between {other.name} and {first.name}: {reason}.\n")
             continue
-        both = first.nll[stage].keys() & other.nll[stage].keys()
-        shared |= {n for n, _ in both}
-        rows += [(method, other, both) for method in methods if any(method == there for _, there in both)]
-    if rows:
-        lengths = sorted(shared)
-        cells = [
-            [
-                plots.label(method),
-                f"{other.name} minus {first.name}",
-                *(
-                    difference_cell(compare(other.nll[stage][n, method], first.nll[stage][n, method])._asdict())
-                    if (n, method) in both
-                    else _ABSENT
-                    for n in lengths
-                ),
-            ]
-            for method, other, both in rows
-        ]
-        parts += [
-            DIFFERENCES,
-            markdown_table(["", "", *(_length(n, runs) for n in lengths)], cells),
-        ]
+        mine, theirs = first.nll[stage], other.nll[stage]
+        for n, method in sorted(mine.keys() & theirs.keys()):
+            by_run = entries.setdefault(method, {}).setdefault(f"{other.name} minus {first.name}", {})
+            by_run[n] = compare(theirs[n, method], mine[n, method])._asdict()
+    if any(entries.values()):
+        parts += [DIFFERENCES, _table(entries, difference_cell, "", lambda n: _length(n, runs))]
     return parts
 
 
-def _searches(runs: Sequence[Run]) -> tuple[list[str], dict]:
+def _searches(runs: Sequence[Run]) -> list[str | Picture]:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for run in runs:
         for search in run.report["search"]:
             found.setdefault(search["stage"], {})[run.name] = search
     if not found:
-        return [], {}
+        return []
     rows = [
         [
             stage,
@@ -173,40 +162,28 @@ def _searches(runs: Sequence[Run]) -> tuple[list[str], dict]:
         stage: {run: (s["costs"], np.array(s["curve"], float)) for run, s in by_run.items()}
         for stage, by_run in found.items()
     }
-    parts = [
+    figure = comparison_plots.searches_by_run(curves, [run.name for run in runs])
+    return [
         "## Searches\n",
         "Best perplexity on the documents of each search, and of the same candidate on documents held out from it. A "
         "forward equivalent is a candidate read on all search documents.\n",
         markdown_table([*header, "best", "held out"], rows),
-        picture("search convergence", "compare_searches"),
+        Picture("search convergence", "compare_searches", figure),
     ]
-    return parts, {"compare_searches": comparison_plots.searches_by_run(curves, [run.name for run in runs])}
 
 
-def _retrievals(runs: Sequence[Run]) -> tuple[list[str], dict]:
-    parts = []
-    for stage in _stages(runs, "retrieval"):
-        found = {run.name: run.report["retrieval"][stage] for run in runs if stage in run.report["retrieval"]}
-        tasks = ", ".join(dict.fromkeys(f"{summary['task']}, seed {summary['seed']}" for summary in found.values()))
-        accuracy = {run: summary["accuracy"] for run, summary in found.items()}
-        methods = plots.ordered(dict.fromkeys(method for by_method in accuracy.values() for method in by_method))
-        lengths = sorted({int(n) for by_method in accuracy.values() for by_n in by_method.values() for n in by_n})
-        rows = [
-            [
-                plots.label(method),
-                run,
-                *(share_cell(by_method[method][n]) if n in by_method[method] else _ABSENT for n in map(str, lengths)),
-            ]
-            for method in methods
-            for run, by_method in accuracy.items()
-            if method in by_method
-        ]
-        parts += [
-            f"## Retrieval (stage `{stage}`)\n",
-            f"How often the hidden number was found, with 95 % Wilson intervals ({tasks}).\n",
-            markdown_table(["", "run", *map(str, lengths)], rows),
-        ]
-    return parts, {}
+def _retrieval(stage: str, runs: Sequence[Run]) -> list[str]:
+    entries: Entries = {}
+    for run in runs:
+        for method, by_length in run.report["retrieval"][stage]["accuracy"].items():
+            entries.setdefault(method, {})[run.name] = {int(n): entry for n, entry in by_length.items()}
+    summaries = [run.report["retrieval"][stage] for run in runs]
+    tasks = ", ".join(dict.fromkeys(f"{summary['task']}, seed {summary['seed']}" for summary in summaries))
+    return [
+        f"## Retrieval (stage `{stage}`)\n",
+        f"How often the hidden number was found, with 95 % Wilson intervals ({tasks}).\n",
+        _table(entries, share_cell, "run", str),
+    ]
 
 
 def _configs(runs: Sequence[Run]) -> list[str]:
@@ -235,6 +212,9 @@ def _code(value: Any) -> str:
 
 
 def _seconds(runs: Sequence[Run]) -> list[str]:
-    times = [{stage: f"{value:.1f}" for stage, value in run.report["seconds"].items()} for run in runs]
-    rows = [[stage, *(by_stage.get(stage, _ABSENT) for by_stage in times)] for stage in _stages(runs, "seconds")]
+    times = [run.report["seconds"] for run in runs]
+    rows = [
+        [stage, *(f"{by_stage[stage]:.1f}" if stage in by_stage else _ABSENT for by_stage in times)]
+        for stage in _stages(runs, "seconds")
+    ]
     return ["## Seconds by stage\n", markdown_table(["stage", *(run.name for run in runs)], rows)]

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 
 from longrope_jax.evaluation.evaluate import EvaluationSettings
 from longrope_jax.evaluation.factor_switching import Cost
@@ -12,17 +11,16 @@ from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.report import plots
 from longrope_jax.report.model_card import cost_table
-from longrope_jax.report.page import write_pages
+from longrope_jax.report.page import Picture, write_pages
 from longrope_jax.report.perplexity import (
-    evaluation_figures,
     evaluation_section,
     evaluation_title,
     perplexity_table,
     summarize_evaluation,
 )
-from longrope_jax.report.retrieval import retrieval_figure, retrieval_section, summarize_retrieval
-from longrope_jax.report.search import search_figures, search_section
-from longrope_jax.report.tables import markdown_table, picture
+from longrope_jax.report.retrieval import retrieval_section, summarize_retrieval
+from longrope_jax.report.search import search_section
+from longrope_jax.report.tables import markdown_table
 from longrope_jax.runtime import records
 from longrope_jax.runtime.records import to_json, write_whole
 
@@ -71,17 +69,25 @@ def write_report(
     with its pictures inside; returns the path of report.md.
     """
     write_whole(workdir / "report.json", to_json(report, indent=1) + "\n")
-    figures: dict[str, Figure] = {}
-    for stage, evaluation in evaluations.items():
-        figures |= evaluation_figures(stage, report["evaluations"][stage], *evaluation, config)
+    parts: list[str | Picture] = ["# Report\n", _headline(report)]
+    for stage, (settings, found) in evaluations.items():
+        parts += evaluation_section(stage, report["evaluations"][stage], settings, found, config)
     for stage, retrieval in report["retrieval"].items():
-        figures[stage] = retrieval_figure(retrieval, config.original_length)
+        parts += retrieval_section(stage, retrieval, config.original_length)
+    parts += _training_section(workdir)
     for search in report["search"]:
-        figures |= search_figures(search)
-    training = _training_curves(workdir)
-    if training:
-        figures["training"] = plots.training_curves(training)
-    return write_pages(workdir, "report", _markdown(config, report, evaluations, set(figures)), figures)
+        parts += search_section(search)
+    for stage, export in report["exports"].items():
+        parts += _export_section(stage, export)
+    seconds = [[stage, f"{value:.1f}"] for stage, value in report["seconds"].items()]
+    parts += [
+        "## Model\n",
+        f"{config.num_layers} layers, head dimension {config.head_dim}, original length L = {config.original_length} "
+        "tokens.\n",
+        "## Seconds by stage\n",
+        markdown_table(["stage", "seconds"], seconds),
+    ]
+    return write_pages(workdir, "report", parts)
 
 
 def summary_tables(report: dict[str, Any]) -> str:
@@ -108,34 +114,11 @@ def _headline(report: dict[str, Any]) -> str:
     return "".join([*found, "This run has no perplexity on evaluation documents.\n"])
 
 
-def _training_curves(workdir: epath.Path) -> dict[str, Records]:
-    """Training stage -> its records in metrics.jsonl."""
+def _training_section(workdir: epath.Path) -> list[str | Picture]:
     stages: dict[str, Records] = {}
     for record in records.read(workdir / "metrics.jsonl", {"step": int}):
         stages.setdefault(record["stage"], []).append(record)
-    return stages
-
-
-def _markdown(config: LlamaConfig, report: dict[str, Any], evaluations: Evaluations, figures: set[str]) -> str:
-    parts = ["# Report\n", _headline(report)]
-    for stage, evaluation in report["evaluations"].items():
-        parts += evaluation_section(stage, evaluation, evaluations[stage][0], config.original_length, figures)
-    for stage, retrieval in report["retrieval"].items():
-        parts += retrieval_section(stage, retrieval)
-    if "training" in figures:
-        parts += ["## Training\n", picture("loss by step", "training")]
-    for search in report["search"]:
-        parts += search_section(search)
-    for stage, export in report["exports"].items():
-        parts += _export_section(stage, export)
-    seconds = [[stage, f"{value:.1f}"] for stage, value in report["seconds"].items()]
-    model = (
-        f"{config.num_layers} layers, head dimension {config.head_dim}, original length L = {config.original_length} "
-        "tokens.\n"
-    )
-    return "\n".join(
-        [*parts, "## Model\n", model, "## Seconds by stage\n", markdown_table(["stage", "seconds"], seconds)]
-    )
+    return ["## Training\n", Picture("loss by step", "training", plots.training_curves(stages))] if stages else []
 
 
 def _export_section(stage: str, export: dict[str, Any]) -> list[str]:

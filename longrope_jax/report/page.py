@@ -3,7 +3,8 @@
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from etils import epath
 from markdown_it import MarkdownIt
@@ -34,6 +35,32 @@ code { padding: .1em .3em; font-size: .9em; background: var(--shade); border-rad
 img { display: block; max-width: 100%; height: auto; margin: 1rem 0; padding: .5rem; background: #fff;
       border: 1px solid var(--line); border-radius: 4px; }
 """
+
+
+class Picture(NamedTuple):
+    """A figure and its place in a report.
+
+    Attributes:
+        what: it shows, in words.
+        name: of its file.
+        figure: what is drawn.
+    """
+
+    what: str
+    name: str
+    figure: Figure
+
+    @property
+    def path(self) -> str:
+        """Of its file, from where the report is."""
+        return f"figures/{self.name}.png"
+
+    def __str__(self) -> str:
+        return f"![{self.what}]({self.path})\n"
+
+
+Document = Sequence[str | Picture]
+"""Paragraphs, headings and tables in Markdown, each with its line break, and the pictures between them."""
 
 
 def to_page(markdown: str, folder: epath.Path) -> str:
@@ -80,21 +107,19 @@ def _name_headings(tokens: Sequence[Token]) -> list[tuple[str, str]]:
     return named
 
 
-def write_pages(folder: epath.Path, name: str, markdown: str, figures: Mapping[str, Figure]) -> epath.Path:
+def write_pages(folder: epath.Path, name: str, parts: Document) -> epath.Path:
     """Writes `figures/*.png`, `<name>.md` and `<name>.html`, which holds its pictures; returns the Markdown's path.
-
-    Args:
-        markdown: its pictures are those of `figures`, see `markdown.picture`.
 
     Raises:
         OSError: names the file that can't be written.
     """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for figure_name, figure in figures.items():
-        drawn = io.BytesIO()
-        figure.savefig(drawn)
-        write_whole(folder / "figures" / f"{figure_name}.png", drawn.getvalue())
-    path = folder / f"{name}.md"
+    for part in parts:
+        if isinstance(part, Picture):
+            drawn = io.BytesIO()
+            part.figure.savefig(drawn)
+            write_whole(folder / part.path, drawn.getvalue())
+    path, markdown = folder / f"{name}.md", "\n".join(map(str, parts))
     write_whole(path, markdown.encode())
     write_whole(folder / f"{name}.html", to_page(markdown, folder).encode())
     return path

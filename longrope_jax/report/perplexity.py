@@ -1,18 +1,18 @@
 """The perplexity part of a report: the headline, tables by method and length, paired differences, and figures."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
 
 from longrope_jax import rope
 from longrope_jax.evaluation.evaluate import EvaluationSettings, published_methods, recorded_nll
 from longrope_jax.evaluation.perplexity import DocumentNll, by_position, compare, perplexity
 from longrope_jax.model import LlamaConfig
 from longrope_jax.report import plots
-from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, markdown_table, picture
+from longrope_jax.report.page import Picture
+from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, markdown_table
 
 Records = list[dict[str, Any]]
 Summary = dict[str, Any]
@@ -158,80 +158,70 @@ def perplexity_table(summary: Summary, original_length: int) -> str:
     return markdown_table(header, rows)
 
 
-def _suffix(stage: str) -> str:
-    """What tells the figures of several evaluate stages apart."""
-    return stage.removeprefix("evaluate")
-
-
-def evaluation_figures(
-    stage: str, summary: Summary, settings: EvaluationSettings, records: Records, config: LlamaConfig
-) -> dict[str, Figure]:
-    """By name: perplexity by length, and what the records allow of perplexity by position, and of factors by pair and
-    by length.
-    """
-    figures: dict[str, Figure] = {}
-    suffix, original = _suffix(stage), config.original_length
-    by_length = {int(n): {method: e["ppl"] for method, e in row.items()} for n, row in summary["perplexity"].items()}
-    controls = [method for method in settings.controls if original in by_length and method in by_length[original]]
-    figures[f"perplexity_by_length{suffix}"] = plots.perplexity_by_length(by_length, original, controls)
-    longest = max(by_length)
-    curves = {r["method"]: r["nll_by_position"] for r in records if r["length"] == longest}
-    at_original = {r["method"]: r["nll_by_position"] for r in records if r["length"] == original}
-    if controls:
-        figures[f"perplexity_by_position{suffix}"] = plots.nll_by_position(
-            curves, longest, original, at_original[controls[0]], plots.control_label(controls[0])
-        )
-    used = {(r["method"], r["length"]): _factors(r["factors"]) for r in records}
-    at_longest = {method: factors for (method, n), factors in used.items() if n == longest and method in plots.STYLES}
-    at_longest.pop("unscaled", None)
-    if at_longest:
-        figures[f"factors{suffix}"] = plots.factors_by_pair(at_longest, longest / original, config.rope_theta, original)
-    chosen = {n: factors for (method, n), factors in sorted(used.items()) if method == LONGROPE}
-    if len({factors.lam.tobytes() for factors in chosen.values()}) > 1:
-        figures[f"factors_by_length{suffix}"] = plots.factors_by_length(chosen, original)
-    return figures
-
-
-def _factors(numbers: dict[str, Any]) -> rope.RopeFactors:
-    return rope.RopeFactors(**{name: np.array(value) for name, value in numbers.items()})
-
-
 def evaluation_section(
-    stage: str, summary: Summary, settings: EvaluationSettings, original_length: int, figures: Container[str]
-) -> list[str]:
-    """The section of a report: the table, the figures, the comparisons, and what every method is.
-
-    Args:
-        original_length: tokens.
-        figures: the names of those that could be drawn.
-    """
-    longest, suffix = list(summary["perplexity"])[-1], _suffix(stage)
-    pictures = {
-        "perplexity by length": "perplexity_by_length",
-        "perplexity by position": "perplexity_by_position",
-        "rescale factors": "factors",
-        "factors by length": "factors_by_length",
-    }
+    stage: str, summary: Summary, settings: EvaluationSettings, records: Records, config: LlamaConfig
+) -> list[str | Picture]:
+    """The section of a report: the table, the pictures, the comparisons, and what every method is."""
+    longest, original = list(summary["perplexity"])[-1], config.original_length
     note = (
         f"Perplexity per token on {len(summary['documents'])} evaluation documents, which neither training nor search "
         f"has seen. The documents are cut into windows of every length up to {longest} tokens, so every length scores "
         "the same tokens."
     )
-    if str(original_length) in summary["perplexity"]:
+    if str(original) in summary["perplexity"]:
         note += (
             " The column of the original length L is the control for all longer ones: the perplexity of a model that "
             "reads disjoint windows of L tokens."
         )
     return [
         f"## {evaluation_title(stage)}\n",
-        perplexity_table(summary, original_length),
-        *(picture(what, name + suffix) for what, name in pictures.items() if name + suffix in figures),
+        perplexity_table(summary, original),
+        *_pictures(stage, summary, settings, records, config),
         f"{note}\n",
         *_along_windows(summary, longest),
-        *_pairs(summary, original_length),
-        *_comparisons(summary, longest, original_length),
+        *_pairs(summary, original),
+        *_comparisons(summary, longest, original),
         *_methods(summary, settings),
     ]
+
+
+def _pictures(
+    stage: str, summary: Summary, settings: EvaluationSettings, records: Records, config: LlamaConfig
+) -> list[Picture]:
+    """Perplexity by length, and what the records allow of perplexity by position, and of factors by pair and by
+    length.
+    """
+    suffix, original = stage.removeprefix("evaluate"), config.original_length  # several stages have figures each
+    by_length = {int(n): {method: e["ppl"] for method, e in row.items()} for n, row in summary["perplexity"].items()}
+    controls = settings.controls if original in by_length else ()
+    figure = plots.perplexity_by_length(by_length, original, controls)
+    pictures = [Picture("perplexity by length", f"perplexity_by_length{suffix}", figure)]
+    longest = max(by_length)
+    if controls:
+        curves = {(r["length"], r["method"]): np.array(r["nll_by_position"], float) for r in records}
+        figure = plots.nll_by_position(
+            {method: curve for (n, method), curve in curves.items() if n == longest},
+            longest,
+            original,
+            curves[original, controls[0]],
+            plots.control_label(controls[0]),
+        )
+        pictures.append(Picture("perplexity by position", f"perplexity_by_position{suffix}", figure))
+    used = {(r["method"], r["length"]): _factors(r["factors"]) for r in records}
+    at_longest = {method: factors for (method, n), factors in used.items() if n == longest and method in plots.STYLES}
+    at_longest.pop("unscaled", None)
+    if at_longest:
+        figure = plots.factors_by_pair(at_longest, longest / original, config.rope_theta, original)
+        pictures.append(Picture("rescale factors", f"factors{suffix}", figure))
+    chosen = {n: factors for (method, n), factors in sorted(used.items()) if method == LONGROPE}
+    if len({factors.lam.tobytes() for factors in chosen.values()}) > 1:
+        figure = plots.factors_by_length(chosen, original)
+        pictures.append(Picture("factors by length", f"factors_by_length{suffix}", figure))
+    return pictures
+
+
+def _factors(numbers: dict[str, Any]) -> rope.RopeFactors:
+    return rope.RopeFactors(**{name: np.array(value) for name, value in numbers.items()})
 
 
 def evaluation_title(stage: str) -> str:

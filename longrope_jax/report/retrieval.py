@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 
 from longrope_jax.evaluation.retrieval import RetrievalSettings, accuracy
 from longrope_jax.report import plots
-from longrope_jax.report.tables import markdown_table, picture, share_cell
+from longrope_jax.report.page import Picture
+from longrope_jax.report.tables import markdown_table, share_cell
 
 Records = list[dict[str, Any]]
 
@@ -47,18 +48,18 @@ def retrieval_figure(summary: dict[str, Any], original_length: int) -> Figure:
     return plots.retrieval_heatmap(grids, lengths, [float(depth) for depth in depths])
 
 
-def retrieval_section(stage: str, summary: dict[str, Any]) -> list[str]:
+def retrieval_section(stage: str, summary: dict[str, Any], original_length: int) -> list[str | Picture]:
     """The section of a report; its figure is named like the stage."""
     found = summary["accuracy"]
     lengths = list(next(iter(found.values())))
     rows = [
-        [plots.label(method), *(share_cell(by_length[length]) for length in lengths)]
-        for method, by_length in ((method, found[method]) for method in plots.ordered(found))
+        [plots.label(method), *(share_cell(found[method][length]) for length in lengths)]
+        for method in plots.ordered(found)
     ]
     return [
         f"## Retrieval: {stage}, {summary['task']}\n",
         "How often the first number in a greedy continuation was the hidden one; lengths are tokens of prompt and "
         f"answer together; 95 % Wilson intervals; seed {summary['seed']}.\n",
         markdown_table(["", *lengths], rows),
-        picture("numbers found", stage),
+        Picture("numbers found", stage, retrieval_figure(summary, original_length)),
     ]

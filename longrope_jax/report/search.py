@@ -3,43 +3,36 @@
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+from jaxtyping import Float
 
 from longrope_jax.report import plots
-from longrope_jax.report.tables import picture
+from longrope_jax.report.page import Picture
 
 Summary = dict[str, Any]
 """The summary of a search stage with the factors it found."""
 
 
-def search_figures(search: Summary) -> dict[str, Figure]:
-    """By name: convergence and, for a search with held-out documents, overfitting."""
-    stage, costs = search["stage"], search["costs"]
-    curve = np.array(search["curve"], float)
-    population = search["population"] if search["method"] == "evolution" else None
-    figures = {f"convergence_{stage}": plots.search_convergence(curve, search["seeds"], population, costs)}
-    if search["held_out"]:
-        figures[f"overfitting_{stage}"] = plots.search_overfitting(np.array(search["held_out"], float), costs[-1])
-    return figures
-
-
-def search_section(search: Summary) -> list[str]:
-    """The section of a report."""
-    stage, found, yarn = search["stage"], search["factors"], search["yarn"]
+def search_section(search: Summary) -> list[str | Picture]:
+    """The section of a report: with pictures of convergence and, for a search with held-out documents, overfitting."""
+    stage, found, yarn, costs = search["stage"], search["factors"], search["yarn"], search["costs"]
     seeds = ", ".join(
         f"{plots.label(name)} " + ("not finite" if nll is None else f"{np.exp(nll):.2f}")
         for name, nll in search["seeds"].items()
     )
-    parts = [
+    population = search["population"] if search["method"] == "evolution" else None
+    convergence = plots.search_convergence(np.array(search["curve"], float), search["seeds"], population, costs)
+    parts: list[str | Picture] = [
         f"## Search for {search['target_length']} tokens (stage `{stage}`, model of stage `{search['model']}`)\n",
         f"By {search['method'].replace('_', ' ')}: {_cost(search)} Perplexity on the {len(search['documents'])} search "
         f"documents: {np.exp(search['best_nll']):.2f}; seeds: {seeds}.\n",
         *([f"YaRN with beta_fast = {yarn[0]:g}, beta_slow = {yarn[1]:g}, s = {yarn[2]:g}.\n"] if yarn else []),
         f"n_hat = {found['n_hat']}, lambda = {', '.join(f'{value:.2f}' for value in found['lam'])}\n",
-        picture("search convergence", f"convergence_{stage}"),
+        Picture("search convergence", f"convergence_{stage}", convergence),
     ]
     if search["held_out"]:
-        parts += [_overfitting(search["held_out"]), picture("overfitting", f"overfitting_{stage}")]
+        held_out = np.array(search["held_out"], float)
+        figure = plots.search_overfitting(held_out, costs[-1])
+        parts += [_overfitting(held_out), Picture("overfitting", f"overfitting_{stage}", figure)]
     return parts
 
 
@@ -60,13 +53,13 @@ def _cost(search: Summary) -> str:
     return text
 
 
-def _overfitting(history: list[list[float]]) -> str:
+def _overfitting(history: Float[np.ndarray, "changes 3"]) -> str:
     """The text on overfitting.
 
     Args:
         history: forward equivalents, search score and held-out NLL (nats per token) whenever the best changed.
     """
-    costs, scores, held_out = np.array(history, float).T
+    costs, scores, held_out = history.T
     search_gain, held_out_gain = scores[0] - scores[-1], held_out[0] - held_out[-1]
     text = (
         f"Overfitting: on held-out documents, which the search has not seen, the best candidate has {held_out[-1]:.3f} "

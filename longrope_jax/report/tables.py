@@ -31,8 +31,3 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["-" * width for width in widths]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, rule, *rows]]
     return "".join(f"| {' | '.join(row)} |\n" for row in padded)
-
-
-def picture(what: str, name: str) -> str:
-    """A figure of the work directory."""
-    return f"![{what}](figures/{name}.png)\n"

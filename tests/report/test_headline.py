@@ -1,19 +1,22 @@
-"""The first sentence of a report."""
+"""The first sentence of a report, and an evaluation with losses that are not finite."""
 
 import numpy as np
 import pytest
+from tiny_experiment import SIZES
 
 from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
-from longrope_jax.report.perplexity import summarize_evaluation
+from longrope_jax.model import LlamaConfig
+from longrope_jax.report.page import Picture
+from longrope_jax.report.perplexity import evaluation_section, summarize_evaluation
 
 L, LONG, TOKENS = 16, 64, 64
 METHODS = {"yarn": Method("yarn"), "second": Method("yarn_mistral"), "ntk": Method("ntk"), "longrope": Method("search")}
 BASE = np.array([1.0, 1.5, 2.0, 1.2])
 
 
-def headline(shifts, methods=METHODS, late=0.0, beyond=()):
-    """Of an evaluation whose methods have the NLL of `BASE`, shifted by so many nats per token."""
-    settings = EvaluationSettings(lengths=(L, LONG), methods={name: methods[name] for name in shifts}, controls=())
+def evaluation(shifts, late=0.0, beyond=(), controls=()):
+    """Settings and records of methods that have the NLL of `BASE`, shifted by so many nats per token."""
+    settings = EvaluationSettings((L, LONG), methods={name: METHODS[name] for name in shifts}, controls=controls)
     records = [
         dict(
             length=length,
@@ -28,7 +31,11 @@ def headline(shifts, methods=METHODS, late=0.0, beyond=()):
         for length in (L, LONG)
         for name, shift in shifts.items()
     ]
-    return summarize_evaluation(settings, records, L)["headline"]
+    return settings, records
+
+
+def headline(*args, **kwargs):
+    return summarize_evaluation(*evaluation(*args, **kwargs), L)["headline"]
 
 
 @pytest.mark.parametrize(
@@ -63,3 +70,18 @@ def test_the_headline_warns_of_a_part_of_the_window_in_which_longrope_is_worse()
 @pytest.mark.parametrize("beyond", [[np.inf], [None], [2.0]])
 def test_the_headline_warns_of_what_fails_beyond_the_window(beyond):
     assert "the tokens just beyond it (" in headline(dict(yarn=0.1, longrope=0), beyond=beyond)
+
+
+def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve_by_position():
+    settings, records = evaluation(dict(yarn=0.1, longrope=0), controls=("yarn",))
+    for record in records:
+        if record["method"] == "longrope":
+            record["nll_by_position"][3] = None  # as JSON has it
+    summary, config = (
+        summarize_evaluation(settings, records, L),
+        LlamaConfig(vocab_size=258, original_length=L, **SIZES),
+    )
+    section = evaluation_section("evaluate", summary, settings, records, config)
+    (figure,) = (part.figure for part in section if isinstance(part, Picture) and "by_position" in part.name)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert np.flatnonzero(np.isnan(lines["LongRoPE (searched)"].get_ydata())).tolist() == [3]

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from longrope_jax.report.page import to_page
-from longrope_jax.report.tables import markdown_table, picture
+from longrope_jax.report.tables import markdown_table
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def test_a_page_holds_its_pictures(folder):
-    page = to_page("# Report\n\n" + picture("a dot", "dot"), folder)
+    page = to_page("# Report\n\n" + "![a dot](figures/dot.png)\n", folder)
     (source,) = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="a dot"', page)
     assert base64.b64decode(source) == PNG
     assert "figures/" not in page
@@ -45,4 +45,4 @@ def test_what_looks_like_html_in_a_report_is_shown_as_text(folder):
 
 def test_a_picture_that_is_not_there_is_an_error(folder):
     with pytest.raises(FileNotFoundError, match="gone.png"):
-        to_page("# Report\n\n" + picture("gone", "gone"), folder)
+        to_page("# Report\n\n" + "![gone](figures/gone.png)\n", folder)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from longrope_jax.report import plots
-from longrope_jax.report.search import search_figures, search_section
+from longrope_jax.report.page import Picture
+from longrope_jax.report.search import search_section
 
 SUMMARY = dict(
     stage="search_4x",
@@ -28,19 +29,23 @@ SUMMARY = dict(
 HELD_OUT = [[3.0, 1.5, 1.6], [4.0, 1.25, 1.3], [5.0, 1.0, 1.35]]
 
 
+def pictures(search):
+    return {part.name: part.figure for part in search_section(search) if isinstance(part, Picture)}
+
+
 def drawn(figure, panel=0, line=0):
     return np.transpose(figure.axes[panel].lines[line].get_data())
 
 
 def test_a_search_is_drawn_against_what_it_spent():
-    (figure,) = search_figures(SUMMARY).values()
+    (figure,) = pictures(SUMMARY).values()
     assert "forward equivalents" in figure.axes[0].get_xlabel()
     np.testing.assert_allclose(
         drawn(figure)[1:], np.transpose([SUMMARY["costs"], np.exp([2, 2, 1.5, 1.5, 1.5, 1])])[1:]
     )
     assert [text.get_text() for text in figure.axes[0].texts] == ["seed: YaRN", "population 0"]
     assert figure.axes[0].texts[1].xy[0] == 3.0
-    (figure,) = search_figures(SUMMARY | {"method": "hybrid"}).values()
+    (figure,) = pictures(SUMMARY | {"method": "hybrid"}).values()
     assert [text.get_text() for text in figure.axes[0].texts] == ["seed: YaRN"]
 
 
@@ -59,7 +64,7 @@ def test_gradient_steps_are_distinguished_from_candidates():
 
 def test_overfitting_is_reported_and_drawn():
     search = SUMMARY | {"held_out": HELD_OUT}
-    text = "\n".join(search_section(search))
+    text = "\n".join(map(str, search_section(search)))
     assert (
         "the best candidate has 1.350 nats per token, +0.350 relative to its search score" in text
         and "had +0.100" in text
@@ -67,13 +72,13 @@ def test_overfitting_is_reported_and_drawn():
     assert "gained 0.500 nats on its own documents and 0.250 on the held-out ones (50 %)" in text
     assert "came at 4 forward equivalents, 0.050 nats below the last" in text
     assert "(figures/overfitting_search_4x.png)" in text
-    figure = search_figures(search)["overfitting_search_4x"]
+    figure = pictures(search)["overfitting_search_4x"]
     np.testing.assert_allclose(drawn(figure, 0, 1), [[x, np.exp(y)] for x, _, y in [*HELD_OUT, HELD_OUT[-1]]])
     np.testing.assert_allclose(drawn(figure, 1)[:, 1], [0.1, 0.05, 0.35, 0.35])
 
 
 def test_a_search_that_found_nothing_better_than_it_started_with_says_nothing_of_a_gain():
-    text = "\n".join(search_section(SUMMARY | {"held_out": HELD_OUT[:1]}))
+    text = "\n".join(map(str, search_section(SUMMARY | {"held_out": HELD_OUT[:1]})))
     assert "gained" not in text and "No earlier candidate was better" in text
 
 
@@ -85,6 +90,6 @@ def test_population_0_is_marked_where_there_is_one(population):
 
 
 def test_a_tuned_yarn_is_described_by_its_parameters():
-    text = "\n".join(search_section(SUMMARY | {"method": "yarn_grid", "yarn": [8, 1.25, 7.5, False]}))
+    text = "\n".join(map(str, search_section(SUMMARY | {"method": "yarn_grid", "yarn": [8, 1.25, 7.5, False]})))
     assert "YaRN with beta_fast = 8, beta_slow = 1.25, s = 7.5." in text
-    assert "beta_fast" not in "\n".join(search_section(SUMMARY))
+    assert "beta_fast" not in "\n".join(map(str, search_section(SUMMARY)))

@@ -13,8 +13,8 @@ _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#1
 _MARKERS = "osD^v<>P"
 _ABOVE_END = 1.3  # how much of a search is shown above where it ended: from the first candidates it falls too far
 
-Interval = tuple[float, float, float]
-"""A perplexity and the ends of its interval."""
+Intervals = Mapping[str, Mapping[str, Mapping[int, Float[np.ndarray, "3"]]]]
+"""Method -> run -> length (tokens) -> perplexity and the ends of its interval; nan where one is not finite."""
 
 
 def _run_styles(runs: Sequence[str]) -> dict[str, dict]:
@@ -24,13 +24,11 @@ def _run_styles(runs: Sequence[str]) -> dict[str, dict]:
     }
 
 
-def perplexity_by_run(
-    perplexities: Mapping[str, Mapping[str, Mapping[int, Interval]]], runs: Sequence[str], original_lengths: set[int]
-) -> Figure:
+def perplexity_by_run(perplexities: Intervals, runs: Sequence[str], original_lengths: set[int]) -> Figure:
     """Perplexity against length, both axes logarithmic, a panel a method.
 
     Args:
-        perplexities: method -> run -> length (tokens) -> perplexity and its interval, which is not drawn.
+        perplexities: their intervals are not drawn.
         runs: all of them, in the order of their colours.
         original_lengths: marked (tokens).
     """
@@ -54,14 +52,14 @@ def perplexity_by_run(
     return figure
 
 
-def intervals_by_run(perplexities: Mapping[str, Mapping[str, Interval]], runs: Sequence[str], length: int) -> Figure:
-    """Perplexity with its 95 % interval at one length (tokens), a row a method: method -> run -> interval."""
+def intervals_by_run(perplexities: Intervals, runs: Sequence[str], length: int) -> Figure:
+    """Perplexity with its 95 % interval at one length (tokens), a row a method."""
     figure, (axes,) = new_figure(1, 0.4 + 0.16 * len(perplexities) * (len(runs) + 1))
     methods = ordered(perplexities)
     for turn, (run, style) in enumerate(_run_styles(runs).items()):
-        rows = [row for row, method in enumerate(methods) if run in perplexities[method]]
-        heights = np.array(rows) + (turn - (len(runs) - 1) / 2) * 0.7 / len(runs)
-        middle, low, high = np.transpose([perplexities[methods[row]][run] for row in rows] or np.empty((0, 3)))
+        heights = np.arange(len(methods)) + (turn - (len(runs) - 1) / 2) * 0.7 / len(runs)
+        found = [perplexities[method].get(run, {}).get(length, np.full(3, np.nan)) for method in methods]
+        middle, low, high = np.transpose(found)
         axes.plot(middle, heights, linestyle="", label=run, **style)
         axes.hlines(heights, low, high, color=style["color"], linewidth=1.2)
     axes.set_yticks(range(len(methods)), [label(method) for method in methods])

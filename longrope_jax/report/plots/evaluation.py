@@ -47,10 +47,10 @@ def perplexity_by_length(
 
 
 def nll_by_position(
-    curves: Mapping[str, Sequence[float]],
+    curves: Mapping[str, Float[np.ndarray, "buckets"]],
     length: int,
     original_length: int,
-    control: Sequence[float],
+    control: Float[np.ndarray, "buckets"],
     control_name: str,
 ) -> Figure:
     """Where in windows of `length` tokens a method loses: perplexity, and the difference in NLL to the control.
