@@ -10,10 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30  # finite, so that a block with all scores masked gives no NaN
-_NO_QUERY, _NO_KEY = (
-    np.int32(-1),
-    np.int32(2**31 - 1),
-)  # positions of padding: no query attends, no key is visible
+_NO_QUERY, _NO_KEY = np.int32(-1), np.int32(2**31 - 1)  # positions of padding: sees nothing, is never seen
 
 SAVED = "attention"
 """Checkpoint name of the results of attention, which `attention_saveable` saves for the backward pass."""
@@ -128,6 +125,37 @@ def masked_scores(
     """Scaled by 1 / sqrt(D), in float32; `MASKED` where the mask is false."""
     scores = product("bkgtd,bksd->bkgts", query, key) * query.shape[-1] ** -0.5
     return jnp.where(mask, scores, MASKED)
+
+
+class Softmax(NamedTuple):
+    """An online softmax (arXiv 1805.02867): attention of rows of queries to the keys that came so far, in float32.
+
+    Attributes:
+        mixed: values, summed with the weights exp(score - highest).
+        total: sum of these weights.
+        highest: score.
+    """
+
+    mixed: Float[Array, "*rows D"]
+    total: Float[Array, "*rows"]
+    highest: Float[Array, "*rows"]
+
+    @classmethod
+    def of_nothing(cls, query: Float[Array, "*rows D"]) -> "Softmax":
+        """Of queries that have seen no key."""
+        rows = query.shape[:-1]
+        return cls(
+            jnp.zeros(query.shape, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, MASKED, jnp.float32)
+        )
+
+    def add(self, scores: Float[Array, "*rows S"], value: Array, subscripts: str) -> "Softmax":
+        """With S more keys; `subscripts` mix their values into rows, as "bkgts,bksd->bkgtd" mixes [B, K, S, D]."""
+        highest = jnp.maximum(self.highest, scores.max(-1))
+        weights = jnp.exp(scores - highest[..., None])
+        shrink = jnp.exp(self.highest - highest)
+        total = self.total * shrink + weights.sum(-1)
+        part = product(subscripts, weights.astype(value.dtype), value)
+        return Softmax(self.mixed * shrink[..., None] + part, total, highest)
 
 
 def product(subscripts: str, left: Array, right: Array) -> Array:

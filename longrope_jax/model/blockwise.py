@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longrope_jax.model.blocks import (
-    MASKED,
+    Softmax,
     Tokens,
     even_block,
     key_blocks,
@@ -50,20 +50,11 @@ def forward(
     def for_queries(i):
         q, q_tokens = _slice(query, i, block, axis=3), _slice_tokens(queries, i, block)
 
-        def for_keys(j, carry):
-            mixed, total, highest = carry
+        def for_keys(j, seen):
             scores = masked_scores(q, _slice(key, j, block), may_attend(q_tokens, _slice_tokens(keys, j, block)))
-            new_highest = jnp.maximum(highest, scores.max(-1))
-            weights = jnp.exp(scores - new_highest[..., None])
-            shrink = jnp.exp(highest - new_highest)
-            total = total * shrink + weights.sum(-1)
-            v = _slice(value, j, block)
-            mixed = mixed * shrink[..., None] + product("bkgts,bksd->bkgtd", weights.astype(v.dtype), v)
-            return mixed, total, new_highest
+            return seen.add(scores, _slice(value, j, block), "bkgts,bksd->bkgtd")
 
-        rows = q.shape[:-1]
-        start = (jnp.zeros(q.shape, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, MASKED, jnp.float32))
-        mixed, total, highest = jax.lax.fori_loop(first[i], last[i], for_keys, start)
+        mixed, total, highest = jax.lax.fori_loop(first[i], last[i], for_keys, Softmax.of_nothing(q))
         total = jnp.maximum(total, 1e-30)  # some queries have seen nothing
         return (mixed / total[..., None]).astype(dtype), highest + jnp.log(total)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from longrope_jax.model.blocks import MASKED, by_kv_head, by_token, product
+from longrope_jax.model.blocks import MASKED, Softmax, by_kv_head, by_token, product
 from longrope_jax.model.config import LlamaConfig
 from longrope_jax.model.sharding import constrain, partition_spec, shards
 
@@ -119,8 +119,7 @@ def _mix(devices: int, device, keys: Array, values: Array, layer, query: Array, 
     held, kv_heads = keys.shape[2] // BLOCK, keys.shape[3]
     query = by_kv_head(query, kv_heads)
 
-    def for_slots(blocks, j, carry):
-        mixed, total, highest = carry
+    def for_slots(blocks, j, seen):
         size = (1, batch, blocks * BLOCK, kv_heads, dim)
 
         def read(x):
@@ -133,20 +132,13 @@ def _mix(devices: int, device, keys: Array, values: Array, layer, query: Array, 
         at = (which[:, None] * BLOCK + jnp.arange(BLOCK)).reshape(-1)
         scores = product("bkgcd,bskd->bkgcs", query, read(keys)) * dim**-0.5
         scores = jnp.where((at <= positions[..., None])[:, None, None], scores, MASKED)
-        new_highest = jnp.maximum(highest, scores.max(-1))
-        weights = jnp.exp(scores - new_highest[..., None])
-        shrink = jnp.exp(highest - new_highest)
-        total = total * shrink + weights.sum(-1)
-        part = product("bkgcs,bskd->bkgcd", weights.astype(values.dtype), read(values))
-        return mixed * shrink[..., None] + part, total, new_highest
+        return seen.add(scores, read(values), "bkgcs,bskd->bkgcd")
 
     # Own blocks up to the one with the last query's slot.
     used = jnp.clip((positions.max() // BLOCK - device) // devices + 1, 0, held)
-    rows = query.shape[:-1]
-    start = jnp.zeros(query.shape, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, MASKED, jnp.float32)
     # Never all blocks: XLA would hoist that read out of the loop, and copy the whole cache in every layer.
     together = min(max(1, READS // tokens), held - 1)
-    many = jax.lax.fori_loop(0, used // together, partial(for_slots, together), start)
+    many = jax.lax.fori_loop(0, used // together, partial(for_slots, together), Softmax.of_nothing(query))
     mixed, total, highest = jax.lax.fori_loop(used // together * together, used, partial(for_slots, 1), many)
     if devices > 1:
         # A device without visible slots has summed masked values; its share is zero.
