@@ -126,11 +126,6 @@ def shards(logical_axis: str) -> int:
     return _pieces(logical_axis, jax.sharding.get_abstract_mesh().shape)
 
 
-def smallest_batch() -> tuple[int, int]:
-    """Sequences and tokens of the smallest batch that the mesh that is set can split evenly."""
-    return shards("batch"), shards("length")
-
-
 def tree_shardings(mesh: Mesh | AbstractMesh, tree: PyTree) -> PyTree[NamedSharding]:
     """Parameters, or anything that holds arrays under the same names (a train state) -> the sharding of every leaf.
 

@@ -192,7 +192,7 @@ def _reach(queries: Tokens, keys: Tokens) -> tuple[Int[Array, "T"], Int[Array, "
     numbers = jnp.arange(count, dtype=jnp.int32)
 
     def ends(query):
-        seen = may_attend(*_as_batch((query, keys))).reshape(-1)
+        seen = may_attend(*jax.tree.map(lambda x: x[None], (query, keys))).reshape(-1)
         return jnp.min(jnp.where(seen, numbers, count)), jnp.max(jnp.where(seen, numbers, -1))
 
     return jax.lax.map(ends, jax.tree.map(lambda x: x[:, None], queries), batch_size=_COMPARED_PAIRS // count)
@@ -236,7 +236,3 @@ def _in_text_order(keys: Tokens) -> Bool[Array, ""]:
         return jnp.all(jnp.where(same, rises, segments[:, 1:] > segments[:, :-1]))
 
     return rising(keys.segments) | rising(jnp.where(keys.segments == 0, jnp.iinfo(jnp.int32).max, keys.segments))
-
-
-def _as_batch(row):
-    return jax.tree.map(lambda x: x[None], row)

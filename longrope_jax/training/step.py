@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from longrope_jax.data.sequences import IGNORED, Batch
 from longrope_jax.model import Llama
-from longrope_jax.model.sharding import constrain, smallest_batch, tree_shardings
+from longrope_jax.model.sharding import constrain, shards, tree_shardings
 from longrope_jax.rope import FactorTable, unscaled
 from longrope_jax.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, Rule, Settings, one_of
 
@@ -106,7 +106,8 @@ def init_params(model: Llama, seed: int) -> dict:
     factors = unscaled(model.config.head_dim)
 
     def init(key):
-        return _sharded(model.init(key, jnp.zeros(smallest_batch(), jnp.int32), factors)["params"])
+        tokens = jnp.zeros((shards("batch"), shards("length")), jnp.int32)  # the fewest that the mesh splits evenly
+        return _sharded(model.init(key, tokens, factors)["params"])
 
     return jax.jit(init)(jax.random.key(seed))
 
