@@ -11,7 +11,7 @@ from timing import Ratio
 
 from longrope_jax.data.sequences import Batch
 from longrope_jax.model import Llama, LlamaConfig
-from longrope_jax.model.blocks import Tokens, key_blocks
+from longrope_jax.model.attention_parts import Tokens, key_blocks
 from longrope_jax.model.blockwise import BLOCK
 from longrope_jax.model.ring import zigzag
 from longrope_jax.rope import FactorTable, unscaled

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longrope_jax.model import blockwise, splash
-from longrope_jax.model.blocks import (
+from longrope_jax.model.attention_parts import (
     Tokens,
     by_kv_head,
     by_token,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from longrope_jax.model.blocks import (
+from longrope_jax.model.attention_parts import (
     Softmax,
     Tokens,
     even_block,

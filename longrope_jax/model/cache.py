@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from longrope_jax.model.blocks import MASKED, Softmax, by_kv_head, by_token, product
+from longrope_jax.model.attention_parts import MASKED, Softmax, by_kv_head, by_token, product
 from longrope_jax.model.config import LlamaConfig
 from longrope_jax.model.sharding import constrain, partition_spec, shards
 

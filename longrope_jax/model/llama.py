@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longrope_jax.model.blocks import SAVED
+from longrope_jax.model.attention_parts import SAVED
 from longrope_jax.model.cache import Cache, Memory, attend
 from longrope_jax.model.config import LlamaConfig
 from longrope_jax.model.ring import ring_attention

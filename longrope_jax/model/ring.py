@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from longrope_jax.model.attention import PARTIAL_BACKENDS, attention, partial_backend, running_on
-from longrope_jax.model.blocks import MASKED, Tokens, by_token, correction, in_blocks, saveable
+from longrope_jax.model.attention_parts import MASKED, Tokens, by_token, correction, in_blocks, saveable
 from longrope_jax.model.sharding import batch_axis, partition_spec, shards
 
 

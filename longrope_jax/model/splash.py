@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jaxtyping import Array, Bool, Float, Int
 
 from longrope_jax.model import blockwise
-from longrope_jax.model.blocks import MASKED, Tokens, even_block, may_attend
+from longrope_jax.model.attention_parts import MASKED, Tokens, even_block, may_attend
 
 _LANES = 128  # what the kernels want blocks to be a multiple of
 _COMPARED_PAIRS = 2**24  # pairs of a query and a key, to find last keys

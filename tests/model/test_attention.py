@@ -8,7 +8,7 @@ import pytest
 import reference
 
 from longrope_jax.model.attention import PARTIAL_BACKENDS, attention, dense, whole
-from longrope_jax.model.blocks import Tokens, key_blocks, query_blocks
+from longrope_jax.model.attention_parts import Tokens, key_blocks, query_blocks
 from longrope_jax.model.blockwise import BLOCK
 
 BLOCK_FOR_TESTS = 8

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from longrope_jax.model import Llama, LlamaConfig, blockwise, llama
 from longrope_jax.model.attention import attention, dense
-from longrope_jax.model.blocks import Tokens, key_blocks
+from longrope_jax.model.attention_parts import Tokens, key_blocks
 from longrope_jax.model.ring import ring_attention, zigzag
 from longrope_jax.model.sharding import make_mesh, partition_spec, tree_shardings
 from longrope_jax.rope import RopeFactors, unscaled

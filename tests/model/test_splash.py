@@ -9,7 +9,7 @@ import pytest
 
 from longrope_jax.model import Llama, LlamaConfig, splash
 from longrope_jax.model.attention import attention, cudnn_takes, dense, partial_backend, resolve
-from longrope_jax.model.blocks import Tokens
+from longrope_jax.model.attention_parts import Tokens
 from longrope_jax.model.ring import ring_attention, zigzag
 from longrope_jax.model.sharding import make_mesh, tree_shardings
 from longrope_jax.rope import RopeFactors
