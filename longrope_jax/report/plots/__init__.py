@@ -17,10 +17,9 @@ from longrope_jax.report.plots.factors import (
     trained_range,
 )
 from longrope_jax.report.plots.learning import search_convergence, search_overfitting, training_curves
-from longrope_jax.report.plots.style import LABELS, STYLES, control_label, label, ordered
+from longrope_jax.report.plots.style import STYLES, control_label, label, ordered
 
 __all__ = [
-    "LABELS",
     "STYLES",
     "control_label",
     "factors_by_length",

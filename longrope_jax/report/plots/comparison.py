@@ -1,5 +1,6 @@
 """The pictures of a comparison of runs: a panel a method or a search, in each a line a run."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -7,7 +8,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from longrope_jax.report.plots import label, ordered
-from longrope_jax.report.plots.style import length_axis, mark_original_length, new_figure, plain_numbers
+from longrope_jax.report.plots.style import legend_outside, length_axis, mark_x, new_figure, plain_numbers
 
 _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#1a1a1a")
 _MARKERS = "osD^v<>P"
@@ -18,10 +19,8 @@ Intervals = Mapping[str, Mapping[str, Mapping[int, Float[np.ndarray, "3"]]]]
 
 
 def _run_styles(runs: Sequence[str]) -> dict[str, dict]:
-    return {
-        run: dict(color=_COLORS[i % len(_COLORS)], marker=_MARKERS[i % len(_MARKERS)], markersize=4)
-        for i, run in enumerate(runs)
-    }
+    styles = [dict(color=color, marker=marker, markersize=4) for color, marker in zip(_COLORS, _MARKERS, strict=True)]
+    return dict(zip(runs, itertools.cycle(styles), strict=False))
 
 
 def perplexity_by_run(perplexities: Intervals, runs: Sequence[str], original_lengths: set[int]) -> Figure:
@@ -38,17 +37,16 @@ def perplexity_by_run(perplexities: Intervals, runs: Sequence[str], original_len
             by_length = perplexities[method].get(run, {})
             axes.plot(sorted(by_length), [by_length[n][0] for n in sorted(by_length)], label=run, **style)
         for original in original_lengths:
-            mark_original_length(axes, original)
+            mark_x(axes, original, "L")
         length_axis(axes, sorted(set().union(*perplexities[method].values())))
-        axes.set_xlabel("")
-        axes.set_yscale("log")
+        axes.set(xlabel="", yscale="log")
         plain_numbers(axes.yaxis)
         axes.tick_params(labelsize=7)
         axes.tick_params(axis="x", rotation=45)
         axes.set_title(label(method), fontsize=9)
     figure.supxlabel("length (tokens)", fontsize=9)
     figure.supylabel("perplexity", fontsize=9)
-    _legend_above(figure, panels[0])
+    legend_outside(figure, panels[0], "outside upper center", min(len(runs), 4))
     return figure
 
 
@@ -67,9 +65,8 @@ def intervals_by_run(perplexities: Intervals, runs: Sequence[str], length: int) 
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
     axes.grid(axis="y", linewidth=0.3)
-    axes.set_xlabel("perplexity, 95 % interval")
-    axes.set_title(f"Perplexity at {length:,} tokens")
-    _legend_above(figure, axes)
+    axes.set(xlabel="perplexity, 95 % interval", title=f"Perplexity at {length:,} tokens")
+    legend_outside(figure, axes, "outside upper center", min(len(runs), 4))
     return figure
 
 
@@ -93,10 +90,5 @@ def searches_by_run(
         axes.set_title(stage.replace("_", " "), fontsize=9)
     figure.supxlabel("forward equivalents spent (1: a candidate on all search documents)", fontsize=9)
     figure.supylabel("best perplexity", fontsize=9)
-    _legend_above(figure, panels[0])
+    legend_outside(figure, panels[0], "outside upper center", min(len(runs), 4))
     return figure
-
-
-def _legend_above(figure: Figure, axes) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", frameon=False, fontsize=8, ncols=min(len(names), 4))

@@ -12,7 +12,7 @@ from longrope_jax.report.plots.style import (
     control_label,
     label,
     length_axis,
-    mark_original_length,
+    mark_x,
     new_figure,
     ordered,
     plain_numbers,
@@ -36,12 +36,11 @@ def perplexity_by_length(
     for name, linestyle in zip(controls, itertools.cycle((":", "--", "-.")), strict=False):
         value = table[original_length][name]
         axes.axhline(value, color="black", linewidth=1, linestyle=linestyle, label=control_label(name))
-    mark_original_length(axes, original_length)
+    mark_x(axes, original_length, "L")
     length_axis(axes, lengths)
     axes.set_yscale("log")
     plain_numbers(axes.yaxis)
-    axes.set_ylabel("perplexity")
-    axes.set_title("Perplexity by context length, the same tokens at every length")
+    axes.set(ylabel="perplexity", title="Perplexity by context length, the same tokens at every length")
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -61,7 +60,7 @@ def nll_by_position(
             all methods alike; the difference is free of that.
         control_name: its label.
     """
-    figure, (upper, lower) = new_figure(2, 2.9, columns=1)
+    figure, (upper, lower) = new_figure(2, 2.9, columns=1, sharex=True)
     middles = (np.arange(len(control)) + 0.5) * length / len(control)
     for name, style in styles_of(curves).items():
         style = {**style, "marker": None}
@@ -70,15 +69,13 @@ def nll_by_position(
     upper.plot(middles, np.exp(control), color="black", linestyle=":", linewidth=1, label=control_name)
     lower.axhline(0, color="black", linestyle=":", linewidth=1)
     for axes in (upper, lower):
-        mark_original_length(axes, original_length)
+        mark_x(axes, original_length, "L")
     upper.set_yscale("log")
     plain_numbers(upper.yaxis)
-    upper.set_ylabel("perplexity")
-    upper.set_title(f"Perplexity by position, windows of {length:,} tokens")
+    upper.set(ylabel="perplexity", title=f"Perplexity by position, windows of {length:,} tokens")
     figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
     lower.set_xlim(0, length)
-    lower.set_xlabel("position in the window (tokens)")
-    lower.set_ylabel("NLL minus control (nats per token)")
+    lower.set(xlabel="position in the window (tokens)", ylabel="NLL minus control (nats per token)")
     return figure
 
 
@@ -95,8 +92,7 @@ def nll_after_switch(nll: Mapping[str, Float[np.ndarray, "N T"]], boundary: int,
         curve = by_position(losses, losses.shape[1] // bucket)
         middles = boundary + (np.arange(len(curve)) + 0.5) * losses.shape[1] / len(curve)
         axes.plot(middles, curve, label=name, color=color)
-    axes.set_xlabel("position (tokens)")
-    axes.set_ylabel("NLL (nats per token)")
+    axes.set(xlabel="position (tokens)", ylabel="NLL (nats per token)")
     axes.set_title(f"Beyond {boundary:,} tokens, where the factors change")
     figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=3)
     return figure
@@ -113,10 +109,9 @@ def retrieval_by_length(
         lengths = lengths * 1.03 ** (turn - (len(accuracy) - 1) / 2)  # intervals must not hide each other
         axes.plot(lengths, share, label=label(name), **style)
         axes.vlines(lengths, low, high, color=style["color"], linewidth=1, alpha=0.6)
-    mark_original_length(axes, original_length)
+    mark_x(axes, original_length, "L")
     length_axis(axes, sorted(set().union(*accuracy.values())))
-    axes.set_ylabel("share found, 95 % interval")
-    axes.set_title("Retrieval by length")
+    axes.set(ylabel="share found, 95 % interval", title="Retrieval by length")
     axes.legend(frameon=False, fontsize=8)
     return figure
 

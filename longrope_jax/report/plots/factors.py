@@ -6,13 +6,13 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from longrope_jax import rope
 from longrope_jax.report.plots.style import (
     label,
+    legend_outside,
     length_axis,
-    mark_original_length,
+    mark_x,
     new_figure,
     ordered,
     plain_numbers,
@@ -24,7 +24,7 @@ def factors_by_pair(factors: Mapping[str, rope.RopeFactors], scale: float, base:
     """lam by rotary pair for several methods, and below it the wavelengths that they lead to, against the original
     length.
     """
-    figure, (upper, lower) = new_figure(2, 2.9, columns=1)
+    figure, (upper, lower) = new_figure(2, 2.9, columns=1, sharex=True)
     for name, style in styles_of(factors).items():
         lam = np.asarray(factors[name].lam)
         wavelengths = 2 * np.pi / rope.frequencies(2 * len(lam), base)
@@ -33,15 +33,12 @@ def factors_by_pair(factors: Mapping[str, rope.RopeFactors], scale: float, base:
         lower.plot(wavelengths * lam, **style)
     upper.axhline(scale, color="black", linewidth=0.8, alpha=0.5)
     upper.annotate("s", (0, scale), xytext=(-2, 3), textcoords="offset points")
-    upper.set_ylabel("rescale factor lambda")
-    upper.set_title("Rescale factors by rotary pair, high frequencies first")
+    upper.set(ylabel="rescale factor lambda", title="Rescale factors by rotary pair, high frequencies first")
     upper.legend(frameon=False, fontsize=8)
     for length, name in ((original_length, "L"), (original_length * scale, "L'")):
         lower.axhline(length, color="black", linewidth=0.8, alpha=0.5)
         lower.annotate(name, (0, length), xytext=(-2, 3), textcoords="offset points")
-    lower.set_yscale("log")
-    lower.set_xlabel("rotary pair i")
-    lower.set_ylabel("wavelength (tokens)")
+    lower.set(yscale="log", xlabel="rotary pair i", ylabel="wavelength (tokens)")
     return figure
 
 
@@ -60,9 +57,7 @@ def factors_by_length(factors: Mapping[int, rope.RopeFactors], original_length: 
         axes.plot(lam, color=color, marker="o", markersize=4, label=name)
     axes.set_yscale("log")
     plain_numbers(axes.yaxis)
-    axes.set_xlabel("rotary pair i")
-    axes.set_ylabel("rescale factor lambda")
-    axes.set_title("LongRoPE's factors by sequence length")
+    axes.set(xlabel="rotary pair i", ylabel="rescale factor lambda", title="LongRoPE's factors by sequence length")
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -88,7 +83,7 @@ def rotation_by_position(
         length, original_length: tokens; the latter is marked.
         base: rope_theta.
     """
-    figure, panels = new_figure(len(pairs), 1.7, columns=1, sharex=False)
+    figure, panels = new_figure(len(pairs), 1.7, columns=1)
     for axes, pair in zip(panels, pairs, strict=True):
         theta = rope.frequencies(2 * len(next(iter(factors.values())).lam), base)[pair]
         end = min(length, round(_WAVES * 2 * np.pi / theta))
@@ -100,13 +95,12 @@ def rotation_by_position(
             style = dict(color=styles[name]["color"], linewidth=width, label=label(name))
             axes.plot(positions, np.cos(positions * theta / lam), **style)
         if end > original_length:
-            mark_original_length(axes, original_length)
+            mark_x(axes, original_length, "L")
         axes.set_title(f"pair {pair}: one turn in {2 * np.pi / theta:,.1f} tokens", fontsize=9)
         axes.set_xlim(0, end)
     panels[-1].set_xlabel("position (tokens)")
     figure.supylabel("cos of the angle", fontsize=9)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", frameon=False, fontsize=8, ncols=4)
+    legend_outside(figure, panels[0], "outside lower center", 4)
     return figure
 
 
@@ -118,7 +112,7 @@ def trained_range(factors: Mapping[str, rope.RopeFactors], length: int, original
         length, original_length: tokens; bars end at the former.
         base: rope_theta.
     """
-    figure, panels = new_figure(len(factors), 2.4, columns=2 if len(factors) < 5 else 3, sharex=False)
+    figure, panels = new_figure(len(factors), 2.4, columns=2 if len(factors) < 5 else 3)
     for axes, name in zip(panels, ordered(factors), strict=True):
         until = rope.trained_until(factors[name], original_length, base)
         pairs = np.arange(len(until))
@@ -130,14 +124,12 @@ def trained_range(factors: Mapping[str, rope.RopeFactors], length: int, original
         axes.barh(pairs, unseen, left=kept, height=0.9, color=_UNSEEN, label="angles never seen")
         axes.axvline(original_length, color="black", linewidth=0.8, alpha=0.5)
         axes.annotate("L", (original_length, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
-        axes.set_ylim(len(until) - 0.5, -0.5)
-        axes.set_xlim(0, length)
+        axes.set(xlim=(0, length), ylim=(len(until) - 0.5, -0.5))
         axes.tick_params(labelsize=8)
         axes.set_title(label(name), fontsize=9)
     figure.supxlabel("position (tokens)", fontsize=9)
     figure.supylabel("rotary pair i", fontsize=9)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", frameon=False, fontsize=8, ncols=3)
+    legend_outside(figure, panels[0], "outside upper center", 3)
     return figure
 
 
@@ -162,9 +154,9 @@ def score_by_distance(
         axes.plot(middles, means, label=label(name), **{**style, "marker": None})
     axes.axhline(0, color="black", linewidth=0.5)
     length_axis(axes, [2**n for n in range(int(np.log2(length)) + 1)])
-    mark_original_length(axes, original_length)
-    axes.set_xlabel("distance of key and query (tokens)")
-    axes.set_ylabel("score of equal content\n(1: same place, no temperature)")
+    mark_x(axes, original_length, "L")
+    ylabel = "score of equal content\n(1: same place, no temperature)"
+    axes.set(xlabel="distance of key and query (tokens)", ylabel=ylabel)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -185,11 +177,9 @@ def nll_by_changed_factor(changes: Mapping[int, Float[np.ndarray, "N"]], multipl
         axes.plot(multiples, changes[pair], color=color, marker="o", markersize=4, label=f"pair {pair}")
     axes.axhline(0, color="black", linewidth=0.5)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(multiples))
-    axes.xaxis.set_major_formatter("{x:.3g}")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("lambda multiplied by")
-    axes.set_ylabel("NLL, change (nats per token)")
+    axes.set_xticks(multiples, [f"{multiple:.3g}" for multiple in multiples])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="lambda multiplied by", ylabel="NLL, change (nats per token)")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return figure
 
@@ -202,15 +192,13 @@ def sensitivity_by_pair(gradients: Mapping[str, Float[np.ndarray, "half"]]) -> F
     """
     figure, (axes,) = new_figure(1, 3.0)
     width = 0.8 / len(gradients)
-    colors = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")
     for turn, (name, gradient) in enumerate(gradients.items()):
         places = np.arange(len(gradient)) + (turn - (len(gradients) - 1) / 2) * width
-        axes.bar(places, gradient, width, label=name, color=colors[turn % len(colors)])
+        axes.bar(places, gradient, width, label=name)
     axes.axhline(0, color="black", linewidth=0.5)
     axes.set_yscale("symlog", linthresh=_LINEAR)
-    axes.xaxis.set_major_locator(FixedLocator(range(len(gradient))))
-    axes.set_xlabel("rotary pair i")
-    axes.set_ylabel("d NLL / d log lambda\n(nats per token)")
+    axes.set_xticks(range(len(gradient)))
+    axes.set(xlabel="rotary pair i", ylabel="d NLL / d log lambda\n(nats per token)")
     axes.set_title("How the loss depends on every factor")
     figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
     return figure

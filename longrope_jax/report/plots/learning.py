@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from longrope_jax.report.plots.style import LABELS, STYLES, new_figure
+from longrope_jax.report.plots.style import STYLES, label, mark_x, new_figure
 
 _SPENT = "forward equivalents spent (1: a candidate on all search documents)"
 _HEADROOM = 1.03  # a convergence plot goes this far above the best seed and below the best candidate
@@ -50,18 +50,13 @@ def search_convergence(
         if nll < ceiling + np.log(_HEADROOM):  # the others would squeeze the curve into a line
             axes.axhline(np.exp(nll), color=STYLES.get(name, {}).get("color"), linewidth=1, linestyle="--")
             axes.annotate(
-                f"seed: {LABELS.get(name, name)}", (1, np.exp(nll)), xycoords=("axes fraction", "data"), ha="right",
+                f"seed: {label(name)}", (1, np.exp(nll)), xycoords=("axes fraction", "data"), ha="right",
                 xytext=(0, 3), textcoords="offset points", fontsize=8,
             )  # fmt: skip
     if population is not None and population <= len(curve):
-        end = costs[population - 1]
-        axes.axvline(end, color="black", linewidth=0.8, alpha=0.5)
-        axes.annotate("population 0", (end, 0), xycoords=("data", "axes fraction"), xytext=(4, 6),
-                      textcoords="offset points", fontsize=8)  # fmt: skip
+        mark_x(axes, costs[population - 1], "population 0")
     axes.set_ylim(np.exp(curve[-1]) / _HEADROOM, np.exp(ceiling) * _HEADROOM)
-    axes.set_xlabel(_SPENT)
-    axes.set_ylabel("best perplexity on the search documents")
-    axes.set_title("Search convergence")
+    axes.set(xlabel=_SPENT, ylabel="best perplexity on the search documents", title="Search convergence")
     return figure
 
 
@@ -72,15 +67,13 @@ def search_overfitting(held_out: Float[np.ndarray, "changes 3"], spent: float) -
         held_out: forward equivalents, search score and held-out NLL (nats per token) whenever the best changed.
         spent: forward equivalents of the whole search.
     """
-    figure, (upper, lower) = new_figure(2, 2.2, columns=1)
+    figure, (upper, lower) = new_figure(2, 2.2, columns=1, sharex=True)
     costs, scores, held_out_nll = np.concatenate([held_out, [[spent, *held_out[-1, 1:]]]]).T
     style = dict(drawstyle="steps-post", markevery=range(len(held_out)), marker=".")
     upper.plot(costs, np.exp(scores), label="search documents", color=STYLES["longrope"]["color"], **style)
     upper.plot(costs, np.exp(held_out_nll), label="held-out documents", color="#1f77b4", **style)
     lower.plot(costs, held_out_nll - scores, color="black", **style)
-    upper.set_ylabel("perplexity of the best")
-    upper.set_title("Overfitting to the search documents")
+    upper.set(ylabel="perplexity of the best", title="Overfitting to the search documents")
     upper.legend(frameon=False, fontsize=8)
-    lower.set_ylabel("held out minus search\n(nats per token)")
-    lower.set_xlabel(_SPENT)
+    lower.set(xlabel=_SPENT, ylabel="held out minus search\n(nats per token)")
     return figure

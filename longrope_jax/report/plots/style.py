@@ -1,9 +1,10 @@
 """Labels, colours and axes that all figures share."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 STYLES: dict[str, dict] = {
     "longrope": dict(color="#d62728", linewidth=2.4, marker="o", zorder=5),
@@ -56,20 +57,13 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 def styles_of(names: Iterable[str]) -> dict[str, dict]:
     """A style for every name; those without one of their own get the other colours in turn."""
-    others = [name for name in names if name not in STYLES]
-    return {
-        name: STYLES.get(name)
-        or dict(color=_OTHER_COLORS[others.index(name) % len(_OTHER_COLORS)], marker=".", linestyle="-.")
-        for name in ordered(names)
-    }
+    others = itertools.cycle(_OTHER_COLORS)
+    return {name: STYLES.get(name) or dict(color=next(others), marker=".", linestyle="-.") for name in ordered(names)}
 
 
-def new_figure(count: int, height: float, columns: int = 3, sharex: bool | None = None):
-    """A figure and `count` panels, up to so many in a row, each so high (inches); of one column, with one x
-    axis by default.
-    """
+def new_figure(count: int, height: float, columns: int = 3, sharex: bool = False):
+    """A figure and `count` panels, up to so many in a row, each so high (inches); with `sharex`, of one x axis."""
     columns = min(count, columns)
-    sharex = columns == 1 < count if sharex is None else sharex
     rows = -(-count // columns)
     figure = Figure(figsize=(7.2, 0.6 + height * rows), dpi=140, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=sharex).ravel()
@@ -82,16 +76,21 @@ def new_figure(count: int, height: float, columns: int = 3, sharex: bool | None 
 def length_axis(axes, lengths: Sequence[int]) -> None:
     """Logarithmic, a tick a length."""
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(lengths))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xticks(lengths, map(str, lengths))
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("length (tokens)")
 
 
-def mark_original_length(axes, length: int) -> None:
-    """A line at L on the x axis."""
-    axes.axvline(length, color="black", linewidth=0.8, alpha=0.5)
-    axes.annotate("L", (length, 0), xycoords=("data", "axes fraction"), xytext=(4, 4), textcoords="offset points")
+def mark_x(axes, x: float, name: str) -> None:
+    """A line across at a place of the x axis."""
+    axes.axvline(x, color="black", linewidth=0.8, alpha=0.5)
+    axes.annotate(name, (x, 0), xycoords=("data", "axes fraction"), xytext=(4, 4), textcoords="offset points")
+
+
+def legend_outside(figure, axes, loc: str, ncols: int) -> None:
+    """The legend of one panel, which holds for all of them, beside the panels."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc=loc, frameon=False, fontsize=8, ncols=ncols)
 
 
 def plain_numbers(axis) -> None:
