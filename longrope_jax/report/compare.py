@@ -4,7 +4,7 @@ The first run is the baseline. The report has a paired difference only where bot
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ from longrope_jax.runtime.records import flat
 
 _ABSENT = "–"
 
-Entries = dict[str, dict[str, dict[int, Any]]]
-"""Method -> run -> length (tokens) -> what the run has of it."""
+Entries = dict[tuple[str, str, int], Any]
+"""By method, run and length (tokens): what the run has of it."""
 
 
 def write_comparison(workdirs: Sequence[epath.PathLike], folder: epath.PathLike) -> epath.Path:
@@ -62,10 +62,6 @@ def _overview(runs: Sequence[Run]) -> str:
     return markdown_table(["run", "work directory", "L", "stages"], rows)
 
 
-def _lengths(entries: Entries) -> list[int]:
-    return sorted({n for by_run in entries.values() for by_length in by_run.values() for n in by_length})
-
-
 def _table(entries: Entries, cell: Callable[[Any], str], what: str, heading: Callable[[int], str]) -> str:
     """A row for every method and run, a column for every length.
 
@@ -74,31 +70,27 @@ def _table(entries: Entries, cell: Callable[[Any], str], what: str, heading: Cal
         what: the heading of the runs.
         heading: of a length.
     """
-    lengths = _lengths(entries)
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for (method, run, n), entry in entries.items():
+        cells.setdefault((method, run), {})[n] = cell(entry)
+    methods, lengths = plots.ordered(method for method, _ in cells), sorted({n for _, _, n in entries})
     rows = [
-        [plots.label(method), run, *(cell(by_length[n]) if n in by_length else _ABSENT for n in lengths)]
-        for method in plots.ordered(entries)
-        for run, by_length in entries[method].items()
+        [plots.label(method), run, *(cells[method, run].get(n, _ABSENT) for n in lengths)]
+        for method, run in sorted(cells, key=lambda row: methods.index(row[0]))
     ]
     return markdown_table(["", what, *map(heading, lengths)], rows)
 
 
 def _perplexity(stage: str, runs: Sequence[Run]) -> list[str | Picture]:
-    entries: Entries = {}
-    for run in runs:
-        for n, row in run.report["evaluations"][stage]["perplexity"].items():
-            for method, entry in row.items():
-                entries.setdefault(method, {}).setdefault(run.name, {})[int(n)] = entry
-    intervals = {
-        method: {
-            run: {n: np.array([entry["ppl"], *entry["ci95"]], float) for n, entry in by_length.items()}
-            for run, by_length in by_run.items()
-        }
-        for method, by_run in entries.items()
+    entries = {
+        (method, run.name, int(n)): entry
+        for run in runs
+        for n, row in run.report["evaluations"][stage]["perplexity"].items()
+        for method, entry in row.items()
     }
-    names = [run.name for run in runs]
-    lengths = _lengths(entries)
-    figure = comparison_plots.intervals_by_run(intervals, names, lengths[-1])
+    intervals = {key: np.array([entry["ppl"], *entry["ci95"]], float) for key, entry in entries.items()}
+    names, lengths = [run.name for run in runs], {n for _, _, n in entries}
+    figure = comparison_plots.intervals_by_run(intervals, names, max(lengths))
     parts: list[str | Picture] = [
         f"## {evaluation_title(stage)}\n",
         _table(entries, _perplexity_cell, "run", lambda n: _length(n, runs)),
@@ -116,21 +108,21 @@ def _perplexity_cell(entry: dict[str, Any]) -> str:
     return "not finite" if entry["ppl"] is None else f"{entry['ppl']:.3f}"
 
 
-def _differences(stage: str, runs: Sequence[Run], methods: Iterable[str]) -> list[str]:
+def _differences(stage: str, runs: Sequence[Run], perplexities: Entries) -> list[str]:
     """Paired differences of every other run to the first, by method."""
     first, *others = runs
-    parts = []
-    entries: Entries = {method: {} for method in methods}
+    parts, entries = [], {}
     for other in others:
         reason = other_tokens(first, other, stage)
         if reason:
             parts.append(f"No differences between {other.name} and {first.name}: {reason}.\n")
             continue
         mine, theirs = first.nll[stage], other.nll[stage]
-        for n, method in sorted(mine.keys() & theirs.keys()):
-            by_run = entries.setdefault(method, {}).setdefault(f"{other.name} minus {first.name}", {})
-            by_run[n] = compare(theirs[n, method], mine[n, method])._asdict()
-    if any(entries.values()):
+        for method, run, n in perplexities:
+            if run == other.name and (n, method) in mine.keys() & theirs.keys():
+                compared = compare(theirs[n, method], mine[n, method])
+                entries[method, f"{other.name} minus {first.name}", n] = compared._asdict()
+    if entries:
         parts += [DIFFERENCES, _table(entries, difference_cell, "", lambda n: _length(n, runs))]
     return parts
 
@@ -173,15 +165,17 @@ def _searches(runs: Sequence[Run]) -> list[str | Picture]:
 
 
 def _retrieval(stage: str, runs: Sequence[Run]) -> list[str]:
-    entries: Entries = {}
-    for run in runs:
-        for method, by_length in run.report["retrieval"][stage]["accuracy"].items():
-            entries.setdefault(method, {})[run.name] = {int(n): entry for n, entry in by_length.items()}
-    summaries = [run.report["retrieval"][stage] for run in runs]
-    tasks = ", ".join(dict.fromkeys(f"{summary['task']}, seed {summary['seed']}" for summary in summaries))
+    summaries = {run.name: run.report["retrieval"][stage] for run in runs}
+    entries = {
+        (method, run, int(n)): entry
+        for run, summary in summaries.items()
+        for method, by_length in summary["accuracy"].items()
+        for n, entry in by_length.items()
+    }
+    tasks = dict.fromkeys(f"{summary['task']}, seed {summary['seed']}" for summary in summaries.values())
     return [
         f"## Retrieval (stage `{stage}`)\n",
-        f"How often the hidden number was found, with 95 % Wilson intervals ({tasks}).\n",
+        f"How often the hidden number was found, with 95 % Wilson intervals ({', '.join(tasks)}).\n",
         _table(entries, share_cell, "run", str),
     ]
 

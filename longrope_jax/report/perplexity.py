@@ -1,6 +1,6 @@
 """The perplexity part of a report: the headline, tables by method and length, paired differences, and figures."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,50 +31,51 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
         the original length; and the headline. At the longest length also the perplexities of the last eighth of the
         windows, and just beyond them.
     """
-    nll = {(record["length"], record["method"]): recorded_nll(record) for record in records}
-    lengths = sorted({length for length, _ in nll})
-    methods = [method for method in settings.methods if (lengths[0], method) in nll]
-    longest = {record["method"]: record for record in records if record["length"] == lengths[-1]}
+    by_length = {(record["length"], record["method"]): record for record in records}
+    nll = {key: recorded_nll(record) for key, record in by_length.items()}
+    lengths, methods = sorted(settings.lengths), list(settings.methods)
+    longest = {method: by_length[lengths[-1], method] for method in methods}
+    eighths = {method: [_exp(part) for part in _by_eighth(record)] for method, record in longest.items()}
+    controls = settings.controls if original_length in lengths else ()
+
+    def difference(a: tuple[int, str], b: tuple[int, str]) -> dict[str, Any]:
+        return compare(nll[a], nll[b])._asdict()
+
     summary: Summary = {
         "headline": _headline(nll, longest, settings, original_length),
         "perplexity": {str(n): {method: perplexity(nll[n, method])._asdict() for method in methods} for n in lengths},
         "documents": sorted(set(records[0]["documents"])),
         "start_tokens": {
-            method: {str(r["length"]): r["factors"]["n_hat"] for r in records if r["method"] == method}
-            for method in methods
+            method: {str(n): by_length[n, method]["factors"]["n_hat"] for n in lengths} for method in methods
         },
         "compared": [
-            {
-                "methods": pair,
-                "by_length": {str(n): compare(nll[n, pair[0]], nll[n, pair[1]])._asdict() for n in lengths},
-            }
-            for pair in settings.compared
+            {"methods": [a, b], "by_length": {str(n): difference((n, a), (n, b)) for n in lengths}}
+            for a, b in settings.compared
         ],
         "longrope_minus": {},
         "longrope_minus_disjoint_windows_of_original_length": {},
+        "by_eighth": eighths,
     }
     for method, entry in summary["perplexity"][str(lengths[-1])].items():
-        record = longest[method]
-        entry |= {"last_eighth": _exp(_by_eighth(record)[-1]), "beyond": _exp(*record["nll_beyond"])}
-    summary["by_eighth"] = {method: list(map(_exp, _by_eighth(longest[method]))) for method in methods}
-    if LONGROPE in methods:
-        others = [method for method in methods if method != LONGROPE]
-        controls = [method for method in settings.controls if (original_length, method) in nll]
-        for n in lengths:
-            mine = nll[n, LONGROPE]
-            summary["longrope_minus"][str(n)] = {method: compare(mine, nll[n, method])._asdict() for method in others}
-            if n > original_length:
-                summary["longrope_minus_disjoint_windows_of_original_length"][str(n)] = {
-                    method: compare(mine, nll[original_length, method])._asdict() for method in controls
-                }
+        beyond = longest[method]["nll_beyond"]
+        entry |= {"last_eighth": eighths[method][-1], "beyond": _exp(beyond[0]) if beyond else None}
+    for n in lengths if LONGROPE in methods else ():
+        mine = (n, LONGROPE)
+        summary["longrope_minus"][str(n)] = {
+            method: difference(mine, (n, method)) for method in methods if method != LONGROPE
+        }
+        if n > original_length:
+            summary["longrope_minus_disjoint_windows_of_original_length"][str(n)] = {
+                method: difference(mine, (original_length, method)) for method in controls
+            }
     return summary
 
 
 _CLEARLY = 0.005  # nats; two perplexities that differ by less look the same in a table
 
 
-def _exp(nll: float | None = np.inf) -> float | None:
-    """A perplexity; None for what was not read, or is not finite."""
+def _exp(nll: float | None) -> float | None:
+    """A perplexity; None where it is not finite."""
     return None if nll is None or not np.isfinite(nll) else float(np.exp(nll))
 
 
@@ -90,31 +91,31 @@ def _headline(
     Without a YaRN it is the difference to the best other method; without LongRoPE, the method with the lowest
     perplexity.
     """
-    length = max(n for n, _ in nll)
-    ppl = {method: perplexity(scored).ppl for (n, method), scored in nll.items() if n == length}
+    length = max(settings.lengths)
+    ppl = {method: perplexity(nll[length, method]).ppl for method in settings.methods}
     at = f"At {length / original_length:g}x ({length:,} tokens), "
-    others = {method: value for method, value in ppl.items() if method != LONGROPE}
     if LONGROPE not in ppl:
-        best = min(ppl, key=_finite_first(ppl))
+        best = min(ppl, key=ppl.__getitem__)
         return f"{at}{plots.label(best)}: perplexity {ppl[best]:.2f}, the lowest of {len(ppl)} methods."
     start = f"{at}LongRoPE: perplexity {ppl[LONGROPE]:.2f}"
+    others = [method for method in ppl if method != LONGROPE]
     if not others:
         return f"{start}; no other method to compare with."
     yarn = [name for name in others if name.startswith("yarn") or settings.methods[name].factors.startswith("yarn")]
-    best = min(yarn or others, key=_finite_first(others))
-    name = f"the best {'YaRN' if yarn else 'other method'} ({others[best]:.2f}; {plots.label(best)})"
+    best = min(yarn or others, key=ppl.__getitem__)
+    name = f"the best {'YaRN' if yarn else 'other method'} ({ppl[best]:.2f}; {plots.label(best)})"
     compared = compare(nll[length, LONGROPE], nll[length, best])
-    ends = [100 * np.expm1(end) for end in compared.ci95]
-    if not np.isfinite([compared.difference, *ends]).all():
+    change, low, high = 100 * np.expm1([compared.difference, *compared.ci95])
+    if not np.isfinite([low, high]).all():
         return f"{start}; {name}; the difference has no interval."
-    change, documents = 100 * np.expm1(compared.difference), len(nll[length, best].sums)
-    if min(ends) <= 0 <= max(ends):
-        interval = f"95 % interval {ends[0]:+.1f} to {ends[1]:+.1f} %, which contains zero, {documents} documents"
-        return f"{start}, no clear difference from {name}: {change:+.1f} % [{interval}]." + _worse_parts(longest, best)
-    low, high = sorted(map(abs, ends))
-    side = "below" if change < 0 else "above"
-    interval = f"95 % interval {low:.1f} to {high:.1f} %, {documents} documents"
-    return f"{start}, {abs(change):.1f} % {side} {name} [{interval}]." + _worse_parts(longest, best)
+    if low <= 0 <= high:
+        claim = f"no clear difference from {name}: {change:+.1f} %"
+        interval = f"{low:+.1f} to {high:+.1f} %, which contains zero"
+    else:
+        claim = f"{abs(change):.1f} % {'below' if change < 0 else 'above'} {name}"
+        interval = "{:.1f} to {:.1f} %".format(*sorted([abs(low), abs(high)]))
+    documents = len(nll[length, best].sums)
+    return f"{start}, {claim} [95 % interval {interval}, {documents} documents].{_worse_parts(longest, best)}"
 
 
 def _worse_parts(longest: Mapping[str, dict[str, Any]], other: str) -> str:
@@ -143,19 +144,18 @@ def _infinite(nll: float | None) -> float:
     return np.inf if nll is None else nll
 
 
-def _finite_first(ppl: Mapping[str, float]) -> Callable[[str], float]:
-    return lambda method: ppl[method] if np.isfinite(ppl[method]) else np.inf
-
-
 def perplexity_table(summary: Summary, original_length: int) -> str:
     """Perplexity by method and length, in Markdown."""
-    lengths = list(summary["perplexity"])
-    header = ["", *(length_heading(int(n), original_length) for n in lengths)]
     rows = [
-        [plots.label(method), *(f"{summary['perplexity'][n][method]['ppl']:.2f}" for n in lengths)]
-        for method in plots.ordered(summary["perplexity"][lengths[0]])
+        [plots.label(method), *(f"{row[method]['ppl']:.2f}" for row in summary["perplexity"].values())]
+        for method in plots.ordered(summary["by_eighth"])
     ]
-    return markdown_table(header, rows)
+    return _by_length(summary, original_length, rows)
+
+
+def _by_length(summary: Summary, original_length: int, rows: list[list[str]]) -> str:
+    """A table with a column for every length."""
+    return markdown_table(["", *(length_heading(int(n), original_length) for n in summary["perplexity"])], rows)
 
 
 def evaluation_section(
@@ -207,7 +207,10 @@ def _pictures(
             plots.control_label(controls[0]),
         )
         pictures.append(Picture("perplexity by position", f"perplexity_by_position{suffix}", figure))
-    used = {(r["method"], r["length"]): _factors(r["factors"]) for r in records}
+    used = {
+        (r["method"], r["length"]): rope.RopeFactors(**{name: np.array(value) for name, value in r["factors"].items()})
+        for r in records
+    }
     at_longest = {method: factors for (method, n), factors in used.items() if n == longest and method in plots.STYLES}
     at_longest.pop("unscaled", None)
     if at_longest:
@@ -220,10 +223,6 @@ def _pictures(
     return pictures
 
 
-def _factors(numbers: dict[str, Any]) -> rope.RopeFactors:
-    return rope.RopeFactors(**{name: np.array(value) for name, value in numbers.items()})
-
-
 def evaluation_title(stage: str) -> str:
     """The heading of an evaluation; with the name of its stage, unless that is `evaluate`."""
     return "Perplexity by window length" + (f" (stage `{stage}`)" if stage != "evaluate" else "")
@@ -231,13 +230,15 @@ def evaluation_title(stage: str) -> str:
 
 def _along_windows(summary: Summary, longest: str) -> list[str]:
     """Perplexity in every eighth of the longest windows, and just beyond them."""
-    beyond = {method: entry["beyond"] for method, entry in summary["perplexity"][longest].items()}
+    values = {
+        method: [*by_eighth, summary["perplexity"][longest][method]["beyond"]]
+        for method, by_eighth in summary["by_eighth"].items()
+    }
     rows = [
-        [plots.label(method), *("" if value is None else f"{value:.2f}" for value in (*by_eighth, beyond[method]))]
-        for method in plots.ordered(summary["by_eighth"])
-        for by_eighth in (summary["by_eighth"][method],)
+        [plots.label(method), *("" if value is None else f"{value:.2f}" for value in values[method])]
+        for method in plots.ordered(values)
     ]
-    parts = len(next(iter(summary["by_eighth"].values())))
+    parts = len(rows[0]) - 2
     header = ["", *(f"{number}/{parts}" for number in range(1, parts + 1)), "beyond"]
     return [f"### Perplexity along windows of {int(longest):,} tokens\n", markdown_table(header, rows)]
 
@@ -264,13 +265,11 @@ def _methods(summary: Summary, settings: EvaluationSettings) -> list[str]:
 
 def _pairs(summary: Summary, original_length: int) -> list[str]:
     """The paired differences of `settings.compared`, at every length."""
-    lengths = list(summary["perplexity"])
     rows = [
-        [" minus ".join(map(plots.label, pair["methods"])), *(difference_cell(pair["by_length"][n]) for n in lengths)]
+        [" minus ".join(map(plots.label, pair["methods"])), *map(difference_cell, pair["by_length"].values())]
         for pair in summary["compared"]
     ]
-    header = ["", *(length_heading(int(n), original_length) for n in lengths)]
-    return [DIFFERENCES, markdown_table(header, rows)] if rows else []
+    return [DIFFERENCES, _by_length(summary, original_length, rows)] if rows else []
 
 
 def _comparisons(summary: Summary, longest: str, original_length: int) -> list[str]:

@@ -14,13 +14,17 @@ _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#1
 _MARKERS = "osD^v<>P"
 _ABOVE_END = 1.3  # how much of a search is shown above where it ended: from the first candidates it falls too far
 
-Intervals = Mapping[str, Mapping[str, Mapping[int, Float[np.ndarray, "3"]]]]
-"""Method -> run -> length (tokens) -> perplexity and the ends of its interval; nan where one is not finite."""
+Intervals = Mapping[tuple[str, str, int], Float[np.ndarray, "3"]]
+"""By method, run and length (tokens): perplexity and the ends of its interval; nan where one is not finite."""
 
 
 def _run_styles(runs: Sequence[str]) -> dict[str, dict]:
     styles = [dict(color=color, marker=marker, markersize=4) for color, marker in zip(_COLORS, _MARKERS, strict=True)]
     return dict(zip(runs, itertools.cycle(styles), strict=False))
+
+
+def _methods(perplexities: Intervals) -> list[str]:
+    return ordered(dict.fromkeys(method for method, _, _ in perplexities))
 
 
 def perplexity_by_run(perplexities: Intervals, runs: Sequence[str], original_lengths: set[int]) -> Figure:
@@ -31,14 +35,15 @@ def perplexity_by_run(perplexities: Intervals, runs: Sequence[str], original_len
         runs: all of them, in the order of their colours.
         original_lengths: marked (tokens).
     """
-    figure, panels = new_figure(len(perplexities), 2.4)
-    for axes, method in zip(panels, ordered(perplexities), strict=True):
+    methods = _methods(perplexities)
+    figure, panels = new_figure(len(methods), 2.4)
+    for axes, method in zip(panels, methods, strict=True):
         for run, style in _run_styles(runs).items():
-            by_length = perplexities[method].get(run, {})
-            axes.plot(sorted(by_length), [by_length[n][0] for n in sorted(by_length)], label=run, **style)
+            lengths = sorted(n for name, other, n in perplexities if (name, other) == (method, run))
+            axes.plot(lengths, [perplexities[method, run, n][0] for n in lengths], label=run, **style)
         for original in original_lengths:
             mark_x(axes, original, "L")
-        length_axis(axes, sorted(set().union(*perplexities[method].values())))
+        length_axis(axes, sorted({n for name, _, n in perplexities if name == method}))
         axes.set(xlabel="", yscale="log")
         plain_numbers(axes.yaxis)
         axes.tick_params(labelsize=7)
@@ -52,11 +57,11 @@ def perplexity_by_run(perplexities: Intervals, runs: Sequence[str], original_len
 
 def intervals_by_run(perplexities: Intervals, runs: Sequence[str], length: int) -> Figure:
     """Perplexity with its 95 % interval at one length (tokens), a row a method."""
-    figure, (axes,) = new_figure(1, 0.4 + 0.16 * len(perplexities) * (len(runs) + 1))
-    methods = ordered(perplexities)
+    methods = _methods(perplexities)
+    figure, (axes,) = new_figure(1, 0.4 + 0.16 * len(methods) * (len(runs) + 1))
     for turn, (run, style) in enumerate(_run_styles(runs).items()):
         heights = np.arange(len(methods)) + (turn - (len(runs) - 1) / 2) * 0.7 / len(runs)
-        found = [perplexities[method].get(run, {}).get(length, np.full(3, np.nan)) for method in methods]
+        found = [perplexities.get((method, run, length), np.full(3, np.nan)) for method in methods]
         middle, low, high = np.transpose(found)
         axes.plot(middle, heights, linestyle="", label=run, **style)
         axes.hlines(heights, low, high, color=style["color"], linewidth=1.2)
