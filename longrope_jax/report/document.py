@@ -9,16 +9,9 @@ from longrope_jax.evaluation.evaluate import EvaluationSettings
 from longrope_jax.evaluation.factor_switching import Cost
 from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.model import LlamaConfig
-from longrope_jax.report import plots
+from longrope_jax.report import perplexity, plots, retrieval
 from longrope_jax.report.model_card import cost_table
 from longrope_jax.report.page import Picture, write_pages
-from longrope_jax.report.perplexity import (
-    evaluation_section,
-    evaluation_title,
-    perplexity_table,
-    summarize_evaluation,
-)
-from longrope_jax.report.retrieval import retrieval_section, summarize_retrieval
 from longrope_jax.report.search import search_section
 from longrope_jax.report.tables import markdown_table
 from longrope_jax.runtime import records
@@ -28,14 +21,11 @@ Records = list[dict[str, Any]]
 Evaluations = dict[str, tuple[EvaluationSettings, Records]]
 """Stage -> the settings of an evaluation, and its records."""
 
-Retrievals = dict[str, tuple[RetrievalSettings, Records]]
-"""The same for retrieval tests."""
-
 
 def summarize(
     config: LlamaConfig,
     evaluations: Evaluations,
-    retrievals: Retrievals,
+    retrievals: dict[str, tuple[RetrievalSettings, Records]],
     searches: Records,
     exports: dict[str, dict[str, Any]],
     seconds: dict[str, float],
@@ -43,19 +33,20 @@ def summarize(
     """The content of report.json.
 
     Args:
+        retrievals: like `evaluations`.
         searches: the summary of every search stage, see `report.search`.
         exports: the summary of every export stage.
         seconds: wall time by stage.
     """
     evaluated = {
-        stage: summarize_evaluation(settings, records_of_stage, config.original_length)
-        for stage, (settings, records_of_stage) in evaluations.items()
+        stage: perplexity.summarize_evaluation(*evaluation, config.original_length)
+        for stage, evaluation in evaluations.items()
     }
     return {
         "original_length": config.original_length,
         "perplexity": list(evaluated.values())[-1]["perplexity"] if evaluated else {},  # the last is the final word
         "evaluations": evaluated,
-        "retrieval": {stage: summarize_retrieval(*retrieval) for stage, retrieval in retrievals.items()},
+        "retrieval": {stage: retrieval.summarize_retrieval(*found) for stage, found in retrievals.items()},
         "search": searches,
         "exports": exports,
         "seconds": seconds,
@@ -70,10 +61,10 @@ def write_report(
     """
     write_whole(workdir / "report.json", to_json(report, indent=1) + "\n")
     parts: list[str | Picture] = ["# Report\n", _headline(report)]
-    for stage, (settings, found) in evaluations.items():
-        parts += evaluation_section(stage, report["evaluations"][stage], settings, found, config)
-    for stage, retrieval in report["retrieval"].items():
-        parts += retrieval_section(stage, retrieval, config.original_length)
+    for stage, evaluation in report["evaluations"].items():
+        parts += perplexity.evaluation_section(stage, evaluation, *evaluations[stage], config)
+    for stage, found in report["retrieval"].items():
+        parts += retrieval.retrieval_section(stage, found, config.original_length)
     parts += _training_section(workdir)
     for search in report["search"]:
         parts += search_section(search)
@@ -93,7 +84,7 @@ def write_report(
 def summary_tables(report: dict[str, Any]) -> str:
     """The headline, and perplexity by method and length in one Markdown table per evaluation, for a terminal."""
     tables = [
-        f"{evaluation_title(stage)}\n{perplexity_table(evaluation, report['original_length'])}"
+        f"{perplexity.evaluation_title(stage)}\n{perplexity.perplexity_table(evaluation, report['original_length'])}"
         for stage, evaluation in report["evaluations"].items()
     ]
     return "\n".join([_headline(report), *tables, ""])

@@ -71,7 +71,10 @@ def model_card(card: Card) -> str:
         "## Rescale factors\n",
         "One per rotary pair, high frequencies first; it multiplies the pair's wavelength. In config.json they are "
         "`rope_parameters.short_factor` and `long_factor`, repeated in `rope_scaling` for Transformers before 5.\n",
-        *(f"* {line}" for line in _factor_lists(card.exported)),
+        *(
+            f"* up to {int(boundary):,} tokens: {', '.join(f'{value:.4g}' for value in lam)}"
+            for boundary, lam in zip(card.exported.boundaries, card.exported.factors.lam, strict=True)
+        ),
     ]
     return "\n".join(parts) + "\n"
 
@@ -106,13 +109,6 @@ def _switching(card: Card) -> list[str]:
     return notes
 
 
-def _factor_lists(table: FactorTable) -> list[str]:
-    return [
-        f"up to {int(boundary):,} tokens: {', '.join(f'{value:.4g}' for value in lam)}"
-        for boundary, lam in zip(table.boundaries, table.factors.lam, strict=True)
-    ]
-
-
 def _dropped(card: Card) -> list[str]:
     heading = "## What the format does not support\n"
     if not card.dropped:
@@ -131,16 +127,16 @@ def _dropped(card: Card) -> list[str]:
 
 def cost_table(costs: Sequence[Cost]) -> str:
     """Perplexity with the original factors and with the exported ones, by length."""
-    rows = []
-    for cost in costs:
-        low, high = cost.difference.ci95
-        rows.append([
+    rows = [
+        [
             f"{cost.length:,}",
             f"{cost.found.ppl:.4f}",
             f"{cost.others.ppl:.4f}",
-            f"{cost.difference.difference:+.2g} [{low:+.2g}, {high:+.2g}]",
+            "{:+.2g} [{:+.2g}, {:+.2g}]".format(cost.difference.difference, *cost.difference.ci95),
             f"{cost.windows} from {cost.documents}",
-        ])  # fmt: skip
+        ]
+        for cost in costs
+    ]
     return markdown_table(["tokens", "perplexity, original", "exported", "difference", "windows, documents"], rows)
 
 

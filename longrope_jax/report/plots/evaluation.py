@@ -11,6 +11,7 @@ from longrope_jax.evaluation.perplexity import by_position
 from longrope_jax.report.plots.style import (
     control_label,
     label,
+    legend_outside,
     length_axis,
     mark_x,
     new_figure,
@@ -32,7 +33,7 @@ def perplexity_by_length(
     figure, (axes,) = new_figure(1, 4.0)
     lengths = sorted(table)
     for name, style in styles_of(table[lengths[0]]).items():
-        axes.plot(lengths, [table[length][name] for length in lengths], label=label(name), **style)
+        axes.plot(lengths, [table[length][name] for length in lengths], **style)
     for name, linestyle in zip(controls, itertools.cycle((":", "--", "-.")), strict=False):
         value = table[original_length][name]
         axes.axhline(value, color="black", linewidth=1, linestyle=linestyle, label=control_label(name))
@@ -64,7 +65,7 @@ def nll_by_position(
     middles = (np.arange(len(control)) + 0.5) * length / len(control)
     for name, style in styles_of(curves).items():
         style = {**style, "marker": None}
-        upper.plot(middles, np.exp(curves[name]), label=label(name), **style)
+        upper.plot(middles, np.exp(curves[name]), **style)
         lower.plot(middles, np.subtract(curves[name], control), **style)
     upper.plot(middles, np.exp(control), color="black", linestyle=":", linewidth=1, label=control_name)
     lower.axhline(0, color="black", linestyle=":", linewidth=1)
@@ -73,7 +74,7 @@ def nll_by_position(
     upper.set_yscale("log")
     plain_numbers(upper.yaxis)
     upper.set(ylabel="perplexity", title=f"Perplexity by position, windows of {length:,} tokens")
-    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
+    legend_outside(figure, upper, "outside lower center", 2)
     lower.set_xlim(0, length)
     lower.set(xlabel="position in the window (tokens)", ylabel="NLL minus control (nats per token)")
     return figure
@@ -107,7 +108,7 @@ def retrieval_by_length(
         lengths = np.array(sorted(accuracy[name]))
         share, low, high = np.transpose([accuracy[name][length] for length in lengths])
         lengths = lengths * 1.03 ** (turn - (len(accuracy) - 1) / 2)  # intervals must not hide each other
-        axes.plot(lengths, share, label=label(name), **style)
+        axes.plot(lengths, share, **style)
         axes.vlines(lengths, low, high, color=style["color"], linewidth=1, alpha=0.6)
     mark_x(axes, original_length, "L")
     length_axis(axes, sorted(set().union(*accuracy.values())))

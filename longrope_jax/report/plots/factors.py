@@ -28,8 +28,8 @@ def factors_by_pair(factors: Mapping[str, rope.RopeFactors], scale: float, base:
     for name, style in styles_of(factors).items():
         lam = np.asarray(factors[name].lam)
         wavelengths = 2 * np.pi / rope.frequencies(2 * len(lam), base)
-        style = {**style, "markersize": 4}
-        upper.plot(lam, label=label(name) + _start_tokens(factors[name]), **style)
+        style = {**style, "markersize": 4, "label": label(name) + _start_tokens(factors[name])}
+        upper.plot(lam, **style)
         lower.plot(wavelengths * lam, **style)
     upper.axhline(scale, color="black", linewidth=0.8, alpha=0.5)
     upper.annotate("s", (0, scale), xytext=(-2, 3), textcoords="offset points")
@@ -151,7 +151,7 @@ def score_by_distance(
     for name, style in styles_of(factors).items():
         scores = rope.score_by_distance(factors[name], distances, base)
         means = [scores[bins == number].mean() for number in np.unique(bins)]
-        axes.plot(middles, means, label=label(name), **{**style, "marker": None})
+        axes.plot(middles, means, **{**style, "marker": None})
     axes.axhline(0, color="black", linewidth=0.5)
     length_axis(axes, [2**n for n in range(int(np.log2(length)) + 1)])
     mark_x(axes, original_length, "L")

@@ -6,43 +6,32 @@ from collections.abc import Iterable, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+_HOLLOW = dict(linestyle="--", markerfacecolor="white")
 STYLES: dict[str, dict] = {
-    "longrope": dict(color="#d62728", linewidth=2.4, marker="o", zorder=5),
-    "lambda_only": dict(color="#d62728", marker="o", linestyle="--", markerfacecolor="white"),
-    "yarn_tuned": dict(color="#08306b", linewidth=2.0, marker="D"),
-    "yarn": dict(color="#1f77b4", marker="s"),
-    "yarn_without_temperature": dict(color="#1f77b4", marker="s", linestyle="--", markerfacecolor="white"),
-    "yarn_mistral": dict(color="#1f77b4", marker="+", linestyle=":"),
-    "dynamic_ntk": dict(color="#2ca02c", marker="^", linestyle="--", markerfacecolor="white"),
-    "ntk_with_start_tokens": dict(color="#2ca02c", marker="^", linestyle=":"),
-    "ntk": dict(color="#2ca02c", marker="^"),
-    "linear_with_start_tokens": dict(color="#9467bd", marker="D", linestyle=":"),
-    "linear": dict(color="#9467bd", marker="D"),
-    "unscaled": dict(color="#7f7f7f", marker="v"),
+    "longrope": dict(label="LongRoPE (searched)", color="#d62728", linewidth=2.4, marker="o", zorder=5),
+    "lambda_only": dict(label="LongRoPE, lambda only", color="#d62728", marker="o", **_HOLLOW),
+    "yarn_tuned": dict(label="YaRN, tuned", color="#08306b", linewidth=2.0, marker="D"),
+    "yarn": dict(label="YaRN", color="#1f77b4", marker="s"),
+    "yarn_without_temperature": dict(label="YaRN, no temperature", color="#1f77b4", marker="s", **_HOLLOW),
+    "yarn_mistral": dict(label="YaRN, Mistral's ramp", color="#1f77b4", marker="+", linestyle=":"),
+    "dynamic_ntk": dict(label="Dynamic NTK", color="#2ca02c", marker="^", **_HOLLOW),
+    "ntk_with_start_tokens": dict(label="NTK, best start tokens", color="#2ca02c", marker="^", linestyle=":"),
+    "ntk": dict(label="NTK", color="#2ca02c", marker="^"),
+    "linear_with_start_tokens": dict(label="PI, best start tokens", color="#9467bd", marker="D", linestyle=":"),
+    "linear": dict(label="PI (linear)", color="#9467bd", marker="D"),
+    "unscaled": dict(label="unscaled", color="#7f7f7f", marker="v"),
 }
-LABELS = {
-    "longrope": "LongRoPE (searched)",
+_OTHER_LABELS = {
     "longrope_without_second_search": "LongRoPE, second search's best seed",
-    "lambda_only": "LongRoPE, lambda only",
     "original": "original model",
     "tuned_at_original": "fine-tuned at L",
-    "yarn_tuned": "YaRN, tuned",
-    "yarn": "YaRN",
-    "yarn_without_temperature": "YaRN, no temperature",
-    "yarn_mistral": "YaRN, Mistral's ramp",
-    "dynamic_ntk": "Dynamic NTK",
-    "ntk_with_start_tokens": "NTK, best start tokens",
-    "ntk": "NTK",
-    "linear_with_start_tokens": "PI, best start tokens",
-    "linear": "PI (linear)",
-    "unscaled": "unscaled",
 }
 _OTHER_COLORS = ("#8c564b", "#e377c2", "#bcbd22", "#17becf", "#ff7f0e", "#1a1a1a")
 
 
 def label(name: str) -> str:
     """What a reader is shown for the name of a method."""
-    return LABELS.get(name, name.replace("_", " "))
+    return STYLES[name]["label"] if name in STYLES else _OTHER_LABELS.get(name, name.replace("_", " "))
 
 
 def control_label(name: str) -> str:
@@ -56,9 +45,12 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def styles_of(names: Iterable[str]) -> dict[str, dict]:
-    """A style for every name; those without one of their own get the other colours in turn."""
+    """A style with a label for every name; those without one of their own get the other colours in turn."""
     others = itertools.cycle(_OTHER_COLORS)
-    return {name: STYLES.get(name) or dict(color=next(others), marker=".", linestyle="-.") for name in ordered(names)}
+    return {
+        name: STYLES.get(name) or dict(label=label(name), color=next(others), marker=".", linestyle="-.")
+        for name in ordered(names)
+    }
 
 
 def new_figure(count: int, height: float, columns: int = 3, sharex: bool = False):
