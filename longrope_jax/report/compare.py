@@ -182,7 +182,10 @@ def _retrieval(stage: str, runs: Sequence[Run]) -> list[str]:
 
 def _configs(runs: Sequence[Run]) -> list[str]:
     """The fields that are not the same in all configs; a section that only some have is one line."""
-    values = [flat(_sections(run.config, runs)) for run in runs]
+    shared = set.intersection(*(set(run.config) for run in runs))
+    values = [
+        flat({name: section if name in shared else "present" for name, section in run.config.items()}) for run in runs
+    ]
     fields = list(dict.fromkeys(field for found in values for field in found))
     rows = [
         [f"`{field}`", *(_code(found[field]) if field in found else _ABSENT for found in values)]
@@ -192,13 +195,6 @@ def _configs(runs: Sequence[Run]) -> list[str]:
     if not rows:
         return ["## Configs\n", "They are the same.\n"]
     return ["## Where the configs differ\n", markdown_table(["field", *(run.name for run in runs)], rows)]
-
-
-def _sections(config: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
-    """A config, with only a mark in place of the sections that not all of the runs have."""
-    return {
-        name: "present" if not all(name in run.config for run in runs) else section for name, section in config.items()
-    }
 
 
 def _code(value: Any) -> str:

@@ -80,7 +80,8 @@ def to_page(markdown: str, folder: epath.Path) -> str:
     for token in tokens:
         for child in token.children or ():
             if child.type == "image":
-                child.attrs["src"] = _embedded(folder / str(child.attrs["src"]))
+                content = (folder / str(child.attrs["src"])).read_bytes()
+                child.attrs["src"] = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     title, *sections = _name_headings(tokens)
     links = "".join(f'<a href="#{anchor}">{html.escape(text)}</a>\n' for anchor, text in sections)
     top, rest = (parser.renderer.render(part, parser.options, {}) for part in (tokens[:3], tokens[3:]))
@@ -90,10 +91,6 @@ def to_page(markdown: str, folder: epath.Path) -> str:
         f"<title>{html.escape(title[1])}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"{top}<nav>\n{links}</nav>\n{rest}</body>\n</html>\n"
     )
-
-
-def _embedded(picture: epath.Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def _name_headings(tokens: Sequence[Token]) -> list[tuple[str, str]]:

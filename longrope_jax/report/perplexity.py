@@ -31,10 +31,10 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
         the original length; and the headline. At the longest length also the perplexities of the last eighth of the
         windows, and just beyond them.
     """
-    by_length = {(record["length"], record["method"]): record for record in records}
-    nll = {key: recorded_nll(record) for key, record in by_length.items()}
+    found = {(record["length"], record["method"]): record for record in records}
+    nll = {key: recorded_nll(record) for key, record in found.items()}
     lengths, methods = sorted(settings.lengths), list(settings.methods)
-    longest = {method: by_length[lengths[-1], method] for method in methods}
+    longest = {method: found[lengths[-1], method] for method in methods}
     eighths = {method: [_exp(part) for part in _by_eighth(record)] for method, record in longest.items()}
     controls = settings.controls if original_length in lengths else ()
 
@@ -45,9 +45,7 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
         "headline": _headline(nll, longest, settings, original_length),
         "perplexity": {str(n): {method: perplexity(nll[n, method])._asdict() for method in methods} for n in lengths},
         "documents": sorted(set(records[0]["documents"])),
-        "start_tokens": {
-            method: {str(n): by_length[n, method]["factors"]["n_hat"] for n in lengths} for method in methods
-        },
+        "start_tokens": {method: {str(n): found[n, method]["factors"]["n_hat"] for n in lengths} for method in methods},
         "compared": [
             {"methods": [a, b], "by_length": {str(n): difference((n, a), (n, b)) for n in lengths}}
             for a, b in settings.compared
@@ -60,13 +58,12 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
         beyond = longest[method]["nll_beyond"]
         entry |= {"last_eighth": eighths[method][-1], "beyond": _exp(beyond[0]) if beyond else None}
     for n in lengths if LONGROPE in methods else ():
-        mine = (n, LONGROPE)
         summary["longrope_minus"][str(n)] = {
-            method: difference(mine, (n, method)) for method in methods if method != LONGROPE
+            method: difference((n, LONGROPE), (n, method)) for method in methods if method != LONGROPE
         }
         if n > original_length:
             summary["longrope_minus_disjoint_windows_of_original_length"][str(n)] = {
-                method: difference(mine, (original_length, method)) for method in controls
+                method: difference((n, LONGROPE), (original_length, method)) for method in controls
             }
     return summary
 
@@ -199,24 +196,20 @@ def _pictures(
     longest = max(by_length)
     if controls:
         curves = {(r["length"], r["method"]): np.array(r["nll_by_position"], float) for r in records}
-        figure = plots.nll_by_position(
-            {method: curve for (n, method), curve in curves.items() if n == longest},
-            longest,
-            original,
-            curves[original, controls[0]],
-            plots.control_label(controls[0]),
-        )
+        at_longest = {method: curves[longest, method] for method in settings.methods}
+        control = curves[original, controls[0]]
+        figure = plots.nll_by_position(at_longest, longest, original, controls[0], control)
         pictures.append(Picture("perplexity by position", f"perplexity_by_position{suffix}", figure))
     used = {
-        (r["method"], r["length"]): rope.RopeFactors(**{name: np.array(value) for name, value in r["factors"].items()})
+        (r["length"], r["method"]): rope.RopeFactors(**{name: np.array(value) for name, value in r["factors"].items()})
         for r in records
     }
-    at_longest = {method: factors for (method, n), factors in used.items() if n == longest and method in plots.STYLES}
-    at_longest.pop("unscaled", None)
-    if at_longest:
-        figure = plots.factors_by_pair(at_longest, longest / original, config.rope_theta, original)
+    styled = plots.STYLES.keys() - {"unscaled"}
+    shown = {method: used[longest, method] for method in settings.methods if method in styled}
+    if shown:
+        figure = plots.factors_by_pair(shown, longest / original, config.rope_theta, original)
         pictures.append(Picture("rescale factors", f"factors{suffix}", figure))
-    chosen = {n: factors for (method, n), factors in sorted(used.items()) if method == LONGROPE}
+    chosen = {n: factors for (n, method), factors in used.items() if method == LONGROPE}
     if len({factors.lam.tobytes() for factors in chosen.values()}) > 1:
         figure = plots.factors_by_length(chosen, original)
         pictures.append(Picture("factors by length", f"factors_by_length{suffix}", figure))

@@ -50,24 +50,24 @@ def nll_by_position(
     curves: Mapping[str, Float[np.ndarray, "buckets"]],
     length: int,
     original_length: int,
-    control: Float[np.ndarray, "buckets"],
-    control_name: str,
+    control: str,
+    control_curve: Float[np.ndarray, "buckets"],
 ) -> Figure:
     """Where in windows of `length` tokens a method loses: perplexity, and the difference in NLL to the control.
 
     Args:
         curves: method -> NLL (nats per token) in equal buckets of positions.
-        control: the same for disjoint windows of the original length. Buckets differ in how hard their text is, for
-            all methods alike; the difference is free of that.
-        control_name: its label.
+        control: the method whose disjoint windows of the original length are the control.
+        control_curve: its NLL there, in the same buckets. Buckets differ in how hard their text is, for all methods
+            alike; the difference is free of that.
     """
     figure, (upper, lower) = new_figure(2, 2.9, columns=1, sharex=True)
-    middles = (np.arange(len(control)) + 0.5) * length / len(control)
+    middles = (np.arange(len(control_curve)) + 0.5) * length / len(control_curve)
     for name, style in styles_of(curves).items():
         style = {**style, "marker": None}
         upper.plot(middles, np.exp(curves[name]), **style)
-        lower.plot(middles, np.subtract(curves[name], control), **style)
-    upper.plot(middles, np.exp(control), color="black", linestyle=":", linewidth=1, label=control_name)
+        lower.plot(middles, np.subtract(curves[name], control_curve), **style)
+    upper.plot(middles, np.exp(control_curve), color="black", linestyle=":", linewidth=1, label=control_label(control))
     lower.axhline(0, color="black", linestyle=":", linewidth=1)
     for axes in (upper, lower):
         mark_x(axes, original_length, "L")

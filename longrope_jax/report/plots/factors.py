@@ -161,9 +161,6 @@ def score_by_distance(
     return figure
 
 
-_LINEAR = 0.01  # nats: slow pairs have slopes of some hundredths, fast ones of several
-
-
 def nll_by_changed_factor(changes: Mapping[int, Float[np.ndarray, "N"]], multiples: Sequence[float]) -> Figure:
     """The loss when one factor is multiplied by something and all others stay, a line a pair.
 
@@ -196,7 +193,8 @@ def sensitivity_by_pair(gradients: Mapping[str, Float[np.ndarray, "half"]]) -> F
         places = np.arange(len(gradient)) + (turn - (len(gradients) - 1) / 2) * width
         axes.bar(places, gradient, width, label=name)
     axes.axhline(0, color="black", linewidth=0.5)
-    axes.set_yscale("symlog", linthresh=_LINEAR)
+    # Slow pairs have slopes of some hundredths of a nat, fast ones of several.
+    axes.set_yscale("symlog", linthresh=0.01)
     axes.set_xticks(range(len(gradient)))
     axes.set(xlabel="rotary pair i", ylabel="d NLL / d log lambda\n(nats per token)")
     axes.set_title("How the loss depends on every factor")
