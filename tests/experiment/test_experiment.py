@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import command_line
 import fast_compilation
 import numpy as np
 import pytest
@@ -159,8 +160,10 @@ def test_a_request_to_stop_in_the_last_step_of_a_stage_is_not_lost(config, tmp_p
 
 
 def test_a_command_that_is_asked_to_stop_exits_with_75_and_goes_on(config, tmp_path):
-    for name, value in [("pretrain.steps", 400), ("pretrain.log_every", 1), ("pretrain.checkpoint_every", 400)]:
-        config = change(config, name, value)
+    """Stopped in a process of its own; it goes on in this one, where JAX is imported already."""
+    steps = 400
+    for name, value in [("steps", steps), ("log_every", 1), ("checkpoint_every", steps)]:
+        config = change(config, f"pretrain.{name}", value)
     with config.unlocked():
         del config["search"], config["evaluate"]
     config = change(config, "stages", ("pretrain",))
@@ -168,23 +171,30 @@ def test_a_command_that_is_asked_to_stop_exits_with_75_and_goes_on(config, tmp_p
     path.write_text(
         f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({config.to_dict()})\n"
     )
-    line = [sys.executable, "-m", "longrope_jax.main", f"--config={path}", f"--workdir={workdir}"]
-    quickly = fast_compilation.environment(devices=1)
+    flags = [f"--config={path}", f"--workdir={workdir}"]
     process = subprocess.Popen(
-        line, cwd=ROOT, env=quickly, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [sys.executable, "-m", "longrope_jax.main", *flags],
+        cwd=ROOT,
+        env=fast_compilation.environment(devices=1),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
     )
     with contextlib.closing(process.stderr):
         while not (workdir / "metrics.jsonl").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        told = process.stderr.read()
-    assert process.wait() == 75, told
-    assert "Traceback" not in told
+        messages = process.stderr.read()
+    assert process.wait() == 75, messages
+    assert "Traceback" not in messages
     stopped = int(
-        re.search(r"\npretrain: asked to stop, step (\d+) of 400 is saved; the same command continues", told)[1]
+        re.search(rf"\npretrain: asked to stop, step (\d+) of {steps} is saved; the same command continues", messages)[
+            1
+        ]
     )
     assert [entry["step"] for entry in read(workdir / "metrics.jsonl")] == list(range(1, stopped + 1))
-    subprocess.run(line, cwd=ROOT, env=quickly, check=True, capture_output=True)
-    assert [entry["step"] for entry in read(workdir / "metrics.jsonl")] == list(range(1, 401))
+    done = command_line.run(*flags)
+    assert done.returncode == 0, done.stderr
+    assert [entry["step"] for entry in read(workdir / "metrics.jsonl")] == list(range(1, steps + 1))
     assert (workdir / "report.md").exists()
