@@ -136,15 +136,15 @@ def results(workdir):
 @pytest.mark.slow
 def test_a_run_stops_wherever_the_disk_is_full_and_goes_on_with_room(config, tmp_path, capsys):
     experiment.run(config, tmp_path / "undisturbed")
-    workdir, told = tmp_path / "run", []
+    workdir, messages = tmp_path / "run", []
     for room in (0, 300, 2000, 5000, 9000, 14_000, 20_000, 28_000, 40_000):
         with no_file_beyond(room), contextlib.suppress(OSError):
             try:
                 experiment.run(config, workdir)
             except OSError as error:
-                told.append(str(error))
+                messages.append(str(error))
                 raise
-    assert len(told) >= 5
-    assert all("\n" not in line and str(tmp_path) in line for line in told), told
+    assert len(messages) >= 5
+    assert all("\n" not in line and str(tmp_path) in line for line in messages), messages
     experiment.run(config, workdir)
     assert results(workdir) == results(tmp_path / "undisturbed")

@@ -111,12 +111,12 @@ def test_the_model_is_the_checkpoint_s_not_the_config_s(config):
 
 
 @pytest.mark.parametrize(
-    ("path", "told"), [("/nowhere", "config.load: .*does not exist"), ("", "config.load: path = '' is empty")]
+    ("path", "message"), [("/nowhere", "config.load: .*does not exist"), ("", "config.load: path = '' is empty")]
 )
-def test_a_bad_path_is_reported_before_any_work(config, path, told):
+def test_a_bad_path_is_reported_before_any_work(config, path, message):
     changed = ConfigDict(config.to_dict())
     changed.load.path = path
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         experiment.parse_experiment(changed)
 
 

@@ -83,22 +83,22 @@ def candidates(workdir):
 
 
 def test_a_hybrid_search_runs_from_a_config_to_its_report(finished):
-    told = candidates(finished)
-    operators = [entry["operator"] for entry in told]
+    entries = candidates(finished)
+    operators = [entry["operator"] for entry in entries]
     assert set(operators) == {"seed", "ramp", "gradient", "mutation", "crossover"}
     assert operators[:10] == ["seed"] * 4 + ["ramp"] * 4 + ["gradient"] * 2
     (summary,) = (entry for entry in json.loads((finished / "report.json").read_text())["search"]
                   if entry["stage"] == "search")  # fmt: skip
-    assert (summary["method"], summary["evaluations"]) == ("hybrid", len(told))
+    assert (summary["method"], summary["evaluations"]) == ("hybrid", len(entries))
     assert set(summary["seeds"]) == {"linear", "yarn", "file", "stage"}
     assert len(summary["documents"]) == 5 and sum("needle at" in name for name in summary["documents"]) == 2
-    np.testing.assert_allclose(summary["costs"], np.cumsum([entry["cost"] for entry in told]))
-    dropped = [entry for entry in told if None in entry["documents"]]
+    np.testing.assert_allclose(summary["costs"], np.cumsum([entry["cost"] for entry in entries]))
+    dropped = [entry for entry in entries if None in entry["documents"]]
     assert summary["dropped"] == len(dropped) > 0
     # Two rounds of six steps on one of five blocks of documents.
-    steps = sum(e["cost"] for e in told) - sum(sum(d is not None for d in e["documents"]) / 5 for e in told)
+    steps = sum(e["cost"] for e in entries) - sum(sum(d is not None for d in e["documents"]) / 5 for e in entries)
     assert steps == pytest.approx(2 * 6 * 5 / 5)
-    best = min(told, key=lambda entry: entry["nll"])
+    best = min(entries, key=lambda entry: entry["nll"])
     assert best not in dropped and summary["best_nll"] == best["nll"] < min(summary["seeds"].values())
     costs, scores, held_out = np.array(summary["held_out"]).T
     assert (np.diff(costs) > 0).all() and (np.diff(scores) < 0).all() and scores[-1] == summary["best_nll"]

@@ -368,9 +368,9 @@ TOO_LARGE = {
 }
 
 
-@pytest.mark.parametrize(("told", "needed"), TOO_LARGE.values(), ids=TOO_LARGE)
-def test_a_program_for_which_the_compiler_finds_no_room_is_a_result(told, needed):
-    found = runtime.compile_lowered(Refused(told), CHIP, 0.0).with_additional(2**20, CHIP)
+@pytest.mark.parametrize(("message", "needed"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_a_program_for_which_the_compiler_finds_no_room_is_a_result(message, needed):
+    found = runtime.compile_lowered(Refused(message), CHIP, 0.0).with_additional(2**20, CHIP)
     assert not found.fits and found.peak == needed + 2**20 and found.arguments is None
     assert runtime.Compiled.from_json(json.loads(json.dumps(found.as_json()))) == found
 
@@ -393,8 +393,8 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize(("flags", "told"), COMMANDS.values(), ids=COMMANDS)
-def test_the_command_line_says_so_in_one_line(tmp_path, flags, told):
+@pytest.mark.parametrize(("flags", "message"), COMMANDS.values(), ids=COMMANDS)
+def test_the_command_line_says_so_in_one_line(tmp_path, flags, message):
     config = Path(__file__).parents[2] / "experiments" / "quickstart.py"
     done = command_line.run("--mode=compile", f"--config={config}", f"--workdir={tmp_path}", *flags)
-    assert done.returncode == 2 and told in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -217,7 +217,7 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda index: index.update(dtype="O"), "dtype = 'O' must be one of"),
         (lambda index: index.update(record=0), "record = 0 must be a positive number"),
@@ -228,12 +228,12 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
         (lambda index: index.update(shards=3), "shards = 3 must be a list"),
     ],
 )
-def test_a_damaged_index_is_named(tmp_path, change, told):
+def test_a_damaged_index_is_named(tmp_path, change, message):
     store(epath.Path(tmp_path), make_texts())
     index = json.loads((tmp_path / "train.json").read_text())
     change(index)
     (tmp_path / "train.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / 'train.json'))}.*{told}"):
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / 'train.json'))}.*{message}"):
         stored_documents(epath.Path(tmp_path), "train")
 
 

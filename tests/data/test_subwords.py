@@ -237,9 +237,9 @@ def test_a_long_text_is_one_text_and_fast():
     tokenizer = make_tokenizer()
     tokenizer.normalizer = normalizers.Prepend("~")
     text = (PROSE + "\n  \n") * 1000
-    began = time.process_time()
+    start = time.process_time()
     tokens = SubwordTokenizer(tokenizer, {}).encode(text)
-    seconds = time.process_time() - began
+    seconds = time.process_time() - start
     again = tokenizer.encode(text, add_special_tokens=False).ids
     assert tokens.tolist() == again
     assert tokenizer.decode(again).count("~") == 1

@@ -62,7 +62,7 @@ def test_a_cost_that_is_no_number_survives_its_file():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "sizes", "told"),
+    ("lengths", "sizes", "message"),
     [
         ((16,), (200, 200), "nothing changes at 16 tokens, only up to 32, 64"),
         ((65,), (200, 200), "65 must be a number of tokens from 1 to 64"),
@@ -71,8 +71,8 @@ def test_a_cost_that_is_no_number_survives_its_file():
         ((), (30, 30), "what is dropped has to be measured, but none of 2 documents has the 33 tokens"),
     ],
 )
-def test_where_it_can_t_be_measured_is_reported(lengths, sizes, told):
+def test_where_it_can_t_be_measured_is_reported(lengths, sizes, message):
     documents = [Document(f"d{k}", np.zeros(size, np.uint16), size) for k, size in enumerate(sizes)]
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         cost_windows(FOUND, lr.FactorTable.of({16: PLAIN, 64: WIDE}), documents, lengths, 4)
     assert cost_windows(FOUND, FOUND, documents, lengths, 4) == {}

@@ -97,11 +97,11 @@ def test_what_was_found_stops_the_export_until_it_may_be_dropped_and_then_its_co
     assert_same_table(lr.load_pretrained(tmp_path / "export").factors, found)
     (cost,) = json.loads((tmp_path / "report.json").read_text())["exports"]["export"]["costs"]
     assert cost["length"] == TARGET and cost["found"]["ppl"] != cost["others"]["ppl"]
-    told = f"{cost['found']['ppl']:.4f}"
+    perplexity = f"{cost['found']['ppl']:.4f}"
     card, report = ((tmp_path / name).read_text() for name in ("export/README.md", "report.md"))
-    assert told in card and "Dropped, as allowed: start tokens (n_hat = 0, 8)" in card
-    assert told in report and "before anything was dropped" in card
-    assert f"dropped start tokens (n_hat = 0, 8); perplexity {told} becomes" in caplog.text
+    assert perplexity in card and "Dropped, as allowed: start tokens (n_hat = 0, 8)" in card
+    assert perplexity in report and "before anything was dropped" in card
+    assert f"dropped start tokens (n_hat = 0, 8); perplexity {perplexity} becomes" in caplog.text
 
 
 def test_what_stops_an_export_can_be_mended_in_the_same_work_directory(checkpoint, text, tmp_path):
@@ -151,7 +151,7 @@ BEFORE = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"factors": "yarn"}, "factors = 'yarn' must be a stage; a table stage makes one of a method"),
         ({"factors": "nothing"}, "factors = 'nothing' is neither a search"),
@@ -164,8 +164,8 @@ BEFORE = {
         ({"dtype": "float16"}, "dtype = 'float16' must be one of float32, bfloat16, ''"),
     ],
 )
-def test_bad_settings_are_reported_before_anything_starts(changes, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_settings_are_reported_before_anything_starts(changes, message):
+    with pytest.raises(ValueError, match=message):
         EXPORT.check(ExportSettings(**{"factors": "table", **changes}), MODEL, BEFORE)
 
 
@@ -202,7 +202,7 @@ def test_the_command_line_exports_a_model_with_other_factors(checkpoint, text, f
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "allow_dropping_start_tokens"),
         (["--allow_dropping_start_tokens"], "has to be measured: give --text"),
@@ -221,12 +221,12 @@ def test_the_command_line_exports_a_model_with_other_factors(checkpoint, text, f
     ],
 )
 def test_what_can_t_be_exported_is_one_line_and_leaves_nothing(
-    checkpoint, text, factors, tmp_path, capsys, monkeypatch, arguments, told
+    checkpoint, text, factors, tmp_path, capsys, monkeypatch, arguments, message
 ):
     monkeypatch.chdir(text)
     arguments = [argument.format(full=checkpoint) for argument in arguments]
     with pytest.raises(SystemExit) as stopped:
         run(checkpoint, tmp_path / "new", factors, *arguments)
     error = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and told in error and error.count("\n") == 0
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 0
     assert not (tmp_path / "new").exists()

@@ -37,8 +37,8 @@ def main() -> None:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # or it would be told when all the others have ended
                 raise
-            told = [options.inputs, counts["read"], counts["refused"], len(failures), f"{seconds:.0f}"]
-            rows.append([name, *map(str, told)])
+            cells = [options.inputs, counts["read"], counts["refused"], len(failures), f"{seconds:.0f}"]
+            rows.append([name, *map(str, cells)])
             print(f"{name}: {dict(counts)}, {len(failures)} failures, {seconds:.0f} s", flush=True)
             for failure in failures[:20]:
                 print(f"  {failure.number}: {failure.why}", flush=True)

@@ -40,9 +40,9 @@ class Hang(BaseException):
 def timed_run(name: str, numbers: range) -> tuple[Counter, list[Failure], float]:
     """`run`, and the seconds of a core that it took; ends the process with its stack if it hangs outside of Python."""
     faulthandler.dump_traceback_later(3600, exit=True)
-    began = time.process_time()
+    start = time.process_time()
     try:
-        return *run(name, numbers), time.process_time() - began
+        return *run(name, numbers), time.process_time() - start
     finally:
         faulthandler.cancel_dump_traceback_later()
 
@@ -55,12 +55,12 @@ def run(name: str, numbers: range) -> tuple[Counter, list[Failure]]:
         folder.mkdir()
         targets = form.make(folder)
         shutil.copytree(folder, Path(base) / "elsewhere")  # valid files that nothing should lead a reader to
-        kept = {target: (folder / target).read_bytes() for target in targets}
+        originals = {target: (folder / target).read_bytes() for target in targets}
         for target in targets:
             form.read(folder, target)
         for number in numbers:
             try:
-                counts[_outcome(name, form, folder, kept, number)] += 1
+                counts[_outcome(name, form, folder, originals, number)] += 1
             except AssertionError as failure:
                 failures.append(Failure(name, number, str(failure)))
     return counts, failures
@@ -74,11 +74,11 @@ def _fast_disk() -> str | None:
     return None
 
 
-def _outcome(name: str, form: Format, folder: Path, kept: dict[str, bytes], number: int) -> str:
+def _outcome(name: str, form: Format, folder: Path, originals: dict[str, bytes], number: int) -> str:
     rng = random.Random(f"{name} {number}")
-    target = rng.choice(list(kept))
+    target = rng.choice(list(originals))
     lures = [f"../elsewhere/{Path(target).name}", str(folder.parent / "elsewhere" / Path(target).name), "../elsewhere"]
-    (folder / target).write_bytes(form.mutate(rng, kept[target], lures))
+    (folder / target).write_bytes(form.mutate(rng, originals[target], lures))
     _OPENED.clear()
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
@@ -94,7 +94,7 @@ def _outcome(name: str, form: Format, folder: Path, kept: dict[str, bytes], numb
         raise AssertionError(_told(error)) from error
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        for path, content in kept.items():
+        for path, content in originals.items():
             if path == target or not _holds(folder / path, content):  # a reader may write to others
                 (folder / path).write_bytes(content)
     if _OPENED:

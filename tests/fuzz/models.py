@@ -34,8 +34,8 @@ TEXT = "Some words, and ünï 日本語.\n"
 
 
 def make_factors(folder: Path) -> list[str]:
-    told = {"target_length": 512, "original_length": 64, "model": {"rope_theta": 1e4}, "scores": {"512": 3.5}}
-    rope.save_factors(folder / "set.json", LONG.replace(n_hat=np.int32(4)), **told)
+    metadata = {"target_length": 512, "original_length": 64, "model": {"rope_theta": 1e4}, "scores": {"512": 3.5}}
+    rope.save_factors(folder / "set.json", LONG.replace(n_hat=np.int32(4)), **metadata)
     return ["set.json"]
 
 

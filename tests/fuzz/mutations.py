@@ -132,8 +132,8 @@ def with_json_header(rng: random.Random, content: bytes, lures: Sequence[str] = 
         return mutated_bytes(rng, content)
     size = struct.unpack("<Q", content[:8])[0]
     header = json_file(rng, content[8 : 8 + size], lures)
-    told = len(header) if rng.random() < 0.9 else _awkward_size(rng)
-    return struct.pack("<Q", told) + header + content[8 + size :]
+    stated_size = len(header) if rng.random() < 0.9 else _awkward_size(rng)
+    return struct.pack("<Q", stated_size) + header + content[8 + size :]
 
 
 def binary_header(rng: random.Random, content: bytes, lures: Sequence[str] = ()) -> bytes:

@@ -117,9 +117,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("change", "told"), WRONG)
-def test_what_is_wrong_is_named(change, told):
-    with pytest.raises(ValueError, match=told):
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_what_is_wrong_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
         parse_config({**CONFIG, **change})
 
 
@@ -139,9 +139,9 @@ def test_all_that_is_wrong_is_reported_at_once_and_nothing_twice():
         parse_config({**CONFIG, **wrong})
     starts = ["architectures", "known are", "hidden_act", "attention_bias", "hidden_size", "num_hidden_layers"]
     starts += ["rms_norm_eps", "partial_rotary_factor", "rope_theta"]
-    told = str(error.value).split("; ")
-    assert len(told) == len(starts)
-    for start, problem in zip(starts, told, strict=True):
+    problems = str(error.value).split("; ")
+    assert len(problems) == len(starts)
+    for start, problem in zip(starts, problems, strict=True):
         assert problem.startswith(start)
 
 

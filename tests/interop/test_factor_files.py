@@ -96,7 +96,7 @@ def test_start_tokens_reach_a_csv_and_no_config_in_silence(tmp_path, capsys, cap
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("[1]", "must hold a JSON object"),
         ("{", "Expecting property name"),
@@ -116,9 +116,9 @@ def test_start_tokens_reach_a_csv_and_no_config_in_silence(tmp_path, capsys, cap
         ('{"head_dim": 8}', "max_position_embeddings = None"),
     ],
 )
-def test_what_is_no_file_of_factors_is_reported_with_its_name(tmp_path, content, told):
+def test_what_is_no_file_of_factors_is_reported_with_its_name(tmp_path, content, message):
     (tmp_path / "f.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"f\.json.*{told}"):
+    with pytest.raises(ValueError, match=rf"f\.json.*{message}"):
         read_factors(tmp_path / "f.json")
 
 

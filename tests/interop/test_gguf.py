@@ -373,9 +373,9 @@ def test_a_flipped_byte_is_at_worst_a_clear_error(plain, tmp_path):
     rng = np.random.default_rng(0)
     errors = 0
     for place in rng.integers(4, 2500, 300):
-        kept, content[place] = content[place], rng.integers(256)
+        original, content[place] = content[place], rng.integers(256)
         path.write_bytes(content)
-        content[place] = kept
+        content[place] = original
         try:
             open_gguf(path)
         except ValueError as error:

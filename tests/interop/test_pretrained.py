@@ -211,10 +211,10 @@ def test_what_is_wrong_with_a_config_is_reported_with_its_path(tmp_path):
         describe_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize(("content", "told"), [("[1]", "must hold a JSON object"), ("{", "Expecting")])
-def test_a_config_that_is_no_object_is_refused(tmp_path, content, told):
+@pytest.mark.parametrize(("content", "message"), [("[1]", "must hold a JSON object"), ("{", "Expecting")])
+def test_a_config_that_is_no_object_is_refused(tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=f"config.json.* {told}"):
+    with pytest.raises(ValueError, match=f"config.json.* {message}"):
         describe_pretrained(tmp_path)
 
 
@@ -227,13 +227,13 @@ def test_all_that_is_wrong_with_tensors_is_reported_at_once(params, tmp_path):
     write(tmp_path / "model", CONFIG, tensors)
     with pytest.raises(ValueError) as error:
         lr.load_pretrained(tmp_path / "model")
-    for told in (
+    for message in (
         "1 missing tensors: model.layers.1.mlp.up_proj.weight",
         "1 unexpected tensors: model.layers.0.self_attn.q_proj.bias",
         "model.norm.weight has shape (17,), not (16,)",
         "lm_head.weight has dtype I8",
     ):
-        assert told in str(error.value)
+        assert message in str(error.value)
 
 
 def test_more_layers_than_could_be_there_are_refused_at_once(params, tmp_path):
@@ -250,7 +250,7 @@ def test_pickled_weights_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (
             '{"weight_map": {"model.norm.weight": "../secret.safetensors"}}',
@@ -268,10 +268,10 @@ def test_pickled_weights_are_refused_by_name(tmp_path):
         ('{"weight_map": {"model.norm.weight": ["model.safetensors"]}}', "not an index"),
     ],
 )
-def test_an_index_that_lies_is_refused(params, tmp_path, content, told):
+def test_an_index_that_lies_is_refused(params, tmp_path, content, message):
     write(tmp_path / "model", CONFIG, to_huggingface(params))
     (tmp_path / "model" / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         lr.load_pretrained(tmp_path / "model")
 
 

@@ -27,7 +27,7 @@ def write_run(workdir, seed, *, lengths=(16, 64), methods=("yarn", "longrope"), 
         for (n, method), values in sums.items()
     ]
     (workdir / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    told = {
+    by_length = {
         str(n): {method: perplexity(DocumentNll(sums[n, method], counts))._asdict() for method in methods}
         for n in lengths
     }
@@ -37,7 +37,7 @@ def write_run(workdir, seed, *, lengths=(16, 64), methods=("yarn", "longrope"), 
     share = dict(hits=9, tries=10, accuracy=0.9, ci95=[0.6, 0.98])
     report = dict(
         original_length=16,
-        evaluations={"evaluate": {"perplexity": told}},
+        evaluations={"evaluate": {"perplexity": by_length}},
         retrieval={"retrieval": dict(task="passkey", seed=3, accuracy={"yarn": {"64": share}})},
         search=[search],
         seconds={"pretrain": 1.25, "search": 12.0},

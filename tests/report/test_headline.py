@@ -61,8 +61,8 @@ def test_the_headline_compares_longrope_with_the_best_yarn(shifts, text):
 
 
 def test_the_headline_warns_of_a_part_of_the_window_in_which_longrope_is_worse():
-    told = headline(dict(yarn=0.1, longrope=0), late=0.2)
-    assert told.endswith("LongRoPE is worse in parts of the window: eighth 8 (5.08, YaRN 4.60).")
+    text = headline(dict(yarn=0.1, longrope=0), late=0.2)
+    assert text.endswith("LongRoPE is worse in parts of the window: eighth 8 (5.08, YaRN 4.60).")
     assert "worse" not in headline(dict(yarn=0.1, longrope=0), late=0.05)
     assert "worse" not in headline(dict(yarn=0.0, longrope=0), late=0.004)
 

@@ -51,10 +51,10 @@ LOST = {
 
 @pytest.mark.parametrize("lost", LOST)
 def test_what_can_t_be_carried_is_never_dropped_in_silence(lost):
-    entries, told = LOST[lost]
+    entries, message = LOST[lost]
     table = FactorTable.of(entries)
     assert list(unsupported_by_huggingface(table)) == [lost]
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         to_huggingface(table, L)
 
 
@@ -118,8 +118,10 @@ def test_a_temperature_of_its_own_is_reported_under_the_names_of_other_readers_t
     """They have the formula as their default, and know no attention_factor."""
     table = FactorTable.of({L: factors(np.ones(4), 0, mscale), 8 * L: factors(LONG, 0, mscale)})
     parameters = to_huggingface(table, L)
-    told = {name: parameters[name] for name in ("short_mscale", "long_mscale") if name in parameters}
-    assert told == (dict.fromkeys(["short_mscale", "long_mscale"], parameters["attention_factor"]) if is_told else {})
+    mscales = {name: parameters[name] for name in ("short_mscale", "long_mscale") if name in parameters}
+    assert mscales == (
+        dict.fromkeys(["short_mscale", "long_mscale"], parameters["attention_factor"]) if is_told else {}
+    )
     assert np.float32(parameters["attention_factor"]) == np.float32(mscale)
 
 
@@ -157,6 +159,6 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_nonsense_is_named(wrong):
-    parameters, told = WRONG[wrong]
-    with pytest.raises(ValueError, match=told):
+    parameters, message = WRONG[wrong]
+    with pytest.raises(ValueError, match=message):
         from_huggingface(parameters, D, 10000.0, 64)

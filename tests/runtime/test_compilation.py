@@ -48,7 +48,7 @@ def configured():
 
 
 @pytest.mark.parametrize(
-    "backend, told, flag, expected",
+    "backend, environment, flag, expected",
     [
         ("tpu", None, None, "gs://bucket/run/compilation_cache"),
         ("gpu", None, None, "gs://bucket/run/compilation_cache"),
@@ -59,9 +59,9 @@ def configured():
         ("tpu", "of the environment", "", None),
     ],
 )
-def test_where_programs_are_kept(configured, monkeypatch, backend, told, flag, expected):
+def test_where_programs_are_kept(configured, monkeypatch, backend, environment, flag, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    jax.config.update("jax_compilation_cache_dir", told)
+    jax.config.update("jax_compilation_cache_dir", environment)
     keep_programs(flag, "gs://bucket/run")
     assert configured() == expected
 

@@ -64,8 +64,10 @@ def can_be_held(workdir):
 
 def test_a_second_run_gets_the_holder_and_what_to_do(tmp_path):
     with lock.hold(tmp_path):
-        told = rf"{tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}, since 20.* UTC; wait for it"
-        with pytest.raises(OSError, match=told), lock.hold(tmp_path):
+        message = (
+            rf"{tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}, since 20.* UTC; wait for it"
+        )
+        with pytest.raises(OSError, match=message), lock.hold(tmp_path):
             pass
         assert not can_be_held(tmp_path)  # the one that was refused did not take it away
     assert can_be_held(tmp_path)
@@ -154,8 +156,8 @@ def test_an_object_store_has_none(bucket):
 
 def test_a_place_that_is_no_directory_is_reported(tmp_path):
     (tmp_path / "file").touch()
-    told = f"work directory {tmp_path / 'file' / 'run'} can't be made"
-    with pytest.raises(OSError, match=told), lock.hold(tmp_path / "file" / "run"):
+    message = f"work directory {tmp_path / 'file' / 'run'} can't be made"
+    with pytest.raises(OSError, match=message), lock.hold(tmp_path / "file" / "run"):
         pass
 
 

@@ -123,8 +123,8 @@ def test_two_processes_do_a_whole_experiment_and_skip_what_is_done(tmp_path):
     for length, row in alone.items():
         for method, entry in row.items():
             assert together[length][method]["nll"] == pytest.approx(entry["nll"], rel=1e-3), (length, method)
-    told, again = two()
-    assert told.count("finished before, skipped") == 5
+    output, again = two()
+    assert output.count("finished before, skipped") == 5
     one, both = (load_pretrained(tmp_path / name / "export") for name in ("one", "two"))
     assert both.config == one.config
     for a, b in zip(jax.tree.leaves(both.params), jax.tree.leaves(one.params), strict=True):

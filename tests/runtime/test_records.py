@@ -87,7 +87,7 @@ def test_a_file_of_nothing_but_a_cut_off_line(path):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         (b'{"stage": "search"', "Expecting"),
         (b"[1]", "must hold a JSON object, not"),
@@ -99,11 +99,11 @@ def test_a_file_of_nothing_but_a_cut_off_line(path):
         (b"", "Expecting value"),
     ],
 )
-def test_a_damaged_line_is_named(path, line, told):
+def test_a_damaged_line_is_named(path, line, message):
     records.append(path, SOME)
     path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
     for read in (lambda: records.read(path, {"step": int}), lambda: records.keep(path, bool, {"step": int})):
-        with pytest.raises(OSError, match=rf"{path} is damaged: line 4: .*{told}.*; without that line"):
+        with pytest.raises(OSError, match=rf"{path} is damaged: line 4: .*{message}.*; without that line"):
             read()
 
 

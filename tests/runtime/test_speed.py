@@ -31,20 +31,20 @@ def test_sequences_of_one_text_are_what_the_model_counts_and_packed_ones_less():
 @pytest.mark.parametrize("kind, name", [("TPU v5 lite", "v5e"), ("TPU v5p", "v5p"), ("NVIDIA H100 80GB HBM3", "h100")])
 def test_a_known_chip_is_held_to_its_peak(kind, name):
     flops = training_flops(CONFIG, 8, 128, 8 * 128 * 129 / 2)
-    told = throughput(flops, tokens=1024, seconds=0.5, devices=4, device_kind=kind)
-    assert told["tokens_per_second"] == 2048 and told["tokens_per_second_per_device"] == 512
-    assert told["mfu"] == pytest.approx(flops.matrices / 0.5 / 4 / CHIPS[name].peak_flops)
-    assert told["mfu_with_attention"] == pytest.approx(told["mfu"] * flops.total / flops.matrices)
+    record = throughput(flops, tokens=1024, seconds=0.5, devices=4, device_kind=kind)
+    assert record["tokens_per_second"] == 2048 and record["tokens_per_second_per_device"] == 512
+    assert record["mfu"] == pytest.approx(flops.matrices / 0.5 / 4 / CHIPS[name].peak_flops)
+    assert record["mfu_with_attention"] == pytest.approx(record["mfu"] * flops.total / flops.matrices)
 
 
 def test_an_unknown_chip_has_a_speed_only():
-    told = throughput(training_flops(CONFIG, 1, 8, 36), 8, 1.0, 1, "cpu")
-    assert set(told) == {"tokens_per_second", "tokens_per_second_per_device"}
+    record = throughput(training_flops(CONFIG, 1, 8, 36), 8, 1.0, 1, "cpu")
+    assert set(record) == {"tokens_per_second", "tokens_per_second_per_device"}
 
 
 def test_memory_is_that_of_the_fullest_device():
-    told = memory([{"bytes_in_use": 5, "peak_bytes_in_use": 9}, {"bytes_in_use": 7, "peak_bytes_in_use": 8}, None])
-    assert told == {"hbm_bytes_in_use": 7, "hbm_peak_bytes": 9}
+    record = memory([{"bytes_in_use": 5, "peak_bytes_in_use": 9}, {"bytes_in_use": 7, "peak_bytes_in_use": 8}, None])
+    assert record == {"hbm_bytes_in_use": 7, "hbm_peak_bytes": 9}
     assert memory([{"bytes_in_use": 5}]) == {"hbm_bytes_in_use": 5}
     assert memory([None, {}]) == {}
 

@@ -131,11 +131,11 @@ def test_every_method_makes_its_steps_in_order_and_scores_nothing_twice(method, 
 def test_settings_tell_how_much_a_method_asks_for(method, ramps):
     settings = settings_of(method, ramps=ramps)
     state = search(steps_of(settings, Analytic()))
-    told = settings.candidates(len(SPACE.n_hat))
+    count = settings.candidates(len(SPACE.n_hat))
     # CMA-ES asks again for what it knows, and does not score it. The grid of YaRNs has some that are the same.
-    assert len(state) == told or (method == "cma_es" and 0.8 * told < len(state) < told) or method == "yarn_grid"
+    assert len(state) == count or (method == "cma_es" and 0.8 * count < len(state) < count) or method == "yarn_grid"
     steps = {"gradient": 2 * 40, "hybrid": 2 * 40}.get(method, 0)  # each for five forward passes on one of four blocks
-    assert settings.forward_equivalents(4, len(SPACE.n_hat)) == told + steps * 5 / 4
+    assert settings.forward_equivalents(4, len(SPACE.n_hat)) == count + steps * 5 / 4
 
 
 @pytest.mark.parametrize(("method", "born_in"), [("evolution", [3, 20, 0, 6]), ("hybrid", [3, 20, 3, 3, 0, 6])])
@@ -179,11 +179,11 @@ def test_from_any_saved_state_every_method_goes_on_bit_for_bit(method, ramps):
 
 def test_every_candidate_is_reported_with_where_it_came_from():
     state = search(steps_of(settings_of("hybrid"), Analytic()))
-    told = describe(state, NAMES)
-    assert [entry["candidate"] for entry in told] == list(range(len(state)))
-    assert [entry["seed"] for entry in told if "seed" in entry] == NAMES
-    assert describe(state, NAMES, 5) == told[5:]
-    for entry, row in zip(told, range(len(state)), strict=True):
+    entries = describe(state, NAMES)
+    assert [entry["candidate"] for entry in entries] == list(range(len(state)))
+    assert [entry["seed"] for entry in entries if "seed" in entry] == NAMES
+    assert describe(state, NAMES, 5) == entries[5:]
+    for entry, row in zip(entries, range(len(state)), strict=True):
         assert entry["operator"] == OPERATORS[state.operator[row]] and entry["lam"] == state.lam[row].tolist()
         assert len(entry["parents"]) == {"seed": 0, "crossover": 2}.get(entry["operator"], 1)
         assert len(entry["documents"]) == DOCUMENTS and entry["cost"] == 1
