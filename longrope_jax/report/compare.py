@@ -12,7 +12,7 @@ from etils import epath
 
 from longrope_jax.evaluation.perplexity import compare
 from longrope_jax.report import plots
-from longrope_jax.report.page import Picture, write_pages
+from longrope_jax.report.page import Parts, Picture, write_pages
 from longrope_jax.report.perplexity import evaluation_title
 from longrope_jax.report.plots import comparison as comparison_plots
 from longrope_jax.report.runs import Run, other_tokens, read_runs
@@ -34,7 +34,7 @@ def write_comparison(workdirs: Sequence[epath.PathLike], folder: epath.PathLike)
         OSError: the records of one are damaged, or `folder` can't be written to.
     """
     runs = read_runs(workdirs)
-    parts: list[str | Picture] = ["# Comparison\n", _overview(runs)]
+    parts: Parts = ["# Comparison\n", _overview(runs)]
     for stage in _stages(runs, "evaluations"):
         parts += _perplexity(stage, [run for run in runs if stage in run.report["evaluations"]])
     parts += _searches(runs)
@@ -81,7 +81,7 @@ def _table(entries: Entries, cell: Callable[[Any], str], what: str, heading: Cal
     return markdown_table(["", what, *map(heading, lengths)], rows)
 
 
-def _perplexity(stage: str, runs: Sequence[Run]) -> list[str | Picture]:
+def _perplexity(stage: str, runs: Sequence[Run]) -> Parts:
     entries = {
         (method, run.name, int(n)): entry
         for run in runs
@@ -91,7 +91,7 @@ def _perplexity(stage: str, runs: Sequence[Run]) -> list[str | Picture]:
     intervals = {key: np.array([entry["ppl"], *entry["ci95"]], float) for key, entry in entries.items()}
     names, lengths = [run.name for run in runs], {n for _, _, n in entries}
     figure = comparison_plots.intervals_by_run(intervals, names, max(lengths))
-    parts: list[str | Picture] = [
+    parts: Parts = [
         f"## {evaluation_title(stage)}\n",
         _table(entries, _perplexity_cell, "run", lambda n: _length(n, runs)),
         *_differences(stage, runs, entries),
@@ -127,7 +127,7 @@ def _differences(stage: str, runs: Sequence[Run], perplexities: Entries) -> list
     return parts
 
 
-def _searches(runs: Sequence[Run]) -> list[str | Picture]:
+def _searches(runs: Sequence[Run]) -> Parts:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for run in runs:
         for search in run.report["search"]:

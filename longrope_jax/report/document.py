@@ -11,7 +11,7 @@ from longrope_jax.evaluation.retrieval import RetrievalSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.report import perplexity, plots, retrieval
 from longrope_jax.report.model_card import cost_table
-from longrope_jax.report.page import Picture, write_pages
+from longrope_jax.report.page import Parts, Picture, write_pages
 from longrope_jax.report.search import search_section
 from longrope_jax.report.tables import markdown_table
 from longrope_jax.runtime import records
@@ -60,7 +60,7 @@ def write_report(
     with its pictures inside; returns the path of report.md.
     """
     write_whole(workdir / "report.json", to_json(report, indent=1) + "\n")
-    parts: list[str | Picture] = ["# Report\n", _headline(report)]
+    parts: Parts = ["# Report\n", _headline(report)]
     for stage, evaluation in report["evaluations"].items():
         parts += perplexity.evaluation_section(stage, evaluation, *evaluations[stage], config)
     for stage, found in report["retrieval"].items():
@@ -105,7 +105,7 @@ def _headline(report: dict[str, Any]) -> str:
     return "".join([*found, "This run has no perplexity on evaluation documents.\n"])
 
 
-def _training_section(workdir: epath.Path) -> list[str | Picture]:
+def _training_section(workdir: epath.Path) -> Parts:
     stages: dict[str, Records] = {}
     for record in records.read(workdir / "metrics.jsonl", {"step": int}):
         stages.setdefault(record["stage"], []).append(record)

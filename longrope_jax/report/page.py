@@ -59,7 +59,7 @@ class Picture(NamedTuple):
         return f"![{self.what}]({self.path})\n"
 
 
-Document = Sequence[str | Picture]
+Parts = list[str | Picture]
 """Paragraphs, headings and tables in Markdown, each with its line break, and the pictures between them."""
 
 
@@ -104,7 +104,7 @@ def _name_headings(tokens: Sequence[Token]) -> list[tuple[str, str]]:
     return named
 
 
-def write_pages(folder: epath.Path, name: str, parts: Document) -> epath.Path:
+def write_pages(folder: epath.Path, name: str, parts: Parts) -> epath.Path:
     """Writes `figures/*.png`, `<name>.md` and `<name>.html`, which holds its pictures; returns the Markdown's path.
 
     Raises:

@@ -11,7 +11,7 @@ from longrope_jax.evaluation.evaluate import EvaluationSettings, published_metho
 from longrope_jax.evaluation.perplexity import DocumentNll, by_position, compare, perplexity
 from longrope_jax.model import LlamaConfig
 from longrope_jax.report import plots
-from longrope_jax.report.page import Picture
+from longrope_jax.report.page import Parts, Picture
 from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, markdown_table
 
 Records = list[dict[str, Any]]
@@ -157,7 +157,7 @@ def _by_length(summary: Summary, original_length: int, rows: list[list[str]]) ->
 
 def evaluation_section(
     stage: str, summary: Summary, settings: EvaluationSettings, records: Records, config: LlamaConfig
-) -> list[str | Picture]:
+) -> Parts:
     """The section of a report: the table, the pictures, the comparisons, and what every method is."""
     longest, original = list(summary["perplexity"])[-1], config.original_length
     note = (

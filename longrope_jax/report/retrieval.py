@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from longrope_jax.evaluation.retrieval import RetrievalSettings, accuracy
 from longrope_jax.report import plots
-from longrope_jax.report.page import Picture
+from longrope_jax.report.page import Parts, Picture
 from longrope_jax.report.tables import markdown_table, share_cell
 
 Records = list[dict[str, Any]]
@@ -48,7 +48,7 @@ def retrieval_figure(summary: dict[str, Any], original_length: int) -> Figure:
     return plots.retrieval_heatmap(grids, lengths, [float(depth) for depth in depths])
 
 
-def retrieval_section(stage: str, summary: dict[str, Any], original_length: int) -> list[str | Picture]:
+def retrieval_section(stage: str, summary: dict[str, Any], original_length: int) -> Parts:
     """The section of a report; its figure is named like the stage."""
     found = summary["accuracy"]
     lengths = list(next(iter(found.values())))

@@ -6,13 +6,13 @@ import numpy as np
 from jaxtyping import Float
 
 from longrope_jax.report import plots
-from longrope_jax.report.page import Picture
+from longrope_jax.report.page import Parts, Picture
 
 Summary = dict[str, Any]
 """The summary of a search stage with the factors it found."""
 
 
-def search_section(search: Summary) -> list[str | Picture]:
+def search_section(search: Summary) -> Parts:
     """The section of a report: with pictures of convergence and, for a search with held-out documents, overfitting."""
     stage, found, yarn, costs = search["stage"], search["factors"], search["yarn"], search["costs"]
     seeds = ", ".join(
@@ -21,7 +21,7 @@ def search_section(search: Summary) -> list[str | Picture]:
     )
     population = search["population"] if search["method"] == "evolution" else None
     convergence = plots.search_convergence(np.array(search["curve"], float), search["seeds"], population, costs)
-    parts: list[str | Picture] = [
+    parts: Parts = [
         f"## Search for {search['target_length']} tokens (stage `{stage}`, model of stage `{search['model']}`)\n",
         f"By {search['method'].replace('_', ' ')}: {_cost(search)} Perplexity on the {len(search['documents'])} search "
         f"documents: {np.exp(search['best_nll']):.2f}; seeds: {seeds}.\n",
