@@ -23,8 +23,8 @@ from longrope_jax.report.tables import markdown_table
 L = 128
 SCREENING = {
     "races": lr.ScreeningSettings(),
-    "sixteenth": lr.ScreeningSettings(share=1 / 16, pieces=16, confidence=0.5),
-    "thirtysecond": lr.ScreeningSettings(share=1 / 32, pieces=16, confidence=0.5),
+    "sixteenth": lr.ScreeningSettings(share=1 / 16),
+    "thirtysecond": lr.ScreeningSettings(share=1 / 32),
 }
 
 

@@ -15,6 +15,7 @@ OPERATORS = ("seed", "mutation", "crossover", "gradient", "cma_es", "ramp", "yar
 
 _MIN_INCUMBENTS = 4  # read in full; fewer do not tell the error of a difference
 _MAX_INCUMBENTS = 16
+_MAX_READ = 400
 
 
 class Genes(NamedTuple):
@@ -40,13 +41,15 @@ class Incumbents(NamedTuple):
         documents: NLL by document (nats per token) of the best F candidates that were read in full.
         threshold: score of the last of the k best, nats per token; inf where there are fewer than k.
         best: score of the best.
-        screens: their scores on skipped positions; nan without screening.
+        read: the latest candidates that were read, in full or in a race, and on skipped positions.
+        bias: their scores minus those on skipped positions.
     """
 
     documents: Float[np.ndarray, "F D"]
     threshold: float
     best: float
-    screens: Float[np.ndarray, "F"] | float = np.nan
+    read: RopeFactors | None = None
+    bias: Float[np.ndarray, "R"] | None = None
 
     @property
     def has_enough(self) -> bool:
@@ -154,7 +157,10 @@ class SearchState:
         order = self.top(len(self))
         is_read = ~np.isnan(self.documents).any(1) & np.isfinite(self.nll)
         rows = [row for row in order if is_read[row]][:_MAX_INCUMBENTS]
-        return Incumbents(self.documents[rows], float(threshold), float(self.nll.min()), self.screens[rows])
+        is_known = ~np.isnan(self.documents).all(1) & np.isfinite(self.nll) & np.isfinite(self.screens)
+        both = np.flatnonzero(is_known)[-_MAX_READ:]
+        read, bias = self.take(both).factors, self.nll[both] - self.screens[both]
+        return Incumbents(self.documents[rows], float(threshold), float(self.nll.min()), read, bias)
 
     def best(self) -> RopeFactors:
         """The best candidate so far. It was read in full."""

@@ -78,7 +78,7 @@ def find_factors(
         total = settings.forward_equivalents(len(objective.blocks), len(prepared.space.n_hat))
         with progress_bar("search", total) as bar:
             score = score_with(
-                objective, settings.racing, progress=bar.advance, screening=settings.screening.confidence
+                objective, settings.racing, progress=bar.advance, reduction_factor=settings.screening.reduction_factor
             )
             shared = prepared.seeds, prepared.space, objective, score
             steps = search_steps(settings, key, *shared, progress=bar.advance, grid=prepared.grid.values())

@@ -28,7 +28,7 @@ from longrope_jax.model.sharding import constrain
 from longrope_jax.rope import RopeFactors
 from longrope_jax.runtime import profiling
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.settings import NonNegativeInt, PositiveFloat, Rule, Settings
+from longrope_jax.settings import NonNegativeInt, PositiveFloat, PositiveInt, Rule, Settings
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ class TermSettings(Settings):
 @dataclass(frozen=True)
 class ScreeningSettings(Settings):
     """Skipped positions: a few pieces of each document, far apart, are read at their true positions in place of the
-    whole window. See `racing.screen`.
+    whole window. Only the candidates that look best there are read in full, see `racing.estimate`.
 
     Attributes:
         share: of the window's tokens that all pieces have together; 0 does not screen.
         pieces: of a document, of equal length and evenly spread; the first one begins it, the last one ends it.
-        confidence: one-sided, with which a candidate is left out.
+        reduction_factor: one of so many candidates of a generation is read in full, as in successive halving.
     """
 
     share: Annotated[float, Rule(lambda share: 0 <= share <= 0.5, "must lie between 0 and 0.5")] = 0.0
     pieces: Annotated[int, Rule(lambda count: count >= 2, "must be at least 2")] = 8
-    confidence: Annotated[float, Rule(lambda level: 0.5 <= level < 1, "must be at least 0.5 and below 1")] = 0.8
+    reduction_factor: PositiveInt = 8
 
     def positions(self, length: int) -> Int[np.ndarray, "S"]:
         """Which tokens of a window of `length` are read.

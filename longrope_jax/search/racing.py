@@ -5,8 +5,8 @@ Candidates are compared with the incumbents document by document, so what makes 
 themselves tell how far a difference on some documents is from the difference on all. A candidate that may be the best
 of all is always read in full.
 
-Screening comes first, where it is asked for: candidates are read on skipped positions, and the same is decided from
-these.
+Screening comes first, where it is asked for: all candidates are read on skipped positions, and of every generation the
+best ones go on.
 """
 
 import hashlib
@@ -19,13 +19,16 @@ import numpy as np
 import scipy.stats
 from etils import epath
 from jaxtyping import Bool, Float, Int
+from scipy.spatial.distance import cdist
 
 from longrope_jax.rope import RopeFactors
 from longrope_jax.runtime import preemption, processes, records
 from longrope_jax.search.candidates import Incumbents, Score, Scores
 from longrope_jax.search.objective import Objective, ScreeningSettings
+from longrope_jax.search.surrogate import features
 
 _RECORD = {"candidate": str, "block": int, "nll": [float], "documents_at_once": int}
+_NEIGHBOURS = 8  # of a candidate, whose bias it has too
 _WRITE_EVERY = 30.0  # seconds; an object store takes a second for the file, a small model milliseconds for a candidate
 
 Losses = Callable[[int, RopeFactors], Float[np.ndarray, "C B"]]
@@ -37,7 +40,7 @@ def score_with(
     racing: float = 0.0,
     losses: Losses | None = None,
     progress: Callable[[float], Any] = lambda candidates: None,
-    screening: float = ScreeningSettings.confidence,
+    reduction_factor: int = ScreeningSettings.reduction_factor,
 ) -> Score:
     """Returns the function that scores a population.
 
@@ -45,7 +48,7 @@ def score_with(
         racing: confidence of a race's decisions, see `race`; 0 reads all documents.
         losses: in place of the objective's own, such as `cached` ones.
         progress: is called with the number of candidates finished since the last call, a fraction.
-        screening: confidence of `screen`, if the objective has skipped positions.
+        reduction_factor: of `ScreeningSettings`, if the objective has skipped positions.
     """
     losses = losses or objective.block_nll
     columns = [block.documents for block in objective.blocks]
@@ -71,9 +74,10 @@ def score_with(
         if objective.screens:
             screens = (skipped * objective.weights).sum(1)
         if objective.screens and incumbents:
-            nll, decided = screen(screens, incumbents, objective.weights, screening)
-            progress(decided.sum())
-            running = running[~decided]
+            nll = estimate(screens, population, incumbents)
+            running = np.sort(np.argsort(nll, kind="stable")[: -(-size // reduction_factor)])
+            progress(size - len(running))
+        promoted = running
         rivals = incumbents if racing > 0 else None
         order = informative_first(rivals.documents, objective.weights, columns) if rivals else [*range(len(columns))]
         for place, block in enumerate(order):
@@ -85,29 +89,26 @@ def score_with(
                 progress(decided.sum() * (1 - sum(share[b] for b in order[: place + 1])))
                 running = running[~decided]
         nll[running] = (documents[running] * objective.weights).sum(1)  # bit for bit, whoever else is running
+        if len(promoted) < size:
+            # The lowest of many estimates are too low. Who was not promoted is no better than those who were.
+            others = np.setdiff1d(np.arange(size), promoted)
+            nll[others] = np.maximum(nll[others], np.median(nll[promoted]))
         return Scores(nll, documents, cost, screens)
 
     return score
 
 
-def screen(
-    screens: Float[np.ndarray, "P"], incumbents: Incumbents, weights: Float[np.ndarray, "D"], confidence: float
-) -> tuple[Float[np.ndarray, "P"], Bool[np.ndarray, "P"]]:
-    """Estimated scores, nats per token, and which candidates are decided.
-
-    The incumbents were read both ways. The mean of their differences is the bias of a score on skipped positions, and
-    the spread is its error.
-
-    Args:
-        screens: scores of the candidates on skipped positions.
-        weights: of the documents, see `document_weights`.
-        confidence: one-sided, of the interval of a score (t with F - 1 degrees of freedom).
+def estimate(
+    screens: Float[np.ndarray, "P"], population: RopeFactors, incumbents: Incumbents
+) -> Float[np.ndarray, "P"]:
+    """Estimated scores, nats per token: those on skipped positions, and the mean bias of the candidates nearest to each
+    that were read both ways. The bias depends on the factors: with one for all, a search ends at factors that suit the
+    pieces.
     """
-    differences = incumbents.documents @ weights - incumbents.screens
-    count = len(differences)
-    half_width = scipy.stats.t.ppf(confidence, count - 1) * differences.std(ddof=1) * np.sqrt(1 + 1 / count)
-    score = screens + differences.mean()
-    return score, _decided(score, half_width, incumbents)
+    assert incumbents.read is not None and incumbents.bias is not None
+    distances = cdist(features(population), features(incumbents.read))
+    nearest = np.argsort(distances, axis=1, kind="stable")[:, :_NEIGHBOURS]
+    return screens + incumbents.bias[nearest].mean(1)
 
 
 def informative_first(
@@ -140,14 +141,9 @@ def race(
     score = mean @ weights + _weighted(losses - mean, weights, read)
     error = _error(incumbents.documents, weights, read)
     half_width = scipy.stats.t.ppf(confidence, len(incumbents.documents) - 1) * error
-    return score, _decided(score, half_width, incumbents)
-
-
-def _decided(score: Float[np.ndarray, "P"], half_width: float, incumbents: Incumbents) -> Bool[np.ndarray, "P"]:
-    """Whether a candidate is above the threshold; or below, and not the best."""
     is_out = score - half_width > incumbents.threshold
     is_in = (score + half_width < incumbents.threshold) & (score - half_width > incumbents.best)
-    return is_out | is_in
+    return score, is_out | is_in
 
 
 def _error(documents, weights, read) -> float:

@@ -104,7 +104,7 @@ def run_search(
         total = settings.forward_equivalents(len(objective.blocks), len(space.n_hat))
         with progress_bar(stage, total, 0.0 if state is None else float(state.cost.sum())) as bar:
             losses = cached(objective.block_nll, workdir / "scores.jsonl", stage, settings.documents_at_once)
-            score = score_with(objective, settings.racing, losses, bar.advance, settings.screening.confidence)
+            score = score_with(objective, settings.racing, losses, bar.advance, settings.screening.reduction_factor)
             clock = time.monotonic()
 
             def timed(population, incumbents):

@@ -158,8 +158,8 @@ class SearchSettings(Settings):
         racing: confidence (0.99, say) with which a race decides before all documents are read whether a candidate is
             among the best, see `search/racing.py`; 0 reads all. A block of `documents_at_once` is the least that is
             read.
-        screening: skipped positions as the first rung of a race: on a few pieces of the documents it is decided which
-            candidates are read at all, see `racing.screen`.
+        screening: skipped positions as the first rung of a race: which candidates of a generation are read at all is
+            decided on a few pieces of the documents.
         published: which of linear, ntk and yarn to start from; all three bring the other seeds of `paper_seeds` too.
         seeds: factors of your own to start from, by names of your own.
         ramps: number of random ramps to start from, see `search/seeds.py`.

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from scipy.spatial.distance import cdist
 from threadpoolctl import threadpool_limits
 
+from longrope_jax.rope import RopeFactors
 from longrope_jax.search.candidates import SearchState
 
 _MAX_FITTED = 400  # the latest candidates; time grows with their number cubed
@@ -96,7 +97,7 @@ def posterior(surrogate: Surrogate, candidates: SearchState) -> tuple[Float[np.n
     return surrogate.mean + cross @ surrogate.coefficients, covariance
 
 
-def features(candidates: SearchState) -> Float[np.ndarray, "P F"]:
+def features(candidates: SearchState | RopeFactors) -> Float[np.ndarray, "P F"]:
     """1 / lam of every pair, the share of its frequency that is left, and the other genes."""
     start_tokens = _START_TOKENS * np.log2(1.0 + candidates.n_hat)
     mscale = _MSCALE * np.log(candidates.mscale.astype(np.float64))

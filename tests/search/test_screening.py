@@ -6,14 +6,14 @@ import pytest
 import tiny_model
 
 from longrope_jax.model.flops import count_flops
+from longrope_jax.rope import RopeFactors
 from longrope_jax.runtime.mesh import Layout, MeshSettings
-from longrope_jax.search.candidates import Incumbents
+from longrope_jax.search.candidates import Genes, Incumbents, new_candidates
 from longrope_jax.search.objective import Block, Objective, ScreeningSettings, TermSettings
-from longrope_jax.search.racing import score_with, screen
+from longrope_jax.search.racing import estimate, score_with
 from longrope_jax.search.settings import SearchSettings
 
 POPULATION = tiny_model.population()
-EVEN = np.full(4, 1 / 4)
 
 
 def test_the_pieces_are_evenly_spread_from_the_first_token_to_the_last():
@@ -67,41 +67,40 @@ def test_a_screen_is_the_loss_of_the_pieces_at_their_true_positions(mesh):
     np.testing.assert_allclose(scores.cost, 1 + part / whole)
 
 
-def incumbents(bias, spread, count=16):
-    """The scores are 5 and more; a screen is as much below as its bias, up to its spread."""
-    scores = 5 + np.arange(count) / 100
-    noise = spread * np.array([-1, 1] * (count // 2))
-    return Incumbents(np.repeat(scores[:, None], 4, axis=1), scores[-1], scores[0], scores - bias + noise)
+def factors(*lam):
+    """Candidates whose lambda is the same for all pairs."""
+    lam = np.repeat(np.array(lam, np.float32)[:, None], 4, axis=1)
+    return RopeFactors(lam, np.zeros(len(lam), int), np.ones(len(lam), np.float32))
 
 
-def test_the_incumbents_tell_the_bias_of_a_screen_and_its_error():
-    """Their scores are 5 to 5.15: of candidates above, and of those between, it is known that they are."""
-    known = incumbents(bias=1.0, spread=1e-6)
-    score, decided = screen(np.array([3.9, 4.1, 4.15, 4.3]), known, EVEN, 0.9)
-    np.testing.assert_allclose(score, [4.9, 5.1, 5.15, 5.3], atol=1e-5)
-    np.testing.assert_array_equal(decided, [False, True, False, True])
-    noisy, screens = incumbents(bias=1.0, spread=0.1), np.linspace(3, 5, 101)
-    few = [screen(screens, noisy, EVEN, level)[1].sum() for level in (0.5, 0.8, 0.99)]
-    assert few[0] > few[1] > few[2] > 0
-    assert few[0] == (screens + 1 > 5).sum()
+# Sixteen candidates that were read both ways: eight with small factors, whose screens are 1 too low, and eight with
+# large ones, whose screens are 3 too low.
+READ = factors(*np.linspace(1, 1.1, 8), *np.linspace(6, 7, 8))
+INCUMBENTS = Incumbents(np.arange(16)[:, None] + np.full(4, 5.0), 20.0, 5.0, READ, np.repeat([1.0, 3.0], 8))
 
 
-def test_confidence_is_the_share_of_good_candidates_that_are_read():
-    """Screens with normal errors, of candidates that are as good as the best: a fifth is left out."""
-    rng = np.random.default_rng(0)
-    decided = []
-    for _ in range(300):
-        scores = np.sort(rng.normal(5, 0.1, 16))
-        screens = scores - 1 + rng.normal(0, 0.05, 16)
-        known = Incumbents(np.repeat(scores[:, None], 4, axis=1), scores[-1], scores[0], screens)
-        decided.append(screen(scores[0] - 1 + rng.normal(0, 0.05, 50), known, EVEN, 0.8)[1].mean())
-    assert 0.15 < np.mean(decided) < 0.25
+def test_a_screen_is_corrected_by_the_candidates_nearest_to_it():
+    found = estimate(np.array([4.0, 4.0, 2.0]), factors(1.05, 6.4, 6.1), INCUMBENTS)
+    np.testing.assert_allclose(found, [5.0, 7.0, 5.0])
+
+
+def test_all_that_were_read_correct_screens_and_only_the_full_ones_are_incumbents():
+    state = new_candidates(Genes(*jax.tree.leaves(READ), np.zeros(16, int)), "seed", 2)
+    documents = np.full((16, 2), 6.0)
+    documents[8:12, 1] = np.nan  # a race decided
+    documents[12:] = np.nan  # a screen did
+    nll = np.linspace(6, 7, 16)
+    found = state.replace(documents=documents, nll=nll, screens=nll - np.arange(16)).incumbents(6.5)
+    assert found.documents.shape == (8, 2)
+    np.testing.assert_allclose(found.bias, np.arange(12), atol=1e-9)
+    np.testing.assert_array_equal(found.read.lam, READ.lam[:12])
+    assert len(state.incumbents(6.5).bias) == 0
 
 
 class Made:
     """Losses in numbers: four blocks of a document each, and their skipped positions at a tenth of the cost."""
 
-    candidates_at_once, weights = 2, EVEN
+    candidates_at_once, weights = 2, np.full(4, 1 / 4)
 
     def __init__(self, losses, screens):
         self.losses = np.concatenate([losses, screens], axis=1)
@@ -114,17 +113,20 @@ class Made:
         return self.losses[np.asarray(population.n_hat)][:, [block]]
 
 
-def test_a_candidate_that_is_decided_is_not_read_and_has_an_estimate():
-    losses = np.array([[5.0] * 4, [6.0] * 4, [4.9] * 4, [np.inf] * 4])
-    made, progress = Made(losses, losses - 1), []
-    candidates = POPULATION.replace(n_hat=np.arange(4))
-    rivals = incumbents(bias=1.0, spread=1e-3)
-    found = score_with(made, progress=progress.append, screening=0.9)(candidates, rivals)
-    np.testing.assert_array_equal(np.isnan(found.documents).all(1), [False, True, False, True])
-    np.testing.assert_allclose(found.nll, [5.0, 6.0, 4.9, np.inf], atol=2e-3)
-    np.testing.assert_allclose(found.screens, [4.0, 5.0, 3.9, np.inf])
-    np.testing.assert_allclose(found.cost, [1.1, 0.1, 1.1, 0.1])
-    assert sum(progress) == pytest.approx(4) and len(made.asked) == 4 * 4 + 2 * 4
+def test_one_of_so_many_candidates_is_read_and_no_other_ranks_before_them():
+    losses = np.repeat([[5.0], [6.0], [4.9], [np.inf], [7.0], [4.0]], 4, axis=1)
+    screens = losses - 1
+    screens[5] = 8  # looks bad, but is not: that is the risk
+    screens[1] = 3.5  # looks best
+    made, progress = Made(losses, screens), []
+    candidates = factors(*[1.05] * 6).replace(n_hat=np.arange(6))
+    found = score_with(made, progress=progress.append, reduction_factor=3)(candidates, INCUMBENTS)
+    np.testing.assert_array_equal(np.isnan(found.documents).all(1), [True, False, False, True, True, True])
+    np.testing.assert_allclose(found.screens, [4.0, 3.5, 3.9, np.inf, 6.0, 8.0])
+    # The first has an estimate of 5, below 5.45, the median of those that were read.
+    np.testing.assert_allclose(found.nll, [5.45, 6.0, 4.9, np.inf, 7.0, 9.0])
+    np.testing.assert_allclose(found.cost, [0.1, 1.1, 1.1, 0.1, 0.1, 0.1])
+    assert sum(progress) == pytest.approx(6) and len(made.asked) == 4 * 6 + 2 * 4
     # Too few incumbents, or none: all are read, and both scores are known of all.
-    everyone = score_with(Made(losses, losses - 1))(candidates, None)
+    everyone = score_with(Made(losses, screens), reduction_factor=3)(candidates, None)
     assert not np.isnan(everyone.documents).any() and not np.isnan(everyone.screens).any()
