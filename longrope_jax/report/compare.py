@@ -22,7 +22,7 @@ from longrope_jax.runtime.records import flat
 _ABSENT = "–"
 
 Entries = dict[tuple[str, str, int], Any]
-"""By method, run and length (tokens): what the run has of it."""
+"""What runs have, by method, run and length (tokens)."""
 
 
 def write_comparison(workdirs: Sequence[epath.PathLike], folder: epath.PathLike) -> epath.Path:

@@ -15,7 +15,7 @@ _MARKERS = "osD^v<>P"
 _ABOVE_END = 1.3  # how much of a search is shown above where it ended: from the first candidates it falls too far
 
 Intervals = Mapping[tuple[str, str, int], Float[np.ndarray, "3"]]
-"""By method, run and length (tokens): perplexity and the ends of its interval; nan where one is not finite."""
+"""Perplexity and the ends of its interval, by method, run and length (tokens); nan where one is not finite."""
 
 
 def _run_styles(runs: Sequence[str]) -> dict[str, dict]:
