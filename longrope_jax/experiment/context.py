@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from longrope_jax.data.corpus import Document
@@ -44,8 +45,7 @@ class RunContext:
         workdir: the work directory.
         trained: stage -> the factors it last trained with, in order. Only stages that make parameters.
         read_params: the same stages -> a function that reads their parameters from disk.
-        factors: the factors of search, table and load stages.
-        targets: search stage, or its best seed -> the longest length of its factors, in tokens.
+        factors: search, table or load stage, or the best seed of a search -> factors by length.
         searches: one summary per search stage.
         evaluations: evaluate stage -> its settings and its records.
         retrievals: retrieval stage -> its settings and its records.
@@ -59,8 +59,7 @@ class RunContext:
     workdir: epath.Path
     trained: dict[str, Trained] = field(default_factory=dict)
     read_params: dict[str, Callable[[], dict]] = field(default_factory=dict)
-    factors: dict[str, RopeFactors | FactorTable] = field(default_factory=dict)
-    targets: dict[str, int] = field(default_factory=dict)
+    factors: dict[str, FactorTable] = field(default_factory=dict)
     searches: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, tuple[EvaluationSettings, list[dict[str, Any]]]] = field(default_factory=dict)
     retrievals: dict[str, tuple[RetrievalSettings, list[dict[str, Any]]]] = field(default_factory=dict)
@@ -91,18 +90,17 @@ class RunContext:
     def table(self, source: str, model: str) -> FactorTable:
         """Factors by length of a table, load or search stage; "" for those that stage `model` last trained with."""
         source = source or self.model_stage(model)
-        if source not in self.factors:
-            trained = self.trained[source]
-            return FactorTable.of({trained.length: trained.factors})
-        factors = self.factors[source]
-        return factors if isinstance(factors, FactorTable) else FactorTable.of({self.targets[source]: factors})
+        if source in self.factors:
+            return self.factors[source]
+        trained = self.trained[source]
+        return FactorTable.of({trained.length: trained.factors})
 
     def source(self, name: str, model: str, target: int) -> Callable[[int], RopeFactors]:
         """A function: length in tokens -> factors of a source (a stage or a method), for the model of stage `model`."""
         config, trained = self.model.config, self.trained[self.model_stage(model)]
         if name in self.factors:
-            found = self.factors[name]
-            return found.select if isinstance(found, FactorTable) else lambda length: found
+            table = self.factors[name]
+            return lambda length: table_entry(table, length)[0]
         if name == DYNAMIC:
             return lambda length: extend("ntk", trained, length, config.head_dim, config.rope_theta)
         if name == ORIGINAL:
@@ -110,6 +108,13 @@ class RunContext:
         else:
             fixed = extend(name, trained, target, config.head_dim, config.rope_theta)
         return lambda length: fixed
+
+
+def table_entry(table: FactorTable, length: int) -> tuple[RopeFactors, int]:
+    """What a table has for a length (tokens), or else for its longest; and up to which length that is good."""
+    row = min(int(np.searchsorted(table.boundaries, length)), len(table.boundaries) - 1)
+    boundary = int(table.boundaries[row])
+    return table.select(boundary), boundary
 
 
 def save_factors_of(context: RunContext, name: str, factors: RopeFactors, target: int, **metadata: Any) -> None:

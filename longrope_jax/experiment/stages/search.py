@@ -5,7 +5,7 @@ from typing import Any
 
 from longrope_jax import json_files
 from longrope_jax.data.windows import fixed_windows
-from longrope_jax.experiment.context import BEST_SEED, RunContext, factor_file, save_factors_of
+from longrope_jax.experiment.context import BEST_SEED, RunContext, factor_file, save_factors_of, table_entry
 from longrope_jax.experiment.programs import search_programs
 from longrope_jax.experiment.stage import Before, Stage, factors_target, is_stage, model_stage, sources
 from longrope_jax.interop.factor_files import factors_for
@@ -78,6 +78,7 @@ def _run_search(settings: SearchSettings, context: RunContext, name: str) -> dic
         provenance=provenance,
     )
     save_factors_of(context, name + BEST_SEED, result.best_seed, settings.target_length, model_stage=start)
+    measured = ("seconds", "objective_seconds", "best_nll", "seeds", "curve", "costs", "dropped", "held_out")
     return {
         "target_length": settings.target_length,
         "model": start,
@@ -85,14 +86,7 @@ def _run_search(settings: SearchSettings, context: RunContext, name: str) -> dic
         "documents": [document for names in result.documents.values() for document in names],
         "evaluations": len(result.curve),
         "population": settings.evolution.population,
-        "seconds": result.seconds,
-        "objective_seconds": result.objective_seconds,
-        "best_nll": result.best_nll,
-        "seeds": result.seeds,
-        "curve": result.curve,
-        "costs": result.costs,
-        "dropped": result.dropped,
-        "held_out": result.held_out,
+        **{name: getattr(result, name) for name in measured},
         "yarn": list(result.yarn or ()),
     }
 
@@ -101,26 +95,19 @@ def _seed(seed: SeedSettings, name: str, context: RunContext, settings: SearchSe
     """A seed of one's own, at the target length of the search."""
     config, target = context.model.config, settings.target_length
     if seed.factors in context.factors:
-        factors, made_for = _entry(context.table(seed.factors, settings.model), target)
+        factors, made_for = table_entry(context.factors[seed.factors], target)
         made_for = seed.target_length or made_for
     else:
         factors, made_for = _read_seed(seed, name, config, target)
-    scale, new_scale = made_for / config.original_length, target / config.original_length
-    return rescaled(factors, scale, new_scale)
+    return rescaled(factors, made_for / config.original_length, target / config.original_length)
 
 
 def _read_seed(seed: SeedSettings, name: str, config: LlamaConfig, target: int) -> tuple[RopeFactors, int]:
     """Factors in a file, and how long a text they were made for."""
     try:
-        return _entry(factors_for(seed.factors, config, seed.target_length or None), target)
+        return table_entry(factors_for(seed.factors, config, seed.target_length or None), target)
     except ValueError as error:
         raise ValueError(f"seeds.{name}: {error}") from None
-
-
-def _entry(table: FactorTable, target: int) -> tuple[RopeFactors, int]:
-    """Of a table, what it has for the target length, or else for the longest; and for which length that is."""
-    length = min(target, int(table.boundaries[-1]))
-    return table.select(length), int(min(boundary for boundary in table.boundaries if boundary >= length))
 
 
 # The fields of a summary that reports read.
@@ -143,12 +130,12 @@ _SUMMARY = {
 
 def _load_search(settings: SearchSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
     json_files.check(summary, _SUMMARY)
-    factors = context.factors[name] = load_factors(factor_file(context, name), context.model.config.head_dim)
-    context.factors[name + BEST_SEED] = load_factors(
-        factor_file(context, name + BEST_SEED), context.model.config.head_dim
+    best, seed = (
+        load_factors(factor_file(context, source), context.model.config.head_dim) for source in (name, name + BEST_SEED)
     )
-    context.targets |= {name: settings.target_length, name + BEST_SEED: settings.target_length}
-    found = {"lam": factors.lam.tolist(), "n_hat": int(factors.n_hat), "mscale": float(factors.mscale)}
+    context.factors[name] = FactorTable.of({settings.target_length: best})
+    context.factors[name + BEST_SEED] = FactorTable.of({settings.target_length: seed})
+    found = {"lam": best.lam.tolist(), "n_hat": int(best.n_hat), "mscale": float(best.mscale)}
     context.searches.append({"stage": name, **summary, "factors": found})
 
 

@@ -3,15 +3,13 @@
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.data.windows import fixed_windows
-from longrope_jax.experiment.context import RunContext, factor_file, save_factors_of
+from longrope_jax.experiment.context import RunContext, factor_file, save_factors_of, table_entry
 from longrope_jax.experiment.programs import finetune_programs, pretrain_programs
 from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, sources
 from longrope_jax.model import LlamaConfig
-from longrope_jax.rope import FactorTable, RopeFactors, Trained, load_factors, unscaled
+from longrope_jax.rope import Trained, load_factors, unscaled
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.training.finetune import FinetuneSettings, finetune
 from longrope_jax.training.loop import load_params
@@ -82,12 +80,8 @@ def _check_finetune_layout(settings: FinetuneSettings, config: LlamaConfig, layo
     settings.check_layout(layout, settings.length)
 
 
-def _finetune_factors(settings: FinetuneSettings, context: RunContext) -> RopeFactors:
-    return context.source(settings.factors, settings.model, settings.length)(settings.length)
-
-
 def _run_finetune(settings: FinetuneSettings, context: RunContext, name: str) -> dict[str, Any]:
-    factors = _finetune_factors(settings, context)
+    factors = context.source(settings.factors, settings.model, settings.length)(settings.length)
     start = context.model_stage(settings.model)
     if (context.workdir / "checkpoints" / name).exists():
         context.release_params()  # it continues from its checkpoint
@@ -112,19 +106,15 @@ def _load_finetune(settings: FinetuneSettings, context: RunContext, name: str, s
         load_params, context.workdir, name, context.model, context.layout, settings.steps
     )
     context.params(name)
-    context.trained[name] = Trained(
-        _reach(settings, context), factors
-    )  # last: a stage that has to run again is no model yet
+    context.trained[name] = Trained(_reach(settings, context), factors)  # last: a stage to run again is no model yet
 
 
 def _reach(settings: FinetuneSettings, context: RunContext) -> int:
     """Up to how many tokens the factors are good that a model was tuned with, which may be shorter: Mistral 7B reads
     16k with the factors of 256k (LongRoPE sec. 4.1), and is then extended from there.
     """
-    found = context.factors.get(settings.factors)
-    if isinstance(found, FactorTable):
-        return int(found.boundaries[np.searchsorted(found.boundaries, settings.length)])
-    return context.targets.get(settings.factors, settings.length)
+    table = context.factors.get(settings.factors)
+    return settings.length if table is None else table_entry(table, settings.length)[1]
 
 
 FINETUNE = Stage(
