@@ -1,6 +1,7 @@
 """A config, checked: which stages there are, with which settings, on which model and text."""
 
-from collections.abc import Callable, Container
+import contextlib
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,35 +73,42 @@ def parse_experiment(config: ConfigDict) -> Experiment:
     for key in sorted(needed - set(config)):
         raise ValueError(f"config.{key} is missing")
     parsed: dict[str, Any] = {name: parse(STAGES[kind_of(name)].settings, config[name], name) for name in stages}
+    with naming_section(stages[0]):
+        loaded = parsed[stages[0]].config if is_loaded else None
     experiment = Experiment(
-        _model_config(stages[0], parsed[stages[0]]) if is_loaded else parse(LlamaConfig, config.model, "model"),
+        loaded or parse(LlamaConfig, config.model, "model"),
         text.parse_sections(config, reads(parsed)),
         parse(MeshSettings, config.get("mesh", ConfigDict()), "mesh"),
         parse(ProfileSettings, config.get("profile", ConfigDict()), "profile"),
         parsed,
     )
-    with_section_name("profile", experiment.profile.check_stages, tuple(stages))
+    with naming_section("profile"):
+        experiment.profile.check_stages(tuple(stages))
     for name, settings in experiment.stages.items():
-        with_section_name(name, stage_of(name).check, settings, experiment.model, before(experiment.stages, name))
+        with naming_section(name):
+            stage_of(name).check(settings, experiment.model, before(experiment.stages, name))
     return experiment
 
 
 def check_layout(experiment: Experiment, layout: Layout, stages: Container[str]) -> None:
     """Raises ValueError if the model, or one of these stages, can't be spread over the devices."""
     first = next(iter(experiment.stages))
-    described_in = first if isinstance(experiment.stages[first], LoadSettings) else "model"
-    with_section_name(described_in, check_platform, experiment.model.attention, layout.platform)
-    with_section_name("mesh", check_mesh, experiment.model, layout.shape, layout.platform)
+    with naming_section(first if isinstance(experiment.stages[first], LoadSettings) else "model"):
+        check_platform(experiment.model.attention, layout.platform)
+    with naming_section("mesh"):
+        check_mesh(experiment.model, layout.shape, layout.platform)
     for name, settings in experiment.stages.items():
         if name in stages:
-            with_section_name(name, stage_of(name).check_layout, settings, experiment.model, layout)
+            with naming_section(name):
+                stage_of(name).check_layout(settings, experiment.model, layout)
 
 
-def with_section_name(name: str, check: Callable, *arguments) -> None:
-    """Runs a check; its ValueError gets the name of the config section in front."""
+@contextlib.contextmanager
+def naming_section(name: str) -> Iterator[None]:
+    """Turns errors of a check into a ValueError of one line that begins with the name of the config section."""
     try:
-        check(*arguments)
-    except ValueError as error:
+        yield
+    except (ValueError, OSError) as error:
         raise ValueError(f"config.{name}: {beginning(error)}") from None
 
 
@@ -108,14 +116,6 @@ def before(stages: dict[str, Any], name: str) -> dict[str, Any]:
     """The stages that come before one."""
     names = list(stages)
     return {earlier: stages[earlier] for earlier in names[: names.index(name)]}
-
-
-def _model_config(name: str, settings: LoadSettings) -> LlamaConfig:
-    """The architecture of the model that a load stage names."""
-    try:
-        return settings.config
-    except (ValueError, OSError) as error:
-        raise ValueError(f"config.{name}: {beginning(error)}") from None
 
 
 def tokenizer_of(experiment: Experiment) -> Tokenizer:
@@ -127,10 +127,8 @@ def tokenizer_of(experiment: Experiment) -> Tokenizer:
     name, settings = next(iter(experiment.stages.items()))
     if not isinstance(settings, LoadSettings):
         return ByteTokenizer()
-    try:
+    with naming_section(name):
         return load_tokenizer(settings.path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"config.{name}: {beginning(error)}") from None
 
 
 def reads(stages: dict[str, Any]) -> text.Reads:

@@ -1,4 +1,4 @@
-"""The run context: the outputs of the stages so far, found by stage name, and factor files in the work directory."""
+"""The run context: the outputs of the stages so far, found by stage name, and their files in the work directory."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -108,6 +108,16 @@ class RunContext:
         else:
             fixed = extend(name, trained, target, config.head_dim, config.rope_theta)
         return lambda length: fixed
+
+
+def started_file(workdir: epath.Path, name: str) -> epath.Path:
+    """The file with the fingerprint of a stage that has started."""
+    return workdir / "stages" / f"{name}.started.json"
+
+
+def finished_file(workdir: epath.Path, name: str) -> epath.Path:
+    """The file with the summary of a stage that has finished."""
+    return workdir / "stages" / f"{name}.json"
 
 
 def table_entry(table: FactorTable, length: int) -> tuple[RopeFactors, int]:

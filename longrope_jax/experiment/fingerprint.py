@@ -9,6 +9,7 @@ from etils import epath
 from longrope_jax import json_files
 from longrope_jax.errors import beginning, shortened
 from longrope_jax.experiment.config import Experiment, before, stage_of
+from longrope_jax.experiment.context import finished_file, started_file
 from longrope_jax.runtime.records import flat, to_json
 from longrope_jax.search.settings import METHODS, SearchSettings
 
@@ -73,13 +74,3 @@ def _relevant(fields: dict[str, Any], settings: Any) -> dict[str, Any]:
         for field, value in fields.items()
         if field not in ignored
     }
-
-
-def started_file(workdir: epath.Path, name: str) -> epath.Path:
-    """The file with the fingerprint of a stage that has started."""
-    return workdir / "stages" / f"{name}.started.json"
-
-
-def finished_file(workdir: epath.Path, name: str) -> epath.Path:
-    """The file with the summary of a stage that has finished."""
-    return workdir / "stages" / f"{name}.json"

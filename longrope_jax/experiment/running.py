@@ -8,18 +8,18 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from longrope_jax import files, json_files
-from longrope_jax.errors import beginning
 from longrope_jax.experiment import text
 from longrope_jax.experiment.config import (
     Experiment,
     check_layout,
+    naming_section,
     parse_experiment,
     reads,
     stage_of,
     tokenizer_of,
-    with_section_name,
 )
-from longrope_jax.experiment.fingerprint import check_fingerprints, fingerprint, finished_file, started_file
+from longrope_jax.experiment.context import finished_file, started_file
+from longrope_jax.experiment.fingerprint import check_fingerprints, fingerprint
 from longrope_jax.experiment.stages import RunContext
 from longrope_jax.model import Llama
 from longrope_jax.report import summarize, summary_tables, write_report
@@ -54,7 +54,8 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ru
     documents = text.read(experiment.data, reads(experiment.stages), tokenizer, workdir)
     context = RunContext(Llama(experiment.model), layout, documents, tokenizer, workdir)
     for name, settings in experiment.stages.items():
-        with_section_name(name, stage_of(name).check_data, settings, context)
+        with naming_section(name):
+            stage_of(name).check_data(settings, context)
     # Only now: a config that could not run must not keep a mended one out of its work directory.
     write_whole(workdir / "config.json", to_json(json.loads(config.to_json()), indent=1) + "\n")
     return experiment, context
@@ -133,10 +134,8 @@ def _run_or_skip(name: str, experiment: Experiment, context: RunContext) -> dict
 
 def _layout(experiment: Experiment, workdir: epath.Path) -> Layout:
     """The devices, if the model and the stages that are still to run can be spread over them."""
-    try:
+    with naming_section("mesh"):
         layout = Layout.of(experiment.mesh)
-    except ValueError as error:
-        raise ValueError(f"config.mesh: {beginning(error)}") from None
     check_layout(experiment, layout, {name for name in experiment.stages if not finished_file(workdir, name).exists()})
     return layout
 

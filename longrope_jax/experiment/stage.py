@@ -11,9 +11,9 @@ from longrope_jax.search.settings import SearchSettings
 from longrope_jax.training.loop import LoopSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A kind of stage.
+    """A kind of stage. Checks that are left out accept everything.
 
     Attributes:
         settings: the class of its settings.
@@ -30,19 +30,15 @@ class Stage:
     """
 
     settings: type
-    check: Callable
-    check_data: Callable
-    check_layout: Callable
+    check: Callable = lambda settings, config, before: None
+    check_data: Callable = lambda settings, context: None
+    check_layout: Callable = lambda settings, config, layout: None
     run: Callable
     load: Callable
-    inputs: Callable
+    inputs: Callable = lambda settings, before: []
     splits: Callable = lambda settings: ()
     programs: Callable = lambda settings, config, layout: ()
     resumes: bool = True
-
-
-def nothing(*_) -> None:
-    """The check of a stage without anything to check."""
 
 
 Before = dict[str, Any]

@@ -13,7 +13,8 @@ from longrope_jax.data import sources, token_files
 from longrope_jax.data.corpus import DataSettings, Document
 from longrope_jax.data.token_files import stored_documents
 from longrope_jax.data.tokenizer import Tokenizer
-from longrope_jax.errors import shortened
+from longrope_jax.errors import naming, shortened
+from longrope_jax.experiment.context import started_file
 from longrope_jax.runtime import processes
 from longrope_jax.runtime.records import to_json, write_whole
 from longrope_jax.settings import parse
@@ -71,14 +72,11 @@ def read(
     for section, stages in needed.items():
         settings = sections[section]
         folder = _folder(settings, section, tokenizer, workdir)
-        all_stages = {stage for names in stages.values() for stage in names}
-        has_started = any((workdir / "stages" / f"{stage}.started.json").exists() for stage in all_stages)
+        has_started = any(started_file(workdir, stage).exists() for names in stages.values() for stage in names)
         if not processes.any_of(has_started):
             _remove_if_changed(settings, folder, workdir)
-        try:
+        with naming(f"config.{section}"):
             _tokenize(settings, folder, stages, tokenizer, workdir)
-        except ValueError as error:
-            raise ValueError(f"config.{section}: {error}") from None
         documents[section] = {split: stored_documents(folder, split) for split in stages}
     return documents
 

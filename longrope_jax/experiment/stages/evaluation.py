@@ -12,7 +12,7 @@ from longrope_jax.evaluation.evaluate import EVALUATION_RECORD, EvaluatedMethod,
 from longrope_jax.evaluation.retrieval import RETRIEVAL_RECORD, RetrievalSettings, make_prompts, run_retrieval
 from longrope_jax.experiment.context import DYNAMIC, RunContext
 from longrope_jax.experiment.programs import evaluate_programs, retrieval_programs
-from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, nothing, sources
+from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, sources
 from longrope_jax.experiment.stages.settings import LoadSettings, TableSettings
 from longrope_jax.json_files import Kind
 from longrope_jax.model import LlamaConfig
@@ -105,12 +105,12 @@ def _load_evaluate(settings: EvaluationSettings, context: RunContext, name: str,
 
 
 EVALUATE = Stage(
-    EvaluationSettings,
-    _check_evaluate,
-    _check_evaluate_data,
-    _check_evaluate_layout,
-    _run_evaluate,
-    _load_evaluate,
+    settings=EvaluationSettings,
+    check=_check_evaluate,
+    check_data=_check_evaluate_data,
+    check_layout=_check_evaluate_layout,
+    run=_run_evaluate,
+    load=_load_evaluate,
     inputs=method_inputs,
     programs=evaluate_programs,
     splits=lambda settings: (settings.split,),
@@ -158,12 +158,11 @@ def _load_retrieval(settings: RetrievalSettings, context: RunContext, name: str,
 
 
 RETRIEVAL = Stage(
-    RetrievalSettings,
-    _check_retrieval,
-    _check_retrieval_data,
-    nothing,  # generation fills up batches that don't fit the mesh
-    _run_retrieval,
-    _load_retrieval,
+    settings=RetrievalSettings,
+    check=_check_retrieval,
+    check_data=_check_retrieval_data,  # and no mesh is refused: generation fills up batches that don't fit it
+    run=_run_retrieval,
+    load=_load_retrieval,
     inputs=method_inputs,
     programs=retrieval_programs,
     splits=_splits,

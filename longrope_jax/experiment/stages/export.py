@@ -11,8 +11,8 @@ from longrope_jax import json_files
 from longrope_jax.evaluation.evaluate import recorded_nll
 from longrope_jax.evaluation.factor_switching import Cost, cost_windows, replacement_cost
 from longrope_jax.evaluation.perplexity import perplexity
-from longrope_jax.experiment.context import RunContext
-from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, nothing, sources
+from longrope_jax.experiment.context import RunContext, finished_file, started_file
+from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, sources
 from longrope_jax.experiment.stages.settings import LoadSettings, TableSettings
 from longrope_jax.interop.export import UnsupportedByFormat, check_architecture, export_checkpoint, fit_to_format
 from longrope_jax.model import LlamaConfig
@@ -183,9 +183,8 @@ def _evaluated(settings: ExportSettings, context: RunContext) -> dict[str, Any]:
     model = context.model_stage(settings.model)
     for stage, (evaluation, made) in reversed(context.evaluations.items()):
         inputs = _recorded(context, stage)[f"stages before {stage}"]
-        latest = [name for name in context.trained if name in inputs][
-            -1
-        ]  # what a method that names no model meant then
+        # What a method that names no model meant then.
+        latest = [name for name in context.trained if name in inputs][-1]
         mine = [name for name, method in evaluation.methods.items() if (method.model or latest) == model]
         if mine:
             return {
@@ -208,7 +207,7 @@ def _history(context: RunContext, name: str) -> dict[str, dict[str, Any]]:
         fingerprint = _recorded(context, stage)
         for earlier in fingerprint[f"stages before {stage}"]:
             add(earlier)
-        summary = json_files.read_object(context.workdir / "stages" / f"{stage}.json")
+        summary = json_files.read_object(finished_file(context.workdir, stage))
         settings = records.flat(fingerprint[stage])
         shown = {key: value for key, value in settings.items() if value not in ("", None) and key not in _HOUSEKEEPING}
         steps[stage] = shown | {key: summary[key] for key in _RESULTS if key in summary}
@@ -220,7 +219,7 @@ def _history(context: RunContext, name: str) -> dict[str, dict[str, Any]]:
 
 def _recorded(context: RunContext, stage: str) -> dict[str, Any]:
     """The fingerprint of a stage: its settings and its input stages."""
-    return json_files.read_object(context.workdir / "stages" / f"{stage}.started.json")
+    return json_files.read_object(started_file(context.workdir, stage))
 
 
 # What a report says of an export.
@@ -244,12 +243,10 @@ def _load_export(settings: ExportSettings, context: RunContext, name: str, summa
 
 
 EXPORT = Stage(
-    ExportSettings,
-    _check_export,
-    nothing,
-    nothing,
-    _run_export,
-    _load_export,
+    settings=ExportSettings,
+    check=_check_export,
+    run=_run_export,
+    load=_load_export,
     inputs=lambda s, before: [model_stage(s.model, before), *sources((s.factors,), before)],
     splits=lambda s: ("evaluation",) if s.allowed else (),
     resumes=False,

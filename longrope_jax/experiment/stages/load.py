@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from longrope_jax.experiment.context import RunContext
-from longrope_jax.experiment.stage import Before, Stage, nothing
+from longrope_jax.experiment.stage import Before, Stage
 from longrope_jax.experiment.stages.settings import LoadSettings
 from longrope_jax.files import size_of
 from longrope_jax.interop.pretrained import read_params
@@ -63,11 +63,9 @@ def _files(path: str) -> dict[str, int]:
 
 
 LOAD = Stage(
-    LoadSettings,
-    _check_load,
-    _check_load_data,
-    nothing,
-    _run_load,
-    _load_load,
-    inputs=lambda settings, before: [],
+    settings=LoadSettings,
+    check=_check_load,
+    check_data=_check_load_data,
+    run=_run_load,
+    load=_load_load,
 )

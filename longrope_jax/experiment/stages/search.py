@@ -145,12 +145,12 @@ def _inputs(settings: SearchSettings, before: Before) -> list[str]:
 
 
 SEARCH = Stage(
-    SearchSettings,
-    _check_search,
-    _check_search_data,
-    lambda settings, config, layout: settings.check_layout(layout),
-    _run_search,
-    _load_search,
+    settings=SearchSettings,
+    check=_check_search,
+    check_data=_check_search_data,
+    check_layout=lambda settings, config, layout: settings.check_layout(layout),
+    run=_run_search,
+    load=_load_search,
     inputs=_inputs,
     programs=search_programs,
     splits=lambda settings: ("search", "evaluation") if settings.held_out_documents else ("search",),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from longrope_jax.experiment.context import RunContext, factor_file, save_table_of
-from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, nothing, sources
+from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, sources
 from longrope_jax.experiment.stages.settings import TableSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, load_table
@@ -39,11 +39,9 @@ def _load_table(settings: TableSettings, context: RunContext, name: str, summary
 
 
 TABLE = Stage(
-    TableSettings,
-    _check_table,
-    nothing,
-    nothing,
-    _run_table,
-    _load_table,
+    settings=TableSettings,
+    check=_check_table,
+    run=_run_table,
+    load=_load_table,
     inputs=lambda s, before: [model_stage(s.model, before), *sources(s.factors, before)],
 )

@@ -10,9 +10,8 @@ from longrope_jax.experiment.programs import finetune_programs, pretrain_program
 from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, sources
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import Trained, load_factors, unscaled
-from longrope_jax.runtime.mesh import Layout
 from longrope_jax.training.finetune import FinetuneSettings, finetune
-from longrope_jax.training.loop import load_params
+from longrope_jax.training.loop import LoopSettings, load_params
 from longrope_jax.training.pretrain import PretrainSettings, pretrain
 
 
@@ -26,10 +25,6 @@ def _check_pretrain_data(settings: PretrainSettings, context: RunContext) -> Non
     settings.batches(train, context.tokenizer, length)
 
 
-def _check_pretrain_layout(settings: PretrainSettings, config: LlamaConfig, layout: Layout) -> None:
-    settings.check_layout(layout, config.original_length)
-
-
 def _run_pretrain(settings: PretrainSettings, context: RunContext, name: str) -> dict[str, Any]:
     train = context.documents[settings.data]["train"]
     seconds = pretrain(context.model, context.layout, settings, train, context.tokenizer, context.workdir, name)
@@ -37,22 +32,25 @@ def _run_pretrain(settings: PretrainSettings, context: RunContext, name: str) ->
 
 
 def _load_pretrain(settings: PretrainSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
-    config = context.model.config
+    _register_params(settings, context, name)
+    context.trained[name] = Trained(context.model.config.original_length, unscaled(context.model.config.head_dim))
+
+
+def _register_params(settings: LoopSettings, context: RunContext, name: str) -> None:
+    """Reads the parameters once; raises LookupError if they are missing."""
     context.read_params[name] = partial(
         load_params, context.workdir, name, context.model, context.layout, settings.steps
     )
     context.params(name)
-    context.trained[name] = Trained(config.original_length, unscaled(config.head_dim))
 
 
 PRETRAIN = Stage(
-    PretrainSettings,
-    _check_pretrain,
-    _check_pretrain_data,
-    _check_pretrain_layout,
-    _run_pretrain,
-    _load_pretrain,
-    inputs=lambda settings, before: [],
+    settings=PretrainSettings,
+    check=_check_pretrain,
+    check_data=_check_pretrain_data,
+    check_layout=lambda settings, config, layout: settings.check_layout(layout, config.original_length),
+    run=_run_pretrain,
+    load=_load_pretrain,
     programs=pretrain_programs,
     splits=lambda settings: ("train",),
 )
@@ -74,10 +72,6 @@ def _check_finetune_data(settings: FinetuneSettings, context: RunContext) -> Non
     settings.batches(documents["train"], context.tokenizer, context.model.config.original_length)
     if settings.evaluate_every:
         fixed_windows(documents["search"], settings.length, settings.held_out_documents, settings.seed)
-
-
-def _check_finetune_layout(settings: FinetuneSettings, config: LlamaConfig, layout: Layout) -> None:
-    settings.check_layout(layout, settings.length)
 
 
 def _run_finetune(settings: FinetuneSettings, context: RunContext, name: str) -> dict[str, Any]:
@@ -102,10 +96,7 @@ def _run_finetune(settings: FinetuneSettings, context: RunContext, name: str) ->
 
 def _load_finetune(settings: FinetuneSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
     factors = load_factors(factor_file(context, name), context.model.config.head_dim)
-    context.read_params[name] = partial(
-        load_params, context.workdir, name, context.model, context.layout, settings.steps
-    )
-    context.params(name)
+    _register_params(settings, context, name)
     context.trained[name] = Trained(_reach(settings, context), factors)  # last: a stage to run again is no model yet
 
 
@@ -118,12 +109,12 @@ def _reach(settings: FinetuneSettings, context: RunContext) -> int:
 
 
 FINETUNE = Stage(
-    FinetuneSettings,
-    _check_finetune,
-    _check_finetune_data,
-    _check_finetune_layout,
-    _run_finetune,
-    _load_finetune,
+    settings=FinetuneSettings,
+    check=_check_finetune,
+    check_data=_check_finetune_data,
+    check_layout=lambda settings, config, layout: settings.check_layout(layout, settings.length),
+    run=_run_finetune,
+    load=_load_finetune,
     inputs=lambda s, before: [model_stage(s.model, before), *sources((s.factors,), before)],
     programs=finetune_programs,
     splits=lambda s: ("train", "search") if s.evaluate_every else ("train",),
