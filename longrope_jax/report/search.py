@@ -38,16 +38,20 @@ def search_section(search: Summary) -> Parts:
 
 def _cost(search: Summary) -> str:
     costs, count = search["costs"], search["evaluations"]
-    read = float(np.minimum(np.diff(costs, prepend=0), 1).sum())  # a cost above 1 includes gradient steps
-    steps = costs[-1] - read
+    screening = search["screening"]
+    # A cost above 1 includes gradient steps.
+    read = float(np.minimum(np.diff(costs, prepend=0) - screening, 1).sum())
+    steps = costs[-1] - read - screening * count
     text = f"{count} candidates for {costs[-1]:.1f} forward equivalents (1 is a candidate on all search documents)"
+    if screening:
+        text += f", {screening * count:.1f} of them on skipped positions"
     if steps > 0.05:
         text += f", {steps:.1f} of them gradient steps"
     scoring = search["objective_seconds"] / search["seconds"]
     text += f", in {search['seconds']:.1f} s, {100 * scoring:.1f} % of it scoring candidates."
     if search["dropped"]:
         text += (
-            f" {search['dropped']} candidates were rejected after part of the documents: all candidates together read "
+            f" {search['dropped']} candidates were not read in full: all candidates together read "
             f"{100 * read / count:.0f} % of their documents."
         )
     return text

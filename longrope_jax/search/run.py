@@ -35,7 +35,8 @@ class SearchResult(NamedTuple):
         curve: the best score so far after every candidate.
         costs: forward equivalents spent so far, after every candidate.
         seeds: score of every seed.
-        dropped: candidates that a race did not read in full.
+        dropped: candidates that were not read in full.
+        screening: forward equivalents of a candidate on skipped positions; 0 without them.
         held_out: (forward equivalents, score, NLL on held-out documents) of the best so far, after every iteration
             that found a better one.
         yarn: (beta_fast, beta_slow, scale, with YaRN's temperature) of the factors, if a grid of YaRNs has them.
@@ -51,6 +52,7 @@ class SearchResult(NamedTuple):
     costs: list[float]
     seeds: dict[str, float]
     dropped: int
+    screening: float
     held_out: list[tuple[float, float, float]]
     yarn: tuple[float, float, float, bool] | None
     documents: dict[str, list[str]]
@@ -143,6 +145,7 @@ def run_search(
         np.cumsum(state.cost).tolist(),
         dict(zip(names, state.nll[is_seed].tolist(), strict=True)),
         int(np.isnan(state.documents).any(1).sum()),
+        sum(block.flops for block in objective.screens) / sum(block.flops for block in objective.blocks),
         _held_out(model, layout, params, state, settings, documents) if settings.held_out_documents else [],
         next((key for key, yarn in grid.items() if np.allclose(yarn.lam, state.best().lam)), None),
         {name: term.names for name, term in terms.items()},

@@ -25,6 +25,7 @@ SUMMARY = dict(
     dropped=2,
     held_out=[],
     yarn=[],
+    screening=0.0,
 )
 HELD_OUT = [[3.0, 1.5, 1.6], [4.0, 1.25, 1.3], [5.0, 1.0, 1.35]]
 
@@ -52,14 +53,23 @@ def test_a_search_is_drawn_against_what_it_spent():
 def test_what_a_race_saved_is_reported():
     text = search_section(SUMMARY)[1]
     assert text.startswith("By evolution: 6 candidates for 5.0 forward equivalents") and "gradient steps" not in text
-    assert "2 candidates were rejected after part of the documents: all candidates together read 83 % of" in text
-    assert "rejected" not in search_section(SUMMARY | {"dropped": 0})[1]
+    assert "2 candidates were not read in full: all candidates together read 83 % of" in text
+    assert "in full" not in search_section(SUMMARY | {"dropped": 0})[1]
 
 
 def test_gradient_steps_are_distinguished_from_candidates():
     costs = [1.0, 2.0, 3.0, 34.0, 35.0, 36.0]  # the fourth brought 30 forward equivalents of steps with it
     text = search_section(SUMMARY | {"method": "gradient", "costs": costs, "dropped": 0})[1]
     assert "6 candidates for 36.0 forward equivalents" in text and "30.0 of them gradient steps" in text
+
+
+def test_what_was_read_on_skipped_positions_is_no_gradient_step():
+    costs = [1.1, 2.2, 2.3, 2.4, 2.5, 3.6]
+    text = search_section(SUMMARY | {"screening": 0.1, "costs": costs, "dropped": 3})[1]
+    assert "3.6 forward equivalents" in text and "0.6 of them on skipped positions" in text
+    assert (
+        "gradient steps" not in text and "3 candidates were not read in full: all candidates together read 50 %" in text
+    )
 
 
 def test_overfitting_is_reported_and_drawn():

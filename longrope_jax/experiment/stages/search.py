@@ -78,7 +78,17 @@ def _run_search(settings: SearchSettings, context: RunContext, name: str) -> dic
         provenance=provenance,
     )
     save_factors_of(context, name + BEST_SEED, result.best_seed, settings.target_length, model_stage=start)
-    measured = ("seconds", "objective_seconds", "best_nll", "seeds", "curve", "costs", "dropped", "held_out")
+    measured = (
+        "seconds",
+        "objective_seconds",
+        "best_nll",
+        "seeds",
+        "curve",
+        "costs",
+        "dropped",
+        "screening",
+        "held_out",
+    )
     return {
         "target_length": settings.target_length,
         "model": start,
@@ -122,6 +132,7 @@ _SUMMARY = {
     "curve": [float],
     "costs": [float],
     "dropped": int,
+    "screening": float,
     "held_out": [[float]],
     "yarn": list,
     "objective_seconds": float,
