@@ -17,10 +17,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.evaluation.perplexity import DocumentNll, compare
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.experiment import DataSettings, prepare, reopen
+from longrope_jax.experiment import prepare, reopen
 from longrope_jax.model import LlamaConfig
 from longrope_jax.report.tables import markdown_table
 from longrope_jax.rope import stack

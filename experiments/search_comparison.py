@@ -22,9 +22,10 @@ from etils import epath
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.evaluation.evaluate import EvaluationSettings, Method, recorded_nll
 from longrope_jax.evaluation.perplexity import DocumentNll
-from longrope_jax.experiment import DataSettings, run
+from longrope_jax.experiment import run
 from longrope_jax.model import LlamaConfig
 from longrope_jax.report.tables import markdown_table
 from longrope_jax.runtime import records

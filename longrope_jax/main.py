@@ -117,20 +117,15 @@ def _generate() -> None:
     from longrope_jax.model.decode import Sampling
     from longrope_jax.runtime.mesh import MeshSettings
 
-    settings = generate.GenerateSettings(
-        tuple(_PROMPT_FILES.value),
-        _MAX_NEW_TOKENS.value,
-        Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value),
-        _SEED.value,
-        _SWITCH.value,
-    )
+    sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     _require(prompt_file=_PROMPT_FILES.value)
     if _PRETRAINED.value:
         writer = generate.from_path(_PRETRAINED.value, _FACTORS.value, MeshSettings(_MESH.value))
     else:
         _require(config=_CONFIG.value, workdir=_WORKDIR.value)
         writer = generate.from_experiment(_CONFIG.value, _WORKDIR.value, _FACTORS.value, _MODEL.value)
-    generate.write(writer, settings)
+    prompts, count = _PROMPT_FILES.value, _MAX_NEW_TOKENS.value
+    generate.write(writer, prompts, count, sampling=sampling, seed=_SEED.value, switch=_SWITCH.value)
 
 
 def _require(**given) -> None:

@@ -16,9 +16,9 @@ from tokenizers import decoders, pre_tokenizers
 import longrope_jax as lr
 from longrope_jax import experiment
 from longrope_jax.commands import generate
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.experiment import DataSettings
 from longrope_jax.experiment.stages import LoadSettings, TableSettings
 from longrope_jax.model.config import PRESETS
 from longrope_jax.model.decode import Sampling, complete
@@ -207,10 +207,8 @@ def test_a_stage_with_a_preset_does_what_it_does_without(preset, config, checkpo
         experiment.prepare(short, tmp_path / "anew")
 
 
-def settings_for(*prompts, **changes):
-    return generate.GenerateSettings(
-        **{**dict(prompt_files=prompts, max_new_tokens=12, sampling=Sampling(), seed=0, switch="ahead"), **changes}
-    )
+def written(writer, *prompts):
+    return generate.write(writer, prompts, 12, sampling=Sampling(), seed=0, switch="ahead")
 
 
 @pytest.fixture
@@ -225,11 +223,11 @@ def test_text_is_written_from_a_path_and_from_a_work_directory(config, checkpoin
     loaded = generate.from_path(str(checkpoint), "", MeshSettings())
     reopened = generate.from_experiment(config, workdir, "table", "")
     short = prompts[:1]
-    (from_path,) = generate.write(loaded, settings_for(*short))
+    (from_path,) = written(loaded, *short)
     assert capsys.readouterr().out == from_path + "\n"
     # 28 tokens are below L, where both have the factors that the model came with.
-    assert generate.write(reopened, settings_for(*short)) == [from_path]
-    both = generate.write(reopened, settings_for(*prompts))
+    assert written(reopened, *short) == [from_path]
+    both = written(reopened, *prompts)
     assert both[0] == from_path
     tokens = loaded.tokenizer.encode(Path(prompts[1]).read_text(), eos=False)
     (wanted,) = complete(reopened.model, reopened.params, reopened.table, [tokens], 12, stops=loaded.tokenizer.stops)
@@ -240,9 +238,9 @@ def test_text_is_written_from_a_path_and_from_a_work_directory(config, checkpoin
 def test_what_can_t_be_written_is_reported(config, checkpoint, workdir, prompts):
     loaded = generate.from_path(str(checkpoint), "", MeshSettings())
     with pytest.raises(ValueError, match="241 tokens and max_new_tokens = 12 make 253; .* ends at 64"):
-        generate.write(loaded, settings_for(prompts[1]))
+        written(loaded, prompts[1])
     with pytest.raises(ValueError, match="prompt_file = '/nowhere' can't be read"):
-        generate.write(loaded, settings_for("/nowhere"))
+        written(loaded, "/nowhere")
     with pytest.raises(ValueError, match="factors = 'other' is no finished stage .* those are load, search"):
         generate.from_experiment(config, workdir, "other", "")
 

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from timing_fields import SPEEDS
 
 from longrope_jax import experiment, rope
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
-from longrope_jax.experiment import DataSettings
 from longrope_jax.model import LlamaConfig
 from longrope_jax.runtime import preemption
 from longrope_jax.search import gradient

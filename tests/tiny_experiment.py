@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from timing_fields import SPEEDS
 
-from longrope_jax.experiment import DataSettings
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.experiment.stages import evaluation, search, training
 from longrope_jax.model import LlamaConfig
 from longrope_jax.search.settings import EvolutionSettings

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,26 +18,6 @@ from longrope_jax.model.decode import Sampling, complete, generate
 from longrope_jax.rope import FactorTable
 from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import Layout, MeshSettings
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    """Prompts, and how new tokens are sampled.
-
-    Attributes:
-        prompt_files: one text each; several are one batch.
-        max_new_tokens: per prompt; fewer if the model ends its text.
-        sampling: see `Sampling`.
-        seed: of sampling.
-        switch: see `model/decode.py`: "ahead" takes the factors of prompt and new tokens together, "running" those of
-            the length so far.
-    """
-
-    prompt_files: tuple[str, ...]
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int
-    switch: str
 
 
 class Writer(NamedTuple):
@@ -91,24 +70,32 @@ def from_experiment(config: ConfigDict, workdir: epath.PathLike, factors: str, m
     return Writer(context.model, context.params(model), context.tokenizer, table, context.layout)
 
 
-def write(writer: Writer, settings: GenerateSettings) -> list[str]:
+def write(
+    writer: Writer, prompt_files: Sequence[str], max_new_tokens: int, *, sampling: Sampling, seed: int, switch: str
+) -> list[str]:
     """Generates and prints text, for a single prompt token by token. Returns the new text of every prompt.
+
+    Args:
+        prompt_files: one text each; several are one batch.
+        max_new_tokens: per prompt; fewer if the model ends its text.
+        sampling: see `Sampling`.
+        seed: of sampling.
+        switch: see `model/decode.py`: "ahead" takes the factors of prompt and new tokens together, "running" those of
+            the length so far.
 
     Raises:
         ValueError: a prompt is empty, missing, or too long for the table of factors.
     """
     model, params, tokenizer, table, layout = writer
-    prompts = [_prompt(path, tokenizer) for path in settings.prompt_files]
-    options: dict[str, Any] = dict(
-        sampling=settings.sampling, stops=tokenizer.stops, seed=settings.seed, switch=settings.switch
-    )
+    prompts = [_prompt(path, tokenizer) for path in prompt_files]
+    options: dict[str, Any] = dict(sampling=sampling, stops=tokenizer.stops, seed=seed, switch=switch)
     with layout.active():
         if len(prompts) == 1:
-            steps = generate(model, params, table, prompts, settings.max_new_tokens, **options)
+            steps = generate(model, params, table, prompts, max_new_tokens, **options)
             return ["".join(_show(_pieces((step[0] for step in steps), tokenizer)))]
-        rows = complete(model, params, table, prompts, settings.max_new_tokens, **options)
+        rows = complete(model, params, table, prompts, max_new_tokens, **options)
     texts = [tokenizer.decode(row) for row in rows]
-    _show(f"==> {path} <==\n{text}\n" for path, text in zip(settings.prompt_files, texts, strict=True))
+    _show(f"==> {path} <==\n{text}\n" for path, text in zip(prompt_files, texts, strict=True))
     return texts
 
 

@@ -4,12 +4,10 @@ A stage takes what the ones before it left in the work directory. Its name is it
 occurs more than once (`search`, `search_64x`); the config section of the same name holds its settings.
 """
 
-from longrope_jax.data.corpus import DataSettings
 from longrope_jax.experiment.config import Experiment, check_layout, kind_of, parse_experiment
 from longrope_jax.experiment.running import execute, prepare, reopen, run
 
 __all__ = [
-    "DataSettings",
     "Experiment",
     "check_layout",
     "execute",

@@ -127,26 +127,17 @@ def table_entry(table: FactorTable, length: int) -> tuple[RopeFactors, int]:
     return table.select(boundary), boundary
 
 
-def save_factors_of(context: RunContext, name: str, factors: RopeFactors, target: int, **metadata: Any) -> None:
-    """Writes `factors/<name>.json`: factors for windows of up to `target` tokens."""
+def save_factors_of(context: RunContext, name: str, factors: RopeFactors | FactorTable, **metadata: Any) -> None:
+    """Writes `factors/<name>.json`."""
     if processes.is_first():
-        config = context.model.config
-        save_factors(
-            _new_factor_file(context, name),
-            factors,
-            **records.finite(metadata),
-            stage=name,
-            model=dataclasses.asdict(config),
-            original_length=config.original_length,
-            target_length=target,
-        )
-
-
-def save_table_of(context: RunContext, name: str, table: FactorTable, **metadata: Any) -> None:
-    """Writes `factors/<name>.json`: factors by length."""
-    if processes.is_first():
-        model = dataclasses.asdict(context.model.config)
-        save_table(_new_factor_file(context, name), table, stage=name, model=model, **metadata)
+        path, config = context.workdir / "factors" / f"{name}.json", context.model.config
+        path.parent.mkdir(exist_ok=True)
+        known = {"stage": name, "model": dataclasses.asdict(config), "original_length": config.original_length}
+        metadata = records.finite(metadata) | known
+        if isinstance(factors, FactorTable):
+            save_table(path, factors, **metadata)
+        else:
+            save_factors(path, factors, **metadata)
 
 
 def factor_file(context: RunContext, name: str) -> epath.Path:
@@ -155,9 +146,3 @@ def factor_file(context: RunContext, name: str) -> epath.Path:
     if not path.exists():
         raise LookupError(f"{path} is missing")
     return path
-
-
-def _new_factor_file(context: RunContext, name: str) -> epath.Path:
-    folder = context.workdir / "factors"
-    folder.mkdir(exist_ok=True)
-    return folder / f"{name}.json"

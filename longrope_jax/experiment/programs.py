@@ -33,24 +33,22 @@ from longrope_jax.training.loop import LoopSettings
 from longrope_jax.training.pretrain import PretrainSettings
 from longrope_jax.training.step import init_params, init_state, make_optimizer, train_step
 
-Programs = list[Program]
-
 _ATTENTION_BACKWARD = 3.5
 """FLOPs of the backward kernels, in forward passes: seven products instead of two, as the kernel for the gradients of
 queries and the one for keys both compute scores and gradients of weights."""
 _ANSWER_TOKENS = 8  # roughly the longest answer
 
 
-def pretrain_programs(settings: PretrainSettings, config: LlamaConfig, layout: Layout) -> Programs:
+def pretrain_programs(settings: PretrainSettings, config: LlamaConfig, layout: Layout) -> list[Program]:
     """One training step."""
-    return [_step(settings, config, layout, config.original_length, (config.original_length,), False, config.remat)]
+    return [_step(settings, config, layout, (config.original_length,), False, config.remat)]
 
 
-def finetune_programs(settings: FinetuneSettings, config: LlamaConfig, layout: Layout) -> Programs:
+def finetune_programs(settings: FinetuneSettings, config: LlamaConfig, layout: Layout) -> list[Program]:
     """One training step, and the evaluation on held-out documents, during which the optimizer's state uses memory."""
     is_mixed = settings.long_share < 1
     lengths = (config.original_length, settings.length) if is_mixed else (settings.length,)
-    step = _step(settings, config, layout, settings.length, lengths, settings.packed or is_mixed, settings.remat)
+    step = _step(settings, config, layout, lengths, settings.packed or is_mixed, settings.remat)
     if not settings.evaluate_every:
         return [step]
     times = -(-settings.steps // settings.evaluate_every)
@@ -59,7 +57,7 @@ def finetune_programs(settings: FinetuneSettings, config: LlamaConfig, layout: L
     return [step, dataclasses.replace(held_out, additional_bytes=optimizer_bytes)]
 
 
-def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layout) -> Programs:
+def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layout) -> list[Program]:
     """For each length of the objective, the score of a batch of candidates on a batch of documents, the same on skipped
     positions, and a step of their gradient refinement; and the evaluation of the best candidate on held-out documents.
     """
@@ -96,7 +94,7 @@ def search_programs(settings: SearchSettings, config: LlamaConfig, layout: Layou
     return programs
 
 
-def evaluate_programs(settings: EvaluationSettings, config: LlamaConfig, layout: Layout) -> Programs:
+def evaluate_programs(settings: EvaluationSettings, config: LlamaConfig, layout: Layout) -> list[Program]:
     """For each length, the score of a batch of windows."""
     longest = max(settings.lengths)
     programs = []
@@ -109,7 +107,7 @@ def evaluate_programs(settings: EvaluationSettings, config: LlamaConfig, layout:
     return programs
 
 
-def retrieval_programs(settings: RetrievalSettings, config: LlamaConfig, layout: Layout) -> Programs:
+def retrieval_programs(settings: RetrievalSettings, config: LlamaConfig, layout: Layout) -> list[Program]:
     """At the longest length, whose cache is the largest: prefill of the prompt's last chunk, and one decoding step."""
     length = max(settings.lengths)
     prompts = len(settings.methods) * len(settings.places) * -(-settings.tries // settings.prompts_at_once)
@@ -141,12 +139,12 @@ def _step(
     settings: LoopSettings,
     config: LlamaConfig,
     layout: Layout,
-    length: int,
     lengths: tuple[int, ...],
     is_packed: bool,
     remat: str,
 ) -> Program:
-    model = Llama(dataclasses.replace(config, remat=remat))
+    """A training step on sequences of the longest, the last, of the lengths that the batch mixes."""
+    model, length = Llama(dataclasses.replace(config, remat=remat)), lengths[-1]
     rows = layout.abstract_rows(settings.batch, length)
     batch = Batch(rows, rows, rows, rows if is_packed else None, layout.abstract_rows(settings.batch))  # type: ignore[arg-type]  # shapes
     table = layout.abstract_replicated(FactorTable.of({window: unscaled(config.head_dim) for window in lengths}))

@@ -18,9 +18,8 @@ from longrope_jax.experiment.config import (
     stage_of,
     tokenizer_of,
 )
-from longrope_jax.experiment.context import finished_file, started_file
+from longrope_jax.experiment.context import RunContext, finished_file, started_file
 from longrope_jax.experiment.fingerprint import check_fingerprints, fingerprint
-from longrope_jax.experiment.stages import RunContext
 from longrope_jax.model import Llama
 from longrope_jax.report import summarize, summary_tables, write_report
 from longrope_jax.runtime import lock, preemption, processes, profiling
@@ -117,7 +116,8 @@ def _run_or_skip(name: str, experiment: Experiment, context: RunContext) -> dict
         except (LookupError, ValueError) as error:
             lost = " ".join(map(str, error.args))
         if not processes.any_of(lost is not None):
-            _print_once(f"{name}: finished before, skipped")
+            if processes.is_first():
+                print(f"{name}: finished before, skipped")
             return summary
         logging.warning("%s: finished before, but %s; running it again", name, lost)
     if processes.is_first():
@@ -143,8 +143,3 @@ def _layout(experiment: Experiment, workdir: epath.Path) -> Layout:
 def _summary(finished: epath.Path) -> dict[str, Any]:
     """The summary of a finished stage."""
     return json_files.read_object(finished, {"seconds": float})
-
-
-def _print_once(line: str) -> None:
-    if processes.is_first():
-        print(line)

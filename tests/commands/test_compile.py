@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 from longrope_jax import experiment
 from longrope_jax.commands import compile
 from longrope_jax.commands.compile import compile_experiment
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.evaluation import perplexity
 from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
 from longrope_jax.evaluation.retrieval import RetrievalSettings
-from longrope_jax.experiment import DataSettings, kind_of
+from longrope_jax.experiment import kind_of
 from longrope_jax.experiment.stages import STAGES, ExportSettings, LoadSettings, TableSettings
 from longrope_jax.model import LlamaConfig, decode
 from longrope_jax.model.sharding import make_mesh

@@ -7,7 +7,7 @@ import pytest
 from tiny_experiment import change, forbid_work
 
 from longrope_jax import experiment
-from longrope_jax.experiment import DataSettings
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.settings import section
 
 

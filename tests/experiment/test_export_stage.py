@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 import longrope_jax as lr
 from longrope_jax import experiment
 from longrope_jax.commands import export
+from longrope_jax.data.corpus import DataSettings
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.evaluation.evaluate import EvaluationSettings, Method
-from longrope_jax.experiment import DataSettings
 from longrope_jax.experiment.stages import ExportSettings, LoadSettings, TableSettings
 from longrope_jax.experiment.stages.export import EXPORT
 from longrope_jax.interop.export import UnsupportedByFormat, export_checkpoint

@@ -1,6 +1,5 @@
 """The kinds of stages: what each checks before anything starts, does, and hands on to the stages after it."""
 
-from longrope_jax.experiment.context import RunContext
 from longrope_jax.experiment.stage import Stage
 from longrope_jax.experiment.stages.evaluation import EVALUATE, RETRIEVAL
 from longrope_jax.experiment.stages.export import EXPORT, ExportSettings
@@ -21,4 +20,4 @@ STAGES = {
     "export": EXPORT,
 }
 
-__all__ = ["STAGES", "RunContext", "ExportSettings", "LoadSettings", "Stage", "TableSettings"]
+__all__ = ["STAGES", "ExportSettings", "LoadSettings", "Stage", "TableSettings"]

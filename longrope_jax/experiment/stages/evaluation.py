@@ -22,7 +22,7 @@ from longrope_jax.runtime.mesh import Layout
 Settings = EvaluationSettings | RetrievalSettings
 
 
-def method_targets(settings: Settings, before: Before) -> dict[str, int | None]:
+def _method_targets(settings: Settings, before: Before) -> dict[str, int | None]:
     """The lengths (tokens) that the methods' factors are for; None for a published method.
 
     Raises:
@@ -35,13 +35,13 @@ def method_targets(settings: Settings, before: Before) -> dict[str, int | None]:
     return targets
 
 
-def method_inputs(settings: Settings, before: Before) -> list[str]:
+def _method_inputs(settings: Settings, before: Before) -> list[str]:
     """The stages whose models and factors the methods use."""
     models = {model_stage(method.model, before) for method in settings.methods.values()}
     return sorted(models | set(sources(tuple(method.factors for method in settings.methods.values()), before)))
 
 
-def evaluated_methods(settings: Settings, context: RunContext) -> dict[str, EvaluatedMethod]:
+def _evaluated_methods(settings: Settings, context: RunContext) -> dict[str, EvaluatedMethod]:
     """The methods with their parameters and factors; published methods extend to the longest of the lengths."""
     longest = max(settings.lengths)
     return {
@@ -52,7 +52,7 @@ def evaluated_methods(settings: Settings, context: RunContext) -> dict[str, Eval
     }
 
 
-def finished_records(path: epath.Path, stage: str, fields: Mapping[str, Kind], count: int) -> list[dict[str, Any]]:
+def _finished_records(path: epath.Path, stage: str, fields: Mapping[str, Kind], count: int) -> list[dict[str, Any]]:
     """The records of a finished stage; raises LookupError if they are fewer than `count`."""
     found = records.of_stage(path, stage, fields)
     if len(found) < count:
@@ -61,7 +61,7 @@ def finished_records(path: epath.Path, stage: str, fields: Mapping[str, Kind], c
 
 
 def _check_evaluate(settings: EvaluationSettings, config: LlamaConfig, before: Before) -> None:
-    for name, target in method_targets(settings, before).items():
+    for name, target in _method_targets(settings, before).items():
         source = settings.methods[name].factors
         is_table = isinstance(before.get(source), TableSettings | LoadSettings)
         if target is not None and is_table and max(settings.lengths) > target:
@@ -91,17 +91,15 @@ def _check_evaluate_layout(settings: EvaluationSettings, config: LlamaConfig, la
 
 
 def _run_evaluate(settings: EvaluationSettings, context: RunContext, name: str) -> dict[str, Any]:
-    documents, methods = context.documents[settings.data][settings.split], evaluated_methods(settings, context)
+    documents, methods = context.documents[settings.data][settings.split], _evaluated_methods(settings, context)
     found = run_evaluation(context.model, context.layout, methods, settings, documents, context.workdir, name)
     return {"lengths": list(settings.lengths), "seconds": sum(record["seconds"] for record in found)}
 
 
 def _load_evaluate(settings: EvaluationSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
     count = len(settings.methods) * len(settings.lengths)
-    context.evaluations[name] = (
-        settings,
-        finished_records(context.workdir / "evaluation.jsonl", name, EVALUATION_RECORD, count),
-    )
+    found = _finished_records(context.workdir / "evaluation.jsonl", name, EVALUATION_RECORD, count)
+    context.evaluations[name] = settings, found
 
 
 EVALUATE = Stage(
@@ -111,7 +109,7 @@ EVALUATE = Stage(
     check_layout=_check_evaluate_layout,
     run=_run_evaluate,
     load=_load_evaluate,
-    inputs=method_inputs,
+    inputs=_method_inputs,
     programs=evaluate_programs,
     splits=lambda settings: (settings.split,),
 )
@@ -119,7 +117,7 @@ EVALUATE = Stage(
 
 def _check_retrieval(settings: RetrievalSettings, config: LlamaConfig, before: Before) -> None:
     longest = max(settings.lengths)
-    for name, target in method_targets(settings, before).items():
+    for name, target in _method_targets(settings, before).items():
         if target is not None and longest > target:
             raise ValueError(
                 f"lengths = {settings.lengths} goes beyond {target}, up to which methods.{name}.factors = "
@@ -142,7 +140,7 @@ def _splits(settings: RetrievalSettings) -> tuple[str, ...]:
 
 
 def _run_retrieval(settings: RetrievalSettings, context: RunContext, name: str) -> dict[str, Any]:
-    documents, methods = _documents(settings, context), evaluated_methods(settings, context)
+    documents, methods = _documents(settings, context), _evaluated_methods(settings, context)
     found = run_retrieval(
         context.model, context.layout, methods, settings, context.tokenizer, documents, context.workdir, name
     )
@@ -151,10 +149,8 @@ def _run_retrieval(settings: RetrievalSettings, context: RunContext, name: str) 
 
 def _load_retrieval(settings: RetrievalSettings, context: RunContext, name: str, summary: dict[str, Any]) -> None:
     count = len(settings.methods) * len(settings.lengths) * len(settings.places)
-    context.retrievals[name] = (
-        settings,
-        finished_records(context.workdir / "retrieval.jsonl", name, RETRIEVAL_RECORD, count),
-    )
+    found = _finished_records(context.workdir / "retrieval.jsonl", name, RETRIEVAL_RECORD, count)
+    context.retrievals[name] = settings, found
 
 
 RETRIEVAL = Stage(
@@ -163,7 +159,7 @@ RETRIEVAL = Stage(
     check_data=_check_retrieval_data,  # and no mesh is refused: generation fills up batches that don't fit it
     run=_run_retrieval,
     load=_load_retrieval,
-    inputs=method_inputs,
+    inputs=_method_inputs,
     programs=retrieval_programs,
     splits=_splits,
 )

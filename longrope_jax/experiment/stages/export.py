@@ -22,11 +22,14 @@ from longrope_jax.rope import FactorTable
 from longrope_jax.rope.huggingface import DROPPABLE
 from longrope_jax.runtime import processes, records
 from longrope_jax.search.settings import SearchSettings
-from longrope_jax.settings import DocumentCount, Seed, Settings, one_of
+from longrope_jax.settings import DocumentCount, Rule, Seed, Settings, one_of
 
 # Fields of a stage's summary that a model card shows, and fields of its settings that it omits.
 _RESULTS = ("parameters", "evaluations", "best_nll", "seconds")
 _HOUSEKEEPING = ("dtype", "param_dtype", "attention", "log_every", "checkpoint_every", "data")
+
+
+_POSITIVE = Rule(lambda lengths: min(lengths, default=1) > 0, "must be positive numbers of tokens")
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,10 @@ class ExportSettings(Settings):
     allow_dropping_start_tokens: bool = False
     allow_dropping_lengths: bool = False
     allow_dropping_temperatures: bool = False
-    cost_lengths: tuple[int, ...] = ()
+    cost_lengths: Annotated[tuple[int, ...], _POSITIVE] = ()
     cost_documents: DocumentCount = 8
     seed: Seed = 0
     data: str = "data"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if any(length < 1 for length in self.cost_lengths):
-            raise ValueError(f"cost_lengths = {self.cost_lengths} must be positive numbers of tokens")
 
     @property
     def allowed(self) -> tuple[str, ...]:

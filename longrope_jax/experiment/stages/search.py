@@ -71,13 +71,14 @@ def _run_search(settings: SearchSettings, context: RunContext, name: str) -> dic
         context,
         name,
         result.factors,
-        settings.target_length,
+        target_length=settings.target_length,
         method="longrope",
         model_stage=start,
         scores=scores,
         provenance=provenance,
     )
-    save_factors_of(context, name + BEST_SEED, result.best_seed, settings.target_length, model_stage=start)
+    target = settings.target_length
+    save_factors_of(context, name + BEST_SEED, result.best_seed, target_length=target, model_stage=start)
     measured = (
         "seconds",
         "objective_seconds",

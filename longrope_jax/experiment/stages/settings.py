@@ -74,6 +74,10 @@ class LoadSettings(Settings):
         return config, FactorTable.of({config.original_length: unscaled(config.head_dim)})
 
 
+def _is_rising(lengths: tuple[int, ...]) -> bool:
+    return len(lengths) > 0 and lengths[0] > 0 and list(lengths) == sorted(set(lengths))
+
+
 @dataclass(frozen=True)
 class TableSettings(Settings):
     """Which factors a sequence gets by its length.
@@ -86,13 +90,11 @@ class TableSettings(Settings):
         model: the stage whose model the factors are for; "" is the latest before this one.
     """
 
-    lengths: tuple[int, ...]
+    lengths: Annotated[tuple[int, ...], Rule(_is_rising, "must be rising numbers of tokens")]
     factors: tuple[str, ...]
     model: str = ""
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.lengths or list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
-            raise ValueError(f"lengths = {self.lengths} must be rising numbers of tokens")
         if len(self.factors) != len(self.lengths):
             raise ValueError(f"factors = {self.factors} must name one source for each of lengths = {self.lengths}")

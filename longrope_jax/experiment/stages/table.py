@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from longrope_jax.experiment.context import RunContext, factor_file, save_table_of
+from longrope_jax.experiment.context import RunContext, factor_file, save_factors_of
 from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, sources
 from longrope_jax.experiment.stages.settings import TableSettings
 from longrope_jax.model import LlamaConfig
@@ -24,7 +24,7 @@ def _run_table(settings: TableSettings, context: RunContext, name: str) -> dict[
         length: context.source(source, settings.model, length)(length)
         for length, source in zip(settings.lengths, settings.factors, strict=True)
     }
-    save_table_of(
+    save_factors_of(
         context,
         name,
         FactorTable.of(entries),

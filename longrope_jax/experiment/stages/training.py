@@ -90,7 +90,7 @@ def _run_finetune(settings: FinetuneSettings, context: RunContext, name: str) ->
         context.workdir,
         name,
     )
-    save_factors_of(context, name, factors, settings.length, method=settings.factors, model_stage=start)
+    save_factors_of(context, name, factors, target_length=settings.length, method=settings.factors, model_stage=start)
     return {"steps": settings.steps, "seconds": seconds}
 
 
