@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from longrope_jax.data.corpus import DataSettings
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.errors import beginning, shortened
-from longrope_jax.experiment import text
+from longrope_jax.experiment import text_sections
 from longrope_jax.experiment.stages import STAGES, LoadSettings, Stage
 from longrope_jax.interop import load_tokenizer
 from longrope_jax.model import LlamaConfig
@@ -65,7 +65,7 @@ def parse_experiment(config: ConfigDict) -> Experiment:
         raise ValueError(f"config.model: the model is the one that config.{stages[0]}.path holds; leave it out")
     needed = {"stages", *stages} if is_loaded else {"stages", "model", *stages}
     for key in config:
-        if key not in needed | {"mesh", "profile"} and not text.is_text_section(key):
+        if key not in needed | {"mesh", "profile"} and not text_sections.is_text_section(key):
             raise ValueError(
                 f"config.{beginning(key)} is neither model, data, data_NAME, mesh, profile nor a stage in "
                 f"config.stages = {tuple(stages)}"
@@ -77,7 +77,7 @@ def parse_experiment(config: ConfigDict) -> Experiment:
         loaded = parsed[stages[0]].config if is_loaded else None
     experiment = Experiment(
         loaded or parse(LlamaConfig, config.model, "model"),
-        text.parse_sections(config, reads(parsed)),
+        text_sections.parse_sections(config, reads(parsed)),
         parse(MeshSettings, config.get("mesh", ConfigDict()), "mesh"),
         parse(ProfileSettings, config.get("profile", ConfigDict()), "profile"),
         parsed,
@@ -131,7 +131,7 @@ def tokenizer_of(experiment: Experiment) -> Tokenizer:
         return load_tokenizer(settings.path)
 
 
-def reads(stages: dict[str, Any]) -> text.Reads:
+def reads(stages: dict[str, Any]) -> text_sections.Reads:
     """What text the stages read."""
     return {name: (s.data, stage_of(name).splits(s)) for name, s in stages.items() if hasattr(s, "data")}
 

@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from longrope_jax import files, json_files
-from longrope_jax.experiment import text
+from longrope_jax.experiment import text_sections
 from longrope_jax.experiment.config import (
     Experiment,
     check_layout,
@@ -50,7 +50,7 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ru
     check_fingerprints(workdir, experiment)
     files.make(workdir)
     tokenizer = tokenizer_of(experiment)
-    documents = text.read(experiment.data, reads(experiment.stages), tokenizer, workdir)
+    documents = text_sections.read(experiment.data, reads(experiment.stages), tokenizer, workdir)
     context = RunContext(Llama(experiment.model), layout, documents, tokenizer, workdir)
     for name, settings in experiment.stages.items():
         with naming_section(name):

@@ -25,7 +25,7 @@ class Stage:
             they are missing.
         inputs: (settings, settings of earlier stages) -> names of the stages whose results it uses.
         splits: settings -> the splits it reads of the text section `settings.data`.
-        programs: (settings, model config, layout) -> its compiled programs, see `experiment/programs.py`.
+        programs: (settings, model config, layout) -> the programs that it compiles, see `experiment/stage_programs.py`.
         resumes: whether a stopped stage continues from its checkpoint. Otherwise it starts again.
     """
 

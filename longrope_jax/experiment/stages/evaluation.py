@@ -11,8 +11,8 @@ from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.evaluate import EVALUATION_RECORD, EvaluatedMethod, EvaluationSettings, run_evaluation
 from longrope_jax.evaluation.retrieval import RETRIEVAL_RECORD, RetrievalSettings, make_prompts, run_retrieval
 from longrope_jax.experiment.context import DYNAMIC, RunContext
-from longrope_jax.experiment.programs import evaluate_programs, retrieval_programs
 from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, sources
+from longrope_jax.experiment.stage_programs import evaluate_programs, retrieval_programs
 from longrope_jax.experiment.stages.settings import LoadSettings, TableSettings
 from longrope_jax.json_files import Kind
 from longrope_jax.model import LlamaConfig

@@ -6,8 +6,8 @@ from typing import Any
 from longrope_jax import json_files
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.experiment.context import BEST_SEED, RunContext, factor_file, save_factors_of, table_entry
-from longrope_jax.experiment.programs import search_programs
 from longrope_jax.experiment.stage import Before, Stage, factors_target, is_stage, model_stage, sources
+from longrope_jax.experiment.stage_programs import search_programs
 from longrope_jax.interop.factor_files import factors_for
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, RopeFactors, load_factors

@@ -6,8 +6,8 @@ from typing import Any
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.experiment.context import RunContext, factor_file, save_factors_of, table_entry
-from longrope_jax.experiment.programs import finetune_programs, pretrain_programs
 from longrope_jax.experiment.stage import Before, Stage, factors_target, model_stage, sources
+from longrope_jax.experiment.stage_programs import finetune_programs, pretrain_programs
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import Trained, load_factors, unscaled
 from longrope_jax.training.finetune import FinetuneSettings, finetune

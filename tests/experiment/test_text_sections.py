@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from longrope_jax.data import token_files
 from longrope_jax.data.corpus import DataSettings
 from longrope_jax.data.tokenizer import ByteTokenizer
-from longrope_jax.experiment import text
+from longrope_jax.experiment import text_sections
 from longrope_jax.settings import section
 
 TRAIN, SEARCH, EVALUATION = ("train",), ("search",), ("evaluation",)
@@ -38,7 +38,7 @@ def make_records(folder, count=20):
 
 def read(workdir, settings, reads=None, tokenizer=None):
     reads = reads or {"pretrain": ("data", TRAIN), "search": ("data", SEARCH)}
-    return text.read({"data": settings}, reads, tokenizer or ByteTokenizer(), epath.Path(workdir))
+    return text_sections.read({"data": settings}, reads, tokenizer or ByteTokenizer(), epath.Path(workdir))
 
 
 def names(documents):
@@ -63,10 +63,10 @@ def make_config(*names):
 
 def test_sections_are_those_that_stages_name():
     reads = {"pretrain": ("data", TRAIN), "evaluate": ("data_books", EVALUATION), "retrieval": ("data_more", ())}
-    found = text.parse_sections(make_config("data", "data_books"), reads)
+    found = text_sections.parse_sections(make_config("data", "data_books"), reads)
     assert {name: settings.folder for name, settings in found.items()} == {"data": "/data", "data_books": "/data_books"}
     # A section that a stage names though it happens to read none of it may be there, too.
-    assert "data_more" in text.parse_sections(make_config("data", "data_books", "data_more"), reads)
+    assert "data_more" in text_sections.parse_sections(make_config("data", "data_books", "data_more"), reads)
 
 
 WRONG = {
@@ -90,18 +90,20 @@ WRONG = {
 def test_sections_and_stages_have_to_go_together(sections, named, message):
     reads = {"evaluate": (named, EVALUATION), "search": ("data", SEARCH)}
     with pytest.raises(ValueError, match=message):
-        text.parse_sections(make_config(*sections), reads)
+        text_sections.parse_sections(make_config(*sections), reads)
 
 
 def test_two_sections_of_the_same_text_are_refused():
     config = ConfigDict({name: section(DataSettings(folder="/a")) for name in ("data", "data_a")})
     with pytest.raises(ValueError, match="config.data_a is the same text as config.data; let stages name one of them"):
-        text.parse_sections(config, {"search": ("data", SEARCH), "evaluate": ("data_a", EVALUATION)})
+        text_sections.parse_sections(config, {"search": ("data", SEARCH), "evaluate": ("data_a", EVALUATION)})
 
 
 def test_a_section_is_checked():
     with pytest.raises(ValueError, match="config.data_books.foldr is not a field of DataSettings"):
-        text.parse_sections(ConfigDict({"data_books": {"foldr": ""}}), {"evaluate": ("data_books", EVALUATION)})
+        text_sections.parse_sections(
+            ConfigDict({"data_books": {"foldr": ""}}), {"evaluate": ("data_books", EVALUATION)}
+        )
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def test_another_tokenizer_has_tokens_of_its_own(tmp_path):
 def test_sections_have_tokens_of_their_own(tmp_path):
     settings = {name: make_folder(tmp_path / name, word=name) for name in ("data", "data_books")}
     reads = {"pretrain": ("data", TRAIN), "search": ("data", SEARCH), "evaluate": ("data_books", EVALUATION)}
-    found = text.read(settings, reads, ByteTokenizer(), epath.Path(tmp_path / "run"))
+    found = text_sections.read(settings, reads, ByteTokenizer(), epath.Path(tmp_path / "run"))
     assert {name: set(some) for name, some in found.items()} == {
         "data": {"train", "search"},
         "data_books": {"evaluation"},
