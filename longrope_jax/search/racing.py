@@ -90,9 +90,10 @@ def score_with(
                 running = running[~decided]
         nll[running] = (documents[running] * objective.weights).sum(1)  # bit for bit, whoever else is running
         if len(promoted) < size:
-            # The lowest of many estimates are too low. Who was not promoted is no better than those who were.
+            # The lowest of many estimates are too low. A candidate that was not promoted ranks behind the typical one
+            # that was, so it is never the best.
             others = np.setdiff1d(np.arange(size), promoted)
-            nll[others] = np.maximum(nll[others], np.median(nll[promoted]))
+            nll[others] = np.maximum(nll[others], np.nextafter(np.median(nll[promoted]), np.inf))
         return Scores(nll, documents, cost, screens)
 
     return score

@@ -130,3 +130,11 @@ def test_one_of_so_many_candidates_is_read_and_no_other_ranks_before_them():
     # Too few incumbents, or none: all are read, and both scores are known of all.
     everyone = score_with(Made(losses, screens), reduction_factor=3)(candidates, None)
     assert not np.isnan(everyone.documents).any() and not np.isnan(everyone.screens).any()
+
+
+def test_the_best_candidate_was_read_even_if_a_single_one_was_promoted():
+    screens = np.repeat([[3.0], [2.0]], 4, axis=1)
+    made = Made(np.repeat([[5.0], [6.0]], 4, axis=1), screens)
+    found = score_with(made, reduction_factor=2)(factors(1.05, 1.05).replace(n_hat=np.arange(2)), INCUMBENTS)
+    assert np.isnan(found.documents[0]).all() and found.nll[1] == 6.0  # the first has an estimate of 4
+    assert np.argmin(found.nll) == 1 and found.nll[0] == pytest.approx(6.0)
