@@ -43,7 +43,7 @@ def config(tmp_path_factory):
         data=DataSettings(folder=str(folder)),
         pretrain=PretrainSettings(steps=4, batch=4),
         search_near=SearchSettings(
-            target_length=NEAR, documents=2, evolution=few, objective={"text": TermSettings.paper()}
+            target_length=NEAR, documents=2, ramps=8, evolution=few, objective={"text": TermSettings.paper()}
         ),
         search=SearchSettings(
             target_length=TARGET,
@@ -74,6 +74,15 @@ def finished(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
     experiment.run(config, workdir)
     return workdir
+
+
+def test_a_report_names_the_split_and_population_0_has_all_ramps(finished):
+    report = (finished / "report.md").read_text()
+    assert "on 2 documents of the evaluation split, which neither training nor search has seen" in report
+    near, _ = json.loads((finished / "report.json").read_text())["search"]
+    log = [json.loads(line) for line in (finished / "search.jsonl").read_text().splitlines()]
+    origins = [entry["operator"] for entry in log if entry["stage"] == "search_near"]
+    assert near["population"] == origins.count("seed") + 8 and set(origins[: near["population"]]) == {"seed", "ramp"}
 
 
 def candidates(workdir):

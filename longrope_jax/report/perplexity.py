@@ -161,9 +161,9 @@ def evaluation_section(
     """The section of a report: the table, the pictures, the comparisons, and what every method is."""
     longest, original = list(summary["perplexity"])[-1], config.original_length
     note = (
-        f"Perplexity per token on {len(summary['documents'])} evaluation documents, which neither training nor search "
-        f"has seen. The documents are cut into windows of every length up to {longest} tokens, so every length scores "
-        "the same tokens."
+        f"Perplexity per token on {len(summary['documents'])} documents of the {settings.split} split, which neither "
+        f"training nor search has seen. The documents are cut into windows of every length up to {longest} tokens, so "
+        "every length scores the same tokens."
     )
     if str(original) in summary["perplexity"]:
         note += (

@@ -96,7 +96,7 @@ def _run_search(settings: SearchSettings, context: RunContext, name: str) -> dic
         "method": settings.method,
         "documents": [document for names in result.documents.values() for document in names],
         "evaluations": len(result.curve),
-        "population": settings.evolution.population,
+        "population": max(settings.evolution.population, len(result.seeds) + settings.ramps),
         **{name: getattr(result, name) for name in measured},
         "yarn": list(result.yarn or ()),
     }
