@@ -13,7 +13,8 @@ import longrope_jax.rope
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    + [path for path in (ROOT / "docs").rglob("*.md") if "generated" not in path.parts]  # by Sphinx, or not yet
     + [ROOT / "experiments/cloud_tpu/README.md"]
 )
 MODULES = {
