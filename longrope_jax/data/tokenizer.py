@@ -1,6 +1,7 @@
 """Text <-> tokens: the interface of a tokenizer, bytes as tokens, and the subword tokenizers of Hugging Face."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from jaxtyping import Integer, UInt16
 
 from longrope_jax import json_files
 from longrope_jax.errors import naming, shortened
+from longrope_jax.settings import Rule
 
 _TOKENIZER = "tokenizer.json"
 # The files that an exported model gets.
@@ -28,6 +30,7 @@ _FILES = (
 )
 # Sixty times the largest vocabularies in use. `tokenizers` needs memory and time for every id below the largest.
 _MAX_VOCAB_SIZE = 1 << 24
+_IS_FLAG = json_files.optional(Rule(lambda value: isinstance(value, bool), "must be true or false"))
 
 
 _SENTENCEPIECE = (
@@ -50,6 +53,10 @@ class Tokenizer(Protocol):
     @property
     def eos(self) -> int | None:
         """The id that ends a document, or None."""
+
+    @property
+    def window_bos(self) -> int | None:
+        """BOS if every window begins with it, also one from the middle of a document; None if only documents do."""
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -78,6 +85,7 @@ class ByteTokenizer:
     vocab_size = 258
     bos = 256
     eos = 257
+    window_bos = None
     stops = (eos,)
     fingerprint = "bytes"
 
@@ -111,11 +119,13 @@ class SubwordTokenizer:
         bos: int | None = None,
         eos: int | None = None,
         stops: Sequence[int] = (),
+        adds_bos: bool | None = None,
     ):
         """Changes the tokenizer: no truncation, no padding, no special tokens from texts.
 
         Args:
             stops: ids that end a generated text, besides `eos`.
+            adds_bos: whether every text that the model reads begins with BOS; None if the tokenizer itself says so.
 
         Raises:
             ValueError: `bos`, `eos` or one of `stops` is no id of the tokenizer, or an id is too large.
@@ -136,6 +146,9 @@ class SubwordTokenizer:
         # Only the arguments `bos` and `eos` add special tokens: a text that spells EOS must not end a document.
         tokenizer.encode_special_tokens = True
         self.bos, self.eos, self.stops = bos, eos, tuple(dict.fromkeys(ends))
+        if adds_bos is None:
+            adds_bos = bos is not None and _begins_texts(tokenizer, tokenizer.id_to_token(bos))
+        self.window_bos = bos if adds_bos else None
         self.files = dict(files)
         self._tokenizer = tokenizer
         _warn_of_merges_to(tokenizer, {*starts, *ends})
@@ -152,7 +165,8 @@ class SubwordTokenizer:
         """Reads the tokenizer of a Hugging Face folder, local or remote.
 
         BOS and EOS come from tokenizer_config.json or special_tokens_map.json, else from generation_config.json or
-        config.json. All EOS ids of the latter two are `stops`.
+        config.json. All EOS ids of the latter two are `stops`. Whether windows begin with BOS is `add_bos_token` in the
+        first two, else, as in Transformers, true for a LlamaTokenizer and up to tokenizer.json for all others.
 
         Raises:
             ValueError: the folder has no tokenizer.json, or a file can't be read or contradicts the others.
@@ -169,7 +183,10 @@ class SubwordTokenizer:
             except Exception as error:  # `tokenizers` raises Exception itself
                 raise ValueError(f"{_TOKENIZER} can't be read: {error}") from None
             bos, eos = (_id_of(tokenizer, name, named, ids) for name in ("bos", "eos"))
-            return cls(tokenizer, files, bos=bos, eos=eos, stops=_as_list(ids.get("eos_token_id")))
+            is_llama = str(named.get("tokenizer_class")).startswith("LlamaTokenizer")
+            adds_bos = json_files.field(named, "add_bos_token", _IS_FLAG, is_llama or None)
+            stops = _as_list(ids.get("eos_token_id"))
+            return cls(tokenizer, files, bos=bos, eos=eos, stops=stops, adds_bos=adds_bos)
 
     def encode(self, text: str | bytes, *, bos: bool = True, eos: bool = True) -> Integer[np.ndarray, "tokens"]:
         """See `Tokenizer`; invalid UTF-8 becomes the replacement character."""
@@ -183,6 +200,13 @@ class SubwordTokenizer:
     def decode(self, tokens: Sequence[int] | Integer[np.ndarray, "tokens"]) -> str:
         """See `Tokenizer`; unknown ids are left out too."""
         return self._tokenizer.decode(np.asarray(tokens, np.uint32).tolist(), skip_special_tokens=True)
+
+
+def _begins_texts(tokenizer: tokenizers.Tokenizer, token: str | None) -> bool:
+    """Whether a template of the tokenizer puts a token before every text. Nothing is encoded: damaged ones panic."""
+    processor = {} if tokenizer.post_processor is None else json.loads(tokenizer.post_processor.__getstate__())
+    templates = [part.get("single") or [{}] for part in processor.get("processors", [processor])]
+    return any(template[0].get("SpecialToken", {}).get("id") == token for template in templates)
 
 
 def _is_id(value: Any, vocab_size: int) -> bool:

@@ -68,6 +68,7 @@ def tokenizer(folder):
 
 def test_what_the_library_knows_of_it(tokenizer):
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos, tokenizer.stops) == (290, 0, 1, (1,))
+    assert tokenizer.window_bos == 0  # its template adds BOS
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
@@ -162,6 +163,34 @@ def test_where_bos_eos_and_stops_are_named(tmp_path, place):
     assert (tokenizer.bos, tokenizer.eos, tokenizer.stops) == wanted
 
 
+LLAMA = NAMED | {"tokenizer_class": "LlamaTokenizerFast"}
+TEMPLATES = {"BOS and EOS": "<bos> $A <eos>", "EOS": "$A <eos>"}
+BYTE_LEVEL = processors.ByteLevel(trim_offsets=False)
+WINDOW_BOS = {
+    "as the template adds it": ("BOS and EOS", NAMED, 0),
+    "a template without it": ("EOS", NAMED, None),
+    "no template": (None, NAMED, None),
+    "another BOS than the template's": ("BOS and EOS", NAMED | {"bos_token": "<tool>"}, None),
+    "no BOS": ("BOS and EOS", {"bos_token": None, "add_bos_token": True}, None),
+    "the config says so": (None, NAMED | {"add_bos_token": True}, 0),
+    "the config says no": ("BOS and EOS", LLAMA | {"add_bos_token": False}, None),
+    "null says nothing": ("BOS and EOS", NAMED | {"add_bos_token": None}, 0),
+    "LlamaTokenizer's default": (None, LLAMA, 0),
+}
+
+
+@pytest.mark.parametrize("case", WINDOW_BOS)
+def test_whether_windows_begin_with_bos(tmp_path, case):
+    template, config, wanted = WINDOW_BOS[case]
+    plain = make_tokenizer()
+    plain.post_processor = BYTE_LEVEL
+    if template:
+        ends = processors.TemplateProcessing(single=TEMPLATES[template], special_tokens=[("<bos>", 0), ("<eos>", 1)])
+        plain.post_processor = processors.Sequence([BYTE_LEVEL, ends])  # as Llama 3
+    folder = write(tmp_path / "model", plain, tokenizer_config=config)
+    assert SubwordTokenizer.from_folder(folder).window_bos == wanted
+
+
 def test_ends_of_a_text_are_special_even_where_the_file_does_not_say_so(tmp_path):
     plain = make_tokenizer()
     plain.add_tokens([AddedToken("<turn>", special=False)])
@@ -188,6 +217,7 @@ BAD = {
     "eos = 9223372036854775808 must be an id": {"config": {"eos_token_id": 2**63}},
     "bos = True must be an id": {"config": {"bos_token_id": True}},
     "eos = '<eos>' must be an id": {"generation_config": {"eos_token_id": ["<eos>"]}},
+    "add_bos_token = 'yes' must be true or false": {"tokenizer_config": NAMED | {"add_bos_token": "yes"}},
     "tokenizer_config.json: must hold a JSON object": {"tokenizer_config": ["<bos>"]},
 }
 

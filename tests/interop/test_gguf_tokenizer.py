@@ -155,6 +155,7 @@ def test_files_are_the_same_tokenizer(tmp_path, smollm, metadata, wanted):
     assert (config["bos_token"], config["eos_token"]) == ("<bos>", "</s>")
     again = SubwordTokenizer.from_folder(folder)
     assert (again.bos, again.eos, again.stops) == (0, 1, (1,))
+    assert again.window_bos == tokenizer.window_bos == (wanted[0] if wanted else None)
     for text in TEXTS.values():
         np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
     # Other programs add what the file wants unasked.
@@ -229,6 +230,16 @@ def test_sentencepiece_files_are_the_same_tokenizer_and_add_a_bos(tmp_path):
     plain = Tokenizer.from_str(tokenizer.files["tokenizer.json"].decode())
     assert plain.encode("the").ids == tokenizer.encode("the", eos=False).tolist()
     assert json.loads(tokenizer.files["tokenizer_config.json"])["unk_token"] == "<unk>"
+
+
+@pytest.mark.parametrize(("said", "wanted"), [({}, 1), ({"add_bos_token": True}, 1), ({"add_bos_token": False}, None)])
+def test_sentencepiece_windows_begin_with_bos_unless_the_file_says_no(tmp_path, said, wanted):
+    assert load(tmp_path, sentencepiece(**said)).window_bos == wanted
+
+
+def test_windows_of_llama_3_begin_with_bos(tmp_path, smollm):
+    assert load(tmp_path, smollm).window_bos is None
+    assert load(tmp_path, smollm | {"tokenizer.ggml.pre": "llama-bpe"}).window_bos == 0
 
 
 # bad input
