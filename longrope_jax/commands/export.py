@@ -67,7 +67,8 @@ def export(options: argparse.Namespace) -> None:
 
     params = read_params(options.model, config, layout.mesh)
     with layout.active():
-        costs = replacement_cost(Llama(config), layout, params, found, exported, windows)
+        bos = None if tokenizer is None else tokenizer.window_bos
+        costs = replacement_cost(Llama(config), layout, params, found, exported, windows, bos)
         if costs:
             print(cost_table(costs))
         if dropped:

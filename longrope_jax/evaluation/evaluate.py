@@ -129,12 +129,16 @@ def run_evaluation(
     documents: Sequence[Document],
     workdir: epath.Path,
     stage: str,
+    bos: int | None = None,
 ) -> list[dict[str, Any]]:
     """One record for every (length, method): NLL sums and counts by document, and the curve over positions.
 
     All lengths score the same tokens: documents of the longest length are cut into windows of each. Records are
     appended to `workdir/evaluation.jsonl` one by one; records that are there already are not computed again. Their
     tokens_per_second counts the tokens that are scored; the first of a length has compiling in it.
+
+    Args:
+        bos: what every window begins with, see `token_nll`.
 
     Raises:
         preemption.Preempted: the process was asked to stop; finished records are kept.
@@ -163,7 +167,7 @@ def run_evaluation(
             tokens = windows.tokens[:, : max(target, window) + 1]
             started = time.monotonic()
             read = partial(token_nll, model, layout, params, chosen, tokens, window, stride)
-            nll = profiling.step("evaluation", number, partial(read, settings.tokens_at_once))
+            nll = profiling.step("evaluation", number, partial(read, settings.tokens_at_once, bos))
             seconds = time.monotonic() - started
             nll, beyond = nll[:, :target], nll[:, target:]
             sums, counts = by_document(nll)

@@ -165,12 +165,17 @@ def replacement_cost(
     found: FactorTable,
     others: FactorTable,
     windows: dict[int, Windows],
+    bos: int | None = None,
 ) -> list[Cost]:
-    """Perplexity with both tables on the same windows, by length. Costs two evaluations of every window."""
+    """Perplexity with both tables on the same windows, by length. Costs two evaluations of every window.
+
+    Args:
+        bos: what every window begins with, see `token_nll`.
+    """
     costs = []
     for length, chosen in windows.items():
         with_found, with_others = (
-            nll_by_file(model, layout, params, table.select(length), chosen, length) for table in (found, others)
+            nll_by_file(model, layout, params, table.select(length), chosen, length, bos) for table in (found, others)
         )
         difference, names = compare(with_others, with_found), chosen.names
         costs.append(

@@ -47,6 +47,7 @@ def token_nll(
     window: int,
     stride: int | None = None,
     tokens_at_once: int = 8192,
+    bos: int | None = None,
 ) -> Float[np.ndarray, "N T"]:
     """NLL of all T targets of N documents, seen through windows of `window` tokens (LongRoPE sec. 4.1).
 
@@ -57,6 +58,8 @@ def token_nll(
     Args:
         tokens_at_once: windows are evaluated in batches of about so many tokens, on all devices together; memory is
             O(tokens_at_once), split over the mesh. A batch has one window a shard of rows at least.
+        bos: the token that every window begins with, in place of its first one, as `Tokenizer.window_bos`; None for the
+            text alone. Targets are the same.
 
     Time O(N T window / stride) in the matrices, O(N T window^2 / stride) in attention; one compilation for every shape
     of a batch, so one a window length where there are enough windows to fill it.
@@ -87,6 +90,8 @@ def token_nll(
     for chosen in batches:
         padded = chosen + [chosen[-1]] * (batch - len(chosen))  # a smaller last batch would compile anew
         block = np.stack([tokens[document, start : start + window + 1] for document, start, _ in padded])
+        if bos is not None:
+            block[:, 0] = bos  # only an input: the first target is the token after it
         placed = layout.place((block[:, :-1], block[:, 1:], positions))
         with jax.transfer_guard_host_to_device("disallow"):
             running.append((chosen, window_nll(model, params, factors, *placed)))
@@ -133,10 +138,17 @@ def by_file(nll: DocumentNll, names: Sequence[str]) -> DocumentNll:
 
 
 def nll_by_file(
-    model: Llama, layout: Layout, params: dict, factors: RopeFactors, windows: Windows, length: int
+    model: Llama,
+    layout: Layout,
+    params: dict,
+    factors: RopeFactors,
+    windows: Windows,
+    length: int,
+    bos: int | None = None,
 ) -> DocumentNll:
     """`token_nll` of windows of text, cut into disjoint ones of `length` tokens, summed by the files they are from."""
-    return by_file(by_document(token_nll(model, layout, params, factors, windows.tokens, length)), windows.names)
+    nll = token_nll(model, layout, params, factors, windows.tokens, length, bos=bos)
+    return by_file(by_document(nll), windows.names)
 
 
 def nll_by_length(
@@ -147,6 +159,7 @@ def nll_by_length(
     lengths: Sequence[int],
     *,
     layout: Layout | None = None,
+    bos: int | None = None,
 ) -> dict[int, dict[str, DocumentNll]]:
     """Length (tokens) -> method -> NLL by document, the input of `perplexity` and `compare`.
 
@@ -155,6 +168,7 @@ def nll_by_length(
     Args:
         windows: of at least the longest of the lengths, see `data.windows.fixed_windows`.
         layout: of the devices.
+        bos: what every window begins with, `tokenizer.window_bos`; None for the text alone.
 
     Raises:
         ValueError: a length is above that of the windows, or beyond the end of a table.
@@ -163,7 +177,7 @@ def nll_by_length(
     with layout.active():
         return {
             length: {
-                name: nll_by_file(model, layout, params, factors_at(method, length), windows, length)
+                name: nll_by_file(model, layout, params, factors_at(method, length), windows, length, bos)
                 for name, method in methods.items()
             }
             for length in lengths

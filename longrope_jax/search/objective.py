@@ -118,10 +118,14 @@ class Term(NamedTuple):
 def perplexity_term(documents: Sequence[Document], tokenizer: Tokenizer, length: int, count: int, seed: int) -> Term:
     """Windows of documents, every target counts the same: the paper's objective (LongRoPE sec. 3.2).
 
+    The tokenizer says whether BOS takes the first position of every window.
+
     Raises:
         ValueError: no document is long enough.
     """
     windows = fixed_windows(documents, length, count, seed)
+    if tokenizer.window_bos is not None:
+        windows.tokens[:, 0] = tokenizer.window_bos  # only an input: the first target is the token after it
     return Term(windows.tokens, np.full((len(windows.tokens), length), 1 / length, np.float32), windows.names)
 
 

@@ -146,14 +146,16 @@ def run_search(
         dict(zip(names, state.nll[is_seed].tolist(), strict=True)),
         int(np.isnan(state.documents).any(1).sum()),
         sum(block.flops for block in objective.screens) / sum(block.flops for block in objective.blocks),
-        _held_out(model, layout, params, state, settings, documents) if settings.held_out_documents else [],
+        _held_out(model, layout, params, state, settings, documents, tokenizer.window_bos)
+        if settings.held_out_documents
+        else [],
         next((key for key, yarn in grid.items() if np.allclose(yarn.lam, state.best().lam)), None),
         {name: term.names for name, term in terms.items()},
         **spent,
     )
 
 
-def _held_out(model, layout, params, state, settings, documents) -> list[tuple[float, float, float]]:
+def _held_out(model, layout, params, state, settings, documents, bos) -> list[tuple[float, float, float]]:
     """The best after every iteration that found a better one, on documents that the search does not read."""
     windows = fixed_windows(
         documents["evaluation"], settings.target_length, settings.held_out_documents, settings.seed
@@ -165,6 +167,6 @@ def _held_out(model, layout, params, state, settings, documents) -> list[tuple[f
         if found and curve[end] == found[-1][1]:
             continue
         factors = state.take(np.arange(end + 1)).best()
-        nll = token_nll(model, layout, params, factors, windows, settings.target_length)
+        nll = token_nll(model, layout, params, factors, windows, settings.target_length, bos=bos)
         found.append((float(costs[end]), float(curve[end]), perplexity(by_document(nll)).nll))
     return found

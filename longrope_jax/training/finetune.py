@@ -94,7 +94,8 @@ def finetune(
         windows = fixed_windows(documents["search"], settings.length, settings.held_out_documents, settings.seed)
 
         def evaluate(params):
-            sums, counts = by_document(token_nll(model, layout, params, factors, windows.tokens, settings.length))
+            shared, bos = (model, layout, params, factors), tokenizer.window_bos
+            sums, counts = by_document(token_nll(*shared, windows.tokens, settings.length, bos=bos))
             return {"held_out_loss": sums.sum() / counts.sum()}
 
         held_out = HeldOut(settings.evaluate_every, evaluate)

@@ -106,6 +106,12 @@ def test_the_length_is_exact(make, tokenizer):
         assert prompt.tokens.dtype == np.int32
 
 
+@ALL
+def test_the_only_bos_is_the_first_token(make, tokenizer):
+    places = np.flatnonzero(make(tokenizer).tokens == tokenizer.bos).tolist()
+    assert places == ([] if tokenizer.bos is None else [0])
+
+
 @BOTH
 def test_what_a_prompt_says(make, tokenizer):
     prompt = make(tokenizer)

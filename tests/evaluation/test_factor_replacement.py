@@ -30,7 +30,8 @@ def test_only_lengths_that_are_turned_otherwise_count():
     assert changed_lengths(lr.FactorTable.of({64: WIDE.replace(mscale=np.float32(2))}), FOUND) == (64,)
 
 
-def test_the_cost_is_that_of_the_same_tokens_with_both():
+@pytest.mark.parametrize("bos", [None, 23])
+def test_the_cost_is_that_of_the_same_tokens_with_both(bos):
     rng = np.random.default_rng(0)
     sizes = (65, 65, 130)  # the last one gives two windows of 64
     documents = [Document(f"d{k}", rng.integers(0, 24, size).astype(np.uint16), size) for k, size in enumerate(sizes)]
@@ -38,12 +39,13 @@ def test_the_cost_is_that_of_the_same_tokens_with_both():
     params = init_params(model, 0)
     others = lr.FactorTable.of({16: PLAIN, 64: lr.rope.linear(8, 64.0)})
     windows = cost_windows(FOUND, others, documents, (64,), 4)
-    (cost,) = replacement_cost(model, Layout.of(MeshSettings()), params, FOUND, others, windows)
+    (cost,) = replacement_cost(model, Layout.of(MeshSettings()), params, FOUND, others, windows, bos)
     assert (cost.length, cost.windows, cost.documents) == (64, 4, 3)
 
     def nll(table, tokens):
         tokens = jnp.asarray(tokens, jnp.int32)[None]
-        arguments = tokens[:, :-1], tokens[:, 1:], table.select(64)
+        inputs = tokens[:, :-1] if bos is None else tokens[:, :-1].at[:, 0].set(bos)
+        arguments = inputs, tokens[:, 1:], table.select(64)
         return np.asarray(model.apply({"params": params}, *arguments, method="token_nll"), np.float64).mean()
 
     wanted = [np.mean([nll(table, window) for window in windows[64].tokens]) for table in (FOUND, others)]

@@ -27,13 +27,14 @@ def reader():
     return model, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), SHORT)["params"]
 
 
-def test_every_length_scores_the_same_tokens_with_the_factors_that_a_method_has_for_it(reader):
+@pytest.mark.parametrize("bos", [None, ByteTokenizer.bos])
+def test_every_length_scores_the_same_tokens_with_the_factors_that_a_method_has_for_it(reader, bos):
     windows = fixed_windows(DOCUMENTS, 4 * L, 4, seed=0)
-    nll = nll_by_length(*reader, {"table": TABLE, "long": LONG}, windows, (L, 4 * L))
+    nll = nll_by_length(*reader, {"table": TABLE, "long": LONG}, windows, (L, 4 * L), bos=bos)
     assert {length: list(row) for length, row in nll.items()} == {L: ["table", "long"], 4 * L: ["table", "long"]}
     model, params = reader
     for length, name, factors in ((L, "table", SHORT), (4 * L, "table", LONG), (L, "long", LONG)):
-        tokens = token_nll(model, Layout(), params, factors, windows.tokens, length)
+        tokens = token_nll(model, Layout(), params, factors, windows.tokens, length, bos=bos)
         by_file = [tokens[np.array(windows.names) == file].sum() for file in sorted(set(windows.names))]
         np.testing.assert_allclose(nll[length][name].sums, by_file, rtol=1e-5)
         assert nll[length][name].counts.sum() == tokens.size

@@ -180,6 +180,43 @@ def test_windows_spread_over_a_mesh_have_the_same_nll(order):
             np.testing.assert_allclose(nll, direct(tokens.shape[1] - 1, 4, 3), **TOLERANCE)
 
 
+BOS = 16
+
+
+def exact_nll(inputs, targets):
+    """NLL of one window by the independent float64 implementation."""
+    sizes = {
+        name: getattr(CONFIG, name) for name in ("num_heads", "num_kv_heads", "head_dim", "norm_eps", "rope_theta")
+    }
+    factors = dict(lam=FACTORS.lam, n_hat=int(FACTORS.n_hat), mscale=float(FACTORS.mscale))
+    logits = reference.llama_logits(make_params(), np.array([inputs]), **sizes, **factors)
+    return reference.token_nll(logits[0], targets)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(4, 4), (4, 3), (13, 13)])
+def test_every_window_begins_with_bos_and_the_same_targets_are_scored(window, stride):
+    expected = np.empty((3, 13))
+    for document, tokens in enumerate(TOKENS):
+        for target in range(13):
+            start = first_window_of(target, 13, window, stride)
+            scored = tokens[start + 1 : start + window + 1]
+            expected[document, target] = exact_nll([BOS, *scored[:-1]], scored)[target - start]
+    score(window=window, stride=stride)
+    compiled, before = window_nll._cache_size(), TOKENS.copy()
+    nll = token_nll(MODEL, Layout(), make_params(), FACTORS, TOKENS, window, stride, 8, bos=BOS)
+    np.testing.assert_allclose(nll, expected, **TOLERANCE)
+    np.testing.assert_allclose(perplexity(by_document(nll)).nll, expected.mean(), rtol=1e-6)
+    assert np.abs(nll - score(window=window, stride=stride)).max() > 0.1
+    assert window_nll._cache_size() == compiled
+    np.testing.assert_array_equal(TOKENS, before)
+
+
+def test_a_document_s_own_bos_is_not_read_twice():
+    documents = np.concatenate([np.full((3, 1), BOS, np.int32), TOKENS[:, :8]], axis=1)
+    nll = token_nll(MODEL, Layout(), make_params(), FACTORS, documents, 8, bos=BOS)
+    np.testing.assert_array_equal(nll, score(documents, 8))
+
+
 # --- sums ----------------------------------------------------------------------------------------------------------
 
 NAN = float("nan")

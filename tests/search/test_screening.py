@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import tiny_model
 
+from longrope_jax.data.corpus import Document
+from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.model.flops import count_flops
 from longrope_jax.rope import RopeFactors
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 from longrope_jax.search.candidates import Genes, Incumbents, new_candidates
-from longrope_jax.search.objective import Block, Objective, ScreeningSettings, TermSettings
+from longrope_jax.search.objective import Block, Objective, ScreeningSettings, TermSettings, perplexity_term
 from longrope_jax.search.racing import estimate, score_with
 from longrope_jax.search.settings import SearchSettings
 
@@ -65,6 +67,21 @@ def test_a_screen_is_the_loss_of_the_pieces_at_their_true_positions(mesh):
     assert np.abs(near - expected).max() > 1e-3
     whole, part = (count_flops(model.config, 1, length).total for length in (64, 16))
     np.testing.assert_allclose(scores.cost, 1 + part / whole)
+
+
+def test_scores_and_screens_with_bos_are_the_loss_of_text_after_it():
+    rng, documents = np.random.default_rng(3), []
+    for name in "ab":
+        documents.append(Document(name, rng.integers(0, tiny_model.VOCABULARY - 1, 200).astype(np.uint16), 200))
+    tokenizer = ByteTokenizer()
+    tokenizer.window_bos = tiny_model.VOCABULARY - 1
+    term = perplexity_term(documents, tokenizer, 64, 2, seed=0)
+    assert (term.tokens == tokenizer.window_bos).sum() == (term.tokens[:, 0] == tokenizer.window_bos).sum() == 2
+    model, params = tiny_model.make()
+    screening = ScreeningSettings(share=0.25, pieces=4)
+    scores = score_with(Objective.of(model, Layout(), params, {"text": term}, 2, 2, screening))(POPULATION, None)
+    np.testing.assert_allclose(scores.documents, losses_at(np.arange(64), term), rtol=1e-5)
+    np.testing.assert_allclose(scores.screens, losses_at(screening.positions(64), term).mean(1), rtol=1e-5)
 
 
 def factors(*lam):

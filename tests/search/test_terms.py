@@ -107,6 +107,31 @@ def test_all_targets_of_a_perplexity_term_count_the_same(tokenizer):
     np.testing.assert_array_equal(term.weights, np.float32(1 / 300))
 
 
+def make_bos_first():
+    """The subwords of a model that reads BOS first."""
+    tokenizer = make_subwords()
+    tokenizer.window_bos = tokenizer.bos
+    return tokenizer
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_says_so():
+    first, plain = make_bos_first(), TOKENIZERS["subwords"]
+    documents = documents_of(plain)
+    with_bos, without = (perplexity_term(documents, tokenizer, 300, 5, seed=0) for tokenizer in (first, plain))
+    assert (with_bos.tokens[:, 0] == plain.bos).all() and (without.tokens[:, 0] != plain.bos).all()
+    np.testing.assert_array_equal(with_bos.tokens[:, 1:], without.tokens[:, 1:])
+    np.testing.assert_array_equal(with_bos.weights, without.weights)
+    whole = perplexity_term(documents, first, len(documents[0].tokens) - 1, 1, seed=0)
+    assert whole.tokens[0].tolist() == documents[0].tokens.tolist()  # which begins with BOS, once
+
+
+@NEEDLES
+def test_a_needle_has_one_bos_at_its_beginning(needles):
+    for tokenizer in (make_bos_first(), *TOKENIZERS.values()):
+        tokens = needles(documents_of(tokenizer), tokenizer, 500, 3, seed=0).tokens
+        assert (tokens[:, 0] == tokenizer.bos).all() and (tokens == tokenizer.bos).sum() == 3
+
+
 def test_terms_have_lengths_numbers_and_shares_of_their_own():
     settings = {
         "near": TermSettings(length=100, documents=4),

@@ -92,7 +92,8 @@ def _check_evaluate_layout(settings: EvaluationSettings, config: LlamaConfig, la
 
 def _run_evaluate(settings: EvaluationSettings, context: RunContext, name: str) -> dict[str, Any]:
     documents, methods = context.documents[settings.data][settings.split], _evaluated_methods(settings, context)
-    found = run_evaluation(context.model, context.layout, methods, settings, documents, context.workdir, name)
+    bos = context.tokenizer.window_bos
+    found = run_evaluation(context.model, context.layout, methods, settings, documents, context.workdir, name, bos)
     return {"lengths": list(settings.lengths), "seconds": sum(record["seconds"] for record in found)}
 
 

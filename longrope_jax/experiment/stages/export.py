@@ -173,7 +173,8 @@ def _costs(settings: ExportSettings, context: RunContext, found: FactorTable, ex
         raise UnsupportedByFormat(str(error)) from None
     if not windows:
         return []
-    return replacement_cost(context.model, context.layout, context.params(settings.model), found, exported, windows)
+    params, bos = context.params(settings.model), context.tokenizer.window_bos
+    return replacement_cost(context.model, context.layout, params, found, exported, windows, bos)
 
 
 def _evaluated(settings: ExportSettings, context: RunContext) -> dict[str, Any]:
