@@ -8,6 +8,7 @@ import command_line
 import jax
 import numpy as np
 import pytest
+import reference
 import tokenizers
 from interop.test_pretrained import CONFIG, to_huggingface, write
 from ml_collections import ConfigDict
@@ -102,6 +103,49 @@ def test_it_is_not_done_twice(config, workdir):
     before = (workdir / "retrieval.jsonl").read_text(), (workdir / "search.jsonl").read_text()
     experiment.run(config, workdir)
     assert before == ((workdir / "retrieval.jsonl").read_text(), (workdir / "search.jsonl").read_text())
+
+
+def test_windows_begin_with_bos_where_the_config_or_the_tokenizer_says_so(config, checkpoint, workdir, tmp_path):
+    changed = ConfigDict(config.to_dict())
+    changed.stages, changed.load.bos, changed.search.held_out_documents = ("load", "search", "evaluate"), "windows", 2
+    changed.evaluate.methods = {"unscaled": {"factors": "unscaled", "model": ""}}
+    for name in ("table", "retrieval"):
+        del changed[name]
+    experiment.run(changed, tmp_path / "asked")
+    settings = experiment.parse_experiment(changed).stages
+    texts = experiment.prepare(changed, tmp_path / "asked")[1].documents["data"]
+    model, params, tokenizer, _ = lr.load_pretrained(checkpoint)
+    assert tokenizer.window_bos is None  # and so it was not by itself
+    records = [json.loads(line) for line in (tmp_path / "asked" / "evaluation.jsonl").read_text().splitlines()]
+    windows = lr.fixed_windows(texts["evaluation"], settings["evaluate"].window(TARGET), 2, seed=0).tokens
+    for record, length in zip(records, (L, TARGET), strict=True):
+        cut = [row[start : start + length + 1] for row in windows for start in range(0, TARGET, length)]
+        inputs = np.array([[0, *piece[1:-1]] for piece in cut])
+        logits = lr.Llama(model).apply({"params": params}, inputs, lr.rope.unscaled(8))
+        nll = reference.token_nll(logits, np.array([piece[1:] for piece in cut]))
+        np.testing.assert_allclose(record["nll_sums"], nll.reshape(2, -1).sum(1), rtol=1e-5)
+        assert record["counts"] == [TARGET, TARGET]
+    lines = ((path / "search.jsonl").read_text().splitlines() for path in (tmp_path / "asked", workdir))
+    with_bos, without = ([json.loads(line)["nll"] for line in found] for found in lines)
+    assert not np.isclose(with_bos[:3], without[:3]).any()  # the seeds
+    # A tokenizer may say so itself, and the config may refuse.
+    adding = Path(changed_checkpoint(checkpoint, tmp_path / "adding"))
+    names = json.loads((adding / "tokenizer_config.json").read_text())
+    (adding / "tokenizer_config.json").write_text(json.dumps(names | {"add_bos_token": True}))
+    changed.load.path = str(adding)
+    for bos, wanted in {"auto": 0, "documents": None}.items():
+        changed.load.bos = bos
+        assert experiment.prepare(changed, tmp_path / "other")[1].tokenizer.window_bos == wanted
+
+
+def test_a_tokenizer_without_the_bos_that_is_asked_for_is_reported_before_any_work(config, checkpoint, tmp_path):
+    other = Path(changed_checkpoint(checkpoint, tmp_path / "other"))
+    (other / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": "</s>"}))
+    changed = ConfigDict(config.to_dict())
+    changed.load.path, changed.load.bos = str(other), "windows"
+    with pytest.raises(ValueError, match="^config.load: bos = 'windows' needs a tokenizer with a BOS token; that of"):
+        experiment.prepare(changed, tmp_path / "run")
+    assert not (tmp_path / "run" / "tokens").exists()
 
 
 def test_the_model_is_the_checkpoint_s_not_the_config_s(config):

@@ -122,13 +122,18 @@ def tokenizer_of(experiment: Experiment) -> Tokenizer:
     """The first stage's: the model that it loads came with one, a model from scratch reads bytes.
 
     Raises:
-        ValueError: the model's can't be read.
+        ValueError: the model's can't be read, or has no BOS where the stage wants one.
     """
     name, settings = next(iter(experiment.stages.items()))
     if not isinstance(settings, LoadSettings):
         return ByteTokenizer()
     with naming_section(name):
-        return load_tokenizer(settings.path)
+        tokenizer = load_tokenizer(settings.path)
+        if settings.bos == "windows" and tokenizer.bos is None:
+            raise ValueError(f"bos = 'windows' needs a tokenizer with a BOS token; that of {settings.path!r} has none")
+        if settings.bos != "auto":
+            tokenizer.window_bos = tokenizer.bos if settings.bos == "windows" else None
+        return tokenizer
 
 
 def reads(stages: dict[str, Any]) -> text_sections.Reads:

@@ -27,6 +27,9 @@ class LoadSettings(Settings):
         attention: backend, see `model/attention.py`.
         preset: name of the architecture that the files must hold, see `LlamaConfig.preset`, in its original length;
             nothing is read from them before they are needed. "" takes what they hold.
+        bos: what begins with BOS. "documents": only these, and prompts. "windows": all that search and evaluation read,
+            in place of a window's first token, as in LongRoPE's released code. "auto": "windows" if the tokenizer says
+            that it adds BOS.
     """
 
     path: Annotated[str, Rule(bool, "is empty; give a Hugging Face folder or a .gguf file")]
@@ -34,6 +37,7 @@ class LoadSettings(Settings):
     param_dtype: Annotated[str, one_of(FLOAT_TYPES)] = "float32"
     attention: Annotated[str, one_of(BACKENDS)] = "auto"
     preset: Annotated[str, one_of(PRESETS, "")] = ""
+    bos: Annotated[str, one_of(("auto", "documents", "windows"))] = "auto"
 
     @property
     def config(self) -> LlamaConfig:
