@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mesh", default="data:1", help="devices, as in config.mesh.axes")
     parser.add_argument("--dtype", default="float32", choices=FLOAT_TYPES, help="of activations and matrix products")
     parser.add_argument(
-        "--bos", action=argparse.BooleanOptionalAction, default=True, help="whether a text begins with the BOS token"
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="whether a text begins with the BOS token; by default as the tokenizer says",
     )
     parser.add_argument("--tokens_at_once", type=int, default=8192, help="tokens of one forward pass")
     return parser

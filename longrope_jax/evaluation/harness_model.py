@@ -73,8 +73,11 @@ class HarnessModel(TemplateLM):
         table: factors by length; its last boundary is the longest input, of what is longer the beginning is left out.
         layout: where the arrays lie.
         tokens_at_once: how many tokens one forward pass takes; of generation, prompts and new tokens together.
-        bos: whether a text begins with BOS, if the tokenizer has one. LLaMA and Mistral are to be asked so; a model
-            that was not trained so, such as SmolLM2, is not.
+        bos: whether all that the model reads begins with BOS, also a text that lost its beginning; None as the
+            tokenizer's `window_bos`.
+
+    Raises:
+        ValueError: the tokenizer has no token to begin with.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class HarnessModel(TemplateLM):
         table: FactorTable,
         layout: Layout | None = None,
         tokens_at_once: int = 8192,
-        bos: bool = True,
+        bos: bool | None = None,
     ):
         super().__init__()
         self._ends = [token for token in (tokenizer.bos, tokenizer.eos) if token is not None]
@@ -93,7 +96,10 @@ class HarnessModel(TemplateLM):
             raise ValueError("the tokenizer has neither a BOS nor an EOS token; one has to stand for an empty context")
         self._model, self._params, self._table = model, params, table
         self._text, self._layout, self._tokens_at_once = tokenizer, layout or Layout(), tokens_at_once
-        self._bos = bos and tokenizer.bos is not None
+        if bos and tokenizer.bos is None:
+            raise ValueError("bos = True needs a tokenizer with a BOS token")
+        adds_bos = tokenizer.window_bos is not None if bos is None else bos
+        self._bos = tokenizer.bos if adds_bos else None
         self.max_length = int(table.boundaries[-1])
         self.max_gen_toks = 256  # where a task does not say; the harness's own default
 
@@ -109,15 +115,15 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Token ids, after BOS unless that is not wanted."""
-        return self._text.encode(string, bos=self._bos and add_special_tokens is not False, eos=False).tolist()
+        bos = self._bos is not None and add_special_tokens is not False
+        return self._text.encode(string, bos=bos, eos=False).tolist()
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """For `loglikelihood`: (texts, context, continuation) in tokens -> log-probability in nats, is it greedy."""
         pairs = [(context, continuation) for _, context, continuation in requests]
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        results = log_likelihoods(
-            self._model, self._layout, self._params, self._table, pairs, tokens_at_once=self._tokens_at_once
-        )
+        loaded = self._model, self._layout, self._params, self._table
+        results = log_likelihoods(*loaded, pairs, self._tokens_at_once, self._bos)
         for index, likelihood in self._progress(results, len(pairs), "log-likelihoods", disable_tqdm):
             answers[index] = tuple(likelihood)
             if requests[index][0] is not None:
@@ -163,6 +169,8 @@ class HarnessModel(TemplateLM):
             if new >= self.max_length:
                 raise ValueError(f"max_gen_toks = {new} leaves no room for a prompt in {self.max_length} tokens")
             prompt = (self.tok_encode(context) or [self.prefix_token_id])[new - self.max_length :]
+            if self._bos is not None:
+                prompt[0] = self._bos
             groups.setdefault((new, _sampling(options), tuple(filter(None, options["until"]))), []).append(
                 (index, prompt)
             )

@@ -47,6 +47,7 @@ def log_likelihoods(
     table: FactorTable,
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
     tokens_at_once: int = 8192,
+    bos: int | None = None,
 ) -> Iterator[tuple[int, LogLikelihood]]:
     """(index of a request, its likelihood) for every request, a context and its continuation in tokens, longest first.
 
@@ -56,6 +57,7 @@ def log_likelihoods(
 
     Args:
         tokens_at_once: rows of about the same length are read in batches of about so many tokens.
+        bos: the token that every row begins with, in place of its first one; None for the context alone.
 
     Time as a forward pass over the tokens, filled up to powers of two; logits are computed at the continuations only.
     Compiled once for every power of two among the lengths, the continuations and the numbers of answers that occur.
@@ -64,7 +66,7 @@ def log_likelihoods(
         ValueError: before anything is computed: a context or a continuation is empty, or a continuation alone is too
             long.
     """
-    rows = _rows(requests, int(table.boundaries[-1]))
+    rows = _rows(requests, int(table.boundaries[-1]), bos)
     batches: dict[int, list[_Row]] = {}
     for row in rows:
         width = max(_SHORTEST, _power_of_two(len(row.inputs)))
@@ -76,7 +78,7 @@ def log_likelihoods(
             yield from _read(model, layout, params, table, batches[width][first : first + size], requests, size, width)
 
 
-def _rows(requests, max_length: int) -> list[_Row]:
+def _rows(requests, max_length: int, bos: int | None) -> list[_Row]:
     """Requests that read the same tokens share a row; rows with continuations of about the same length, too."""
     rows: dict[tuple, _Row] = {}
     for index, (context, continuation) in enumerate(requests):
@@ -91,6 +93,8 @@ def _rows(requests, max_length: int) -> list[_Row]:
                 f"{max_length}"
             )
         inputs = (*context, *continuation)[-max_length - 1 : -1]
+        if bos is not None:
+            inputs = (bos, *inputs[1:])
         key = inputs, len(continuation)
         rows.setdefault(key, _Row(*key, [])).requests.append(index)
     return sorted(rows.values(), key=lambda row: (-row.scored, -len(row.requests)))

@@ -51,7 +51,7 @@ def make_params():
 
 
 def make_model(table=TABLE):
-    return HarnessModel(MODEL, make_params(), TOKENIZER, table, tokens_at_once=256)
+    return HarnessModel(MODEL, make_params(), TOKENIZER, table, tokens_at_once=256, bos=True)
 
 
 def request(kind, *args):
@@ -65,7 +65,7 @@ def all_log_probabilities(params, tokens, factors):
 
 def direct(tokens, scored):
     """Of the last `scored` tokens by the whole model; with the factors of what it reads."""
-    inputs = tokens[-65:-1]
+    inputs = [tokens[0], *tokens[1:-1][-63:]]  # a long one keeps its first token, BOS
     padded = np.array([inputs + [0] * (64 - len(inputs))])
     log_probabilities = np.asarray(all_log_probabilities(make_params(), padded, TABLE.select(len(inputs))))
     places = np.arange(len(inputs) - scored, len(inputs))
@@ -84,17 +84,29 @@ def test_likelihoods():
         assert result[1] == best
 
 
-def test_a_text_may_begin_without_bos():
-    model = HarnessModel(MODEL, make_params(), TOKENIZER, TABLE, bos=False)
+def tokenizer_with(**fields):
+    tokenizer = ByteTokenizer()
+    vars(tokenizer).update(fields)
+    return tokenizer
+
+
+@pytest.mark.parametrize(("window_bos", "bos", "first"), [(None, None, []), (256, None, [256]), (256, False, [])])
+def test_a_text_begins_with_bos_as_the_tokenizer_says_or_as_asked(window_bos, bos, first):
+    model = HarnessModel(MODEL, make_params(), tokenizer_with(window_bos=window_bos), TABLE, bos=bos)
     [(found, _)] = model.loglikelihood([request("loglikelihood", "a question?", " an answer")], disable_tqdm=True)
-    np.testing.assert_allclose(found, direct([*b"a question? an answer"], 10)[0], rtol=1e-5)
+    np.testing.assert_allclose(found, direct([*first, *b"a question? an answer"], 10)[0], rtol=1e-5)
+
+
+def test_no_bos_that_is_asked_for_is_an_error():
+    with pytest.raises(ValueError, match="^bos = True needs a tokenizer with a BOS token$"):
+        HarnessModel(MODEL, make_params(), tokenizer_with(bos=None), TABLE, bos=True)
 
 
 def test_whole_texts_in_windows():
     text = "".join(chr(97 + i % 26) for i in range(150))
     tokens = [256, *text.encode()]
-    # 64 tokens after BOS; 64 that each have 64 before the last of them, one at least; the last 22 after all that fit.
-    expected = direct(tokens[:65], 64)[0] + direct(tokens[64:129], 64)[0] + direct(tokens[86:], 22)[0]
+    # Every window reads BOS first: for 64 tokens, for 64 more, and for the last 22 after all that fit.
+    expected = direct(tokens[:65], 64)[0] + direct([256, *tokens[65:129]], 64)[0] + direct([256, *tokens[87:]], 22)[0]
     found = make_model().loglikelihood_rolling(
         [request("loglikelihood_rolling", text), request("loglikelihood_rolling", "short")], disable_tqdm=True
     )
@@ -108,7 +120,7 @@ def test_generation_stops_at_strings_and_keeps_the_end_of_a_long_prompt():
         requests = [request("generate_until", prompt, {"max_gen_toks": 12, **options}) for prompt in prompts]
         return make_model().generate_until(requests, disable_tqdm=True)
 
-    encoded = [TOKENIZER.encode(prompt, eos=False)[-52:] for prompt in prompts]
+    encoded = [np.array([256, *prompt.encode()[-51:]]) for prompt in prompts]
     whole = [TOKENIZER.decode(new) for new in complete(MODEL, make_params(), TABLE, encoded, 12, stops=TOKENIZER.stops)]
     assert generate(until=[]) == whole
     stop = whole[0][3]

@@ -159,3 +159,11 @@ def test_on_a_mesh():
 def test_bad_requests(request_, message):
     with pytest.raises(ValueError, match=message):
         collect([([1], [2]), request_])
+
+
+def test_a_row_begins_with_bos_even_where_the_context_lost_its_beginning():
+    bos, (context, continuation) = 18, draw(60, 3)
+    [whole] = collect([([bos, 5, 6], [7])], bos=bos)
+    assert whole == collect([([bos, 5, 6], [7])])[0]
+    [cut] = collect([(context, continuation)], bos=bos)  # 40 tokens are read
+    check([([bos, *context[-37:]], continuation)], [cut])
