@@ -13,7 +13,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from longrope_jax.errors import beginning
 from longrope_jax.files import as_utf8, copy_tree, is_remote, size_of
-from longrope_jax.settings import Settings
+from longrope_jax.settings import Fraction, Rule, Settings
 
 SPLITS = {"train": 0.7, "search": 0.1, "evaluation": 0.1, "test": 0.1}
 """The default share of the documents in every split; no document is in two. Evaluation is for development. Only results
@@ -46,6 +46,10 @@ class DataSettings(Settings):
         tfds_dir: the data_dir in which it was prepared; "" is the default of TFDS.
         text_feature: the feature of a TFDS dataset that is the text; "" finds the only text, or the one named "text".
         shares: of the documents for train, search, evaluation and test, if the source has no such splits.
+        pair_share: share of the documents in which key-value pairs are planted, see `data.pairs`: text whose far
+            tokens matter. Only for models that read bytes.
+        pair_density: share of the bytes of such a document that are pairs.
+        pair_distances: the smallest and the largest distance, bytes, after which a pair comes back.
     """
 
     folder: str = ""
@@ -54,9 +58,14 @@ class DataSettings(Settings):
     tfds_dir: str = ""
     text_feature: str = ""
     shares: tuple[float, ...] = SHARES
+    pair_share: Fraction = 0.0
+    pair_density: Annotated[float, Rule(lambda share: 0 < share < 1, "must lie between 0 and 1")] = 0.4
+    pair_distances: tuple[int, ...] = (32, 8192)
 
     def __post_init__(self):
         super().__post_init__()
+        if len(self.pair_distances) != 2 or not 1 <= self.pair_distances[0] <= self.pair_distances[1]:
+            raise ValueError(f"pair_distances = {self.pair_distances} must be two numbers of bytes, in order")
         if self.suffix and not self.folder:
             raise ValueError(f"suffix = {self.suffix!r} needs a folder; the embedded corpus has its own")
         if self.folder and self.tfds:

@@ -1,5 +1,6 @@
 """Sources of text: folders and TFDS datasets as splits of documents, each readable by its index."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from etils import epath
 
 from longrope_jax.data import corpus
 from longrope_jax.data.corpus import SHARES, SPLITS, DataSettings
+from longrope_jax.data.pairs import plant
 from longrope_jax.data.tfds_text import OpenDataset, open_by_name, open_directory
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.files import modified_at, size_of
@@ -50,7 +52,7 @@ class Texts:
 
 
 def open_source(settings: DataSettings, data_dir: epath.PathLike) -> dict[str, Texts]:
-    """The splits of a source: a dataset's own, or split by `shares`.
+    """The splits of a source: a dataset's own, or split by `shares`; with pairs planted in some of their documents.
 
     A folder of text files is first converted to a TFDS dataset in `data_dir`, and read from there later. Only one
     process may do the conversion.
@@ -58,6 +60,21 @@ def open_source(settings: DataSettings, data_dir: epath.PathLike) -> dict[str, T
     Raises:
         ValueError: the text does not exist or can't be read; one line.
     """
+    splits = _open_splits(settings, data_dir)
+    return {split: _planted(texts, settings) for split, texts in splits.items()} if settings.pair_share else splits
+
+
+def _planted(texts: Texts, settings: DataSettings) -> Texts:
+    """The documents, some of them with pairs."""
+
+    def fetch(numbers):
+        share, density, distances = settings.pair_share, settings.pair_density, settings.pair_distances
+        return (plant(name, text, share, density, distances) for name, text in texts.fetch(numbers))
+
+    return dataclasses.replace(texts, fetch=fetch)
+
+
+def _open_splits(settings: DataSettings, data_dir: epath.PathLike) -> dict[str, Texts]:
     if settings.tfds:
         return _dataset_splits(open_by_name(settings.tfds, settings.tfds_dir, settings.text_feature), settings)
     is_read = settings.folder and not is_built(settings, data_dir)

@@ -12,7 +12,7 @@ from longrope_jax import json_files
 from longrope_jax.data import sources, token_files
 from longrope_jax.data.corpus import DataSettings, Document
 from longrope_jax.data.token_files import stored_documents
-from longrope_jax.data.tokenizer import Tokenizer
+from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.errors import naming, shortened
 from longrope_jax.experiment.context import started_file
 from longrope_jax.runtime import processes
@@ -71,6 +71,11 @@ def read(
     documents: dict[str, dict[str, Sequence[Document]]] = {}
     for section, stages in needed.items():
         settings = sections[section]
+        if settings.pair_share and not isinstance(tokenizer, ByteTokenizer):
+            raise ValueError(
+                f"config.{section}.pair_share = {settings.pair_share} is for models that read bytes; this one has a "
+                "tokenizer"
+            )
         folder = _folder(settings, section, tokenizer, workdir)
         has_started = any(started_file(workdir, stage).exists() for names in stages.values() for stage in names)
         if not processes.any_of(has_started):
