@@ -11,6 +11,7 @@ from etils import epath
 from tqdm import tqdm
 
 from longrope_jax.data.corpus import Document
+from longrope_jax.data.pairs import find_answers
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.perplexity import DocumentNll, by_document, by_file, by_position, token_nll
 from longrope_jax.model import Llama
@@ -133,7 +134,8 @@ def run_evaluation(
 ) -> list[dict[str, Any]]:
     """One record for every (length, method): NLL sums and counts by document, and the curve over positions.
 
-    All lengths score the same tokens: documents of the longest length are cut into windows of each. Records are
+    All lengths score the same tokens: documents of the longest length are cut into windows of each. Values of planted
+    pairs (see `data.pairs`) are recorded one by one, as the mean NLL of their digits. Records are
     appended to `workdir/evaluation.jsonl` one by one; records that are there already are not computed again. Their
     tokens_per_second counts the tokens that are scored; the first of a length has compiling in it.
 
@@ -146,6 +148,7 @@ def run_evaluation(
     config, path = model.config, workdir / "evaluation.jsonl"
     target = max(settings.lengths)
     windows = fixed_windows(documents, settings.window(target), settings.documents, settings.seed)
+    answers = find_answers(windows.names, windows.tokens[:, : target + 1])
 
     done = {(r["length"], r["method"]): r for r in records.resume(path, stage, EVALUATION_RECORD)}
     # Method by method, so that only one model's parameters are in memory.
@@ -188,6 +191,12 @@ def run_evaluation(
                     "mscale": float(chosen.mscale),
                 },
             }
+            if len(answers.rows):
+                record["answers"] = {
+                    "documents": answers.rows.tolist(),
+                    "distances": answers.distances.tolist(),
+                    "nll": nll[answers.places()].mean(1).tolist(),
+                }
             records.append(path, [record])
             done[length, name] = record
     return [done[key] for key in wanted]

@@ -53,6 +53,7 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
         "longrope_minus": {},
         "longrope_minus_disjoint_windows_of_original_length": {},
         "by_eighth": eighths,
+        "answers": {method: _answers(record, lengths) for method, record in longest.items() if "answers" in record},
     }
     for method, entry in summary["perplexity"][str(lengths[-1])].items():
         beyond = longest[method]["nll_beyond"]
@@ -66,6 +67,19 @@ def summarize_evaluation(settings: EvaluationSettings, records: Records, origina
                 method: difference((n, LONGROPE), (original_length, method)) for method in controls
             }
     return summary
+
+
+def _answers(record: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
+    """Mean NLL (nats per digit) of the values of planted pairs, by the range of distances that ends at each length."""
+    found = record["answers"]
+    ranges = np.searchsorted(lengths, found["distances"])
+    nll = np.array(list(map(_infinite, found["nll"])))
+    names = np.array(record["documents"])[found["documents"]]
+    return {
+        str(length): {"nll": float(nll[at].mean()), "answers": int(at.sum()), "documents": len(set(names[at]))}
+        for number, length in enumerate(lengths)
+        if (at := ranges == number).any()
+    }
 
 
 _CLEARLY = 0.005  # nats; two perplexities that differ by less look the same in a table
@@ -176,6 +190,7 @@ def evaluation_section(
         *_pictures(stage, summary, settings, records, config),
         f"{note}\n",
         *_along_windows(summary, longest),
+        *_answers_by_distance(summary, longest),
         *_pairs(summary, original),
         *_comparisons(summary, longest, original),
         *_methods(summary, settings),
@@ -234,6 +249,22 @@ def _along_windows(summary: Summary, longest: str) -> list[str]:
     parts = len(rows[0]) - 2
     header = ["", *(f"{number}/{parts}" for number in range(1, parts + 1)), "beyond"]
     return [f"### Perplexity along windows of {int(longest):,} tokens\n", markdown_table(header, rows)]
+
+
+def _answers_by_distance(summary: Summary, longest: str) -> list[str]:
+    """How well the values of planted pairs are predicted, by their distance from the line before with the pair."""
+    found = summary["answers"]
+    if not found:
+        return []
+    first = next(iter(found.values()))
+    header = [f"up to {int(length):,} bytes ({entry['answers']})" for length, entry in first.items()]
+    rows = [[plots.label(name), *(f"{e['nll']:.2f}" for e in found[name].values())] for name in plots.ordered(found)]
+    return [
+        f"### Numbers of planted pairs, windows of {int(longest):,} tokens\n",
+        "Mean NLL in nats per digit, by the distance from the line before with the same pair; in brackets how many. A "
+        f"model that does not read that line has {np.log(10):.2f}.\n",
+        markdown_table(["", *header], rows),
+    ]
 
 
 def _methods(summary: Summary, settings: EvaluationSettings) -> list[str]:
