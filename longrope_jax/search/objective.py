@@ -17,8 +17,9 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
 
-from longrope_jax.data.corpus import Document
+from longrope_jax.data.corpus import Document, too_short
 from longrope_jax.data.needles import Prompt, needle, needle_cloze
+from longrope_jax.data.pairs import MARK, find_answers
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.perplexity import window_nll
@@ -37,8 +38,8 @@ class TermSettings(Settings):
 
     Attributes:
         kind: of `OBJECTIVES`: "perplexity" of documents (LongRoPE), "needle", that of the digits of a number which is
-            hidden in them and asked for at the end (LongRoPE2), or "needle_cloze", the same without instructions, for
-            models that were not taught to follow any.
+            hidden in them and asked for at the end (LongRoPE2), "needle_cloze", the same without instructions, for
+            models that were not taught to follow any, or "pairs", that of the values of planted pairs (`data.pairs`).
         share: of the score, relative to the other terms' shares.
         length: tokens; 0 is the target length. A term for every length of 1x to 8x gives factors that serve them all.
         documents: how many; 0 as many as the search has.
@@ -148,10 +149,30 @@ def needle_cloze_term(documents: Sequence[Document], tokenizer: Tokenizer, lengt
     return _needles(needle_cloze, documents, tokenizer, length, count, seed)
 
 
+def pairs_term(documents: Sequence[Document], tokenizer: Tokenizer, length: int, count: int, seed: int) -> Term:
+    """Windows of documents with planted pairs, where only the values count that the window has before.
+
+    Raises:
+        ValueError: no document with pairs is long enough.
+    """
+    planted = [document for document in documents if document.name.endswith(MARK)]
+    try:
+        windows = fixed_windows(planted, length, count, seed)
+    except ValueError:
+        raise too_short(planted, f"documents with pairs has the {length + 1} tokens of a window of {length}") from None
+    answers = find_answers(windows.names, windows.tokens)
+    weights = np.zeros((len(windows.tokens), length), np.float32)
+    weights[answers.places()] = 1
+    if not weights.any(1).all():
+        raise ValueError(f"length = {length}: a window has no pair twice")
+    return Term(windows.tokens, weights / weights.sum(1, keepdims=True), windows.names)
+
+
 OBJECTIVES: dict[str, Callable[[Sequence[Document], Tokenizer, int, int, int], Term]] = {
     "perplexity": perplexity_term,
     "needle": needle_term,
     "needle_cloze": needle_cloze_term,
+    "pairs": pairs_term,
 }
 """Name -> (documents, tokenizer, length, how many, seed) -> term."""
 
