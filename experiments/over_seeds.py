@@ -49,7 +49,7 @@ def main(picture: str, *workdirs: str) -> None:
         rows += [(plots.control_label(method), [c[method] for c in controls]) for method in controls[0]]
         for name, entries in rows:
             cells = [f"{e['difference']:+.3f} [{e['ci95'][0]:+.3f}, {e['ci95'][1]:+.3f}]" for e in entries]
-            print(f"| {name} | {' | '.join(cells)} | {_t_interval([e['difference'] for e in entries])} |")
+            print(f"| {name} | {' | '.join(cells)} | {t_interval([e['difference'] for e in entries])} |")
 
     for other in ("yarn_tuned", "yarn_mistral"):
         if other in results[0]["by_eighth"]:
@@ -76,10 +76,11 @@ def along_windows(results: list[dict], workdirs: Sequence[str], other: str, long
             rows[name].append(value)
     for name, values in rows.items():
         cells = " | ".join(f"{value:+.3f}" for value in values)
-        print(f"| {name} | {cells} | {_t_interval(values)} | {100 * np.expm1(np.mean(values)):+.1f} |")
+        print(f"| {name} | {cells} | {t_interval(values)} | {100 * np.expm1(np.mean(values)):+.1f} |")
 
 
-def _t_interval(differences: list[float]) -> str:
+def t_interval(differences: list[float]) -> str:
+    """The mean, and for three or more its 95 % t interval."""
     mean = np.mean(differences)
     if len(differences) < 3:
         return f"{mean:+.3f}"

@@ -1,146 +1,183 @@
-"""All of LongRoPE on two cores: extends 128 bytes of context to 8,192 and keeps short inputs good.
+"""All of LongRoPE on two cores: extends 128 bytes of context to 8,192, on text in which the context matters.
 
     make progressive
-    python -m longrope_jax.main --config=experiments/progressive_tiny.py --workdir=runs/progressive
+    python -m longrope_jax.main --config=experiments/progressive_tiny.py:longrope_50 --workdir=runs/progressive
 
-LongRoPE's recipe (sec. 3.3) on a byte-level model of 0.57M parameters and the embedded corpus, L = 128: pretrain at L;
-search factors for 4L and 8L; fine-tune at 4L with the factors for 4L, then at 8L with those for 8L (the paper's
-intermediate step); search 64L on the tuned model, without further training; search L and 2L with a smaller maximum of
-lambda, to recover short inputs; make a table of all factors by length; evaluate from L/2 to 64L; export.
+LongRoPE's recipe (sec. 3.3) on a byte-level model of 0.5M parameters with heads of 64, L = 128. Half of the documents
+have key-value pairs that come back after up to 64L bytes (`data.pairs`). Pretrain at L; search factors for 8L;
+fine-tune at 8L for some steps; search 64L on the tuned model, without further training; search L with a smaller maximum
+of lambda, to recover short inputs; make a table of all factors by length; evaluate; export.
 
-The baselines: YaRN with as much fine-tuning, all of it at 8L, and a second extension on its effective wavelengths; and
-the model fine-tuned at L with as many tokens.
+Every choice of LongRoPE has tuned YaRN as the alternative, so runs make a table of 2 x 2: `longrope_50` tunes for 50
+steps with LongRoPE's factors, `yarn_50` with those of YaRN tuned on the same documents, and either extends to 64L by a
+search and by tuned YaRN. `all` is both, with 10, 50 and 200 steps. Finished runs of `all` make the tables of
+docs/results/progressive.md:
+
+    python experiments/progressive_tiny.py runs/p0 runs/p1 runs/p2
 """
 
+import sys
+
+import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 import longrope_jax as lr
+from longrope_jax.evaluation.evaluate import EVALUATION_RECORD, recorded_nll
+from longrope_jax.evaluation.perplexity import compare, perplexity
+from longrope_jax.report.tables import markdown_table
+from longrope_jax.runtime import records
 
 L = 128
+LENGTHS = (L, 8 * L, 64 * L)
+STEPS = (10, 50, 200)
+CELLS = [f"{factors}_{steps}" for steps in STEPS for factors in ("longrope", "yarn")]
+FACTORS = {"longrope": "search_8x", "yarn": "search_yarn_8x"}
 
 
-def get_config() -> ConfigDict:
-    """The experiment."""
-    config = ConfigDict()
-    config.stages = (
-        "pretrain",
-        "search_4x",
-        "search_8x",
-        "finetune_4x",
-        "finetune_8x",
-        "search_64x",
-        "search_1x",
-        "search_2x",
-        "table_longrope",
-        "table_best_seed",
-        "finetune_yarn",
-        "table_yarn",
-        "table_yarn_without_temperature",
-        "table_yarn_mistral",
-        "finetune_original",
-        "evaluate",
-        "export",
+def get_config(cell: str = "longrope_50") -> ConfigDict:
+    """The experiment, for one of `CELLS` or "all"."""
+    if cell not in (*CELLS, "all"):
+        raise ValueError(f"experiments/progressive_tiny.py:{cell} must be all, {', '.join(CELLS)}")
+    cells = CELLS if cell == "all" else [cell]
+    pretrain = lr.PretrainSettings(
+        steps=1200,
+        batch=32,
+        checkpoint_every=300,
+        data="data_pretrain",
+        optimizer=lr.OptimizerSettings(learning_rate=3e-3, warmup_steps=100),
     )
-    config.model = lr.section(lr.LlamaConfig.preset("tiny"))
-    config.data = lr.section(lr.DataSettings())
-    config.mesh = lr.section(lr.MeshSettings())
-    config.profile = lr.section(lr.ProfileSettings())
-    config.pretrain = lr.section(
-        lr.PretrainSettings(
-            steps=1000,
-            batch=16,
-            checkpoint_every=250,
-            optimizer=lr.OptimizerSettings(learning_rate=5e-3, warmup_steps=50),
-        )
+    stages = {"pretrain": pretrain, **searches("8x", "pretrain", target_length=8 * L)}
+    methods = {"original": lr.Method("original", "pretrain")}
+    for name in cells:
+        factors, steps = name.split("_")
+        tuned = f"finetune_{name}"
+        stages[tuned] = finetune(8 * L, int(steps), FACTORS[factors])
+        # A screen of skipped positions decides which of eight is read at 64L.
+        screening = lr.ScreeningSettings(share=1 / 16)
+        stages |= searches(f"64x_{name}", tuned, target_length=64 * L, documents=3, iterations=10, screening=screening)
+        stages[f"search_1x_{name}"] = recovery(tuned)
+        prefix = f"{name}_" if len(cells) > 1 else ""
+        for extended, search in (("longrope", f"search_64x_{name}"), ("yarn_tuned", f"search_yarn_64x_{name}")):
+            table = f"table_{name}_{extended}"
+            sources = (f"search_1x_{name}", FACTORS[factors], search)
+            stages[table] = lr.TableSettings(lengths=LENGTHS, factors=sources, model=tuned)
+            methods[f"{prefix}{extended}"] = lr.Method(table, tuned)
+    for steps in dict.fromkeys(name.split("_")[1] for name in cells):
+        stages[f"finetune_original_{steps}"] = finetune(L, int(steps), "original")
+        name = f"tuned_at_original_{steps}" if len(cells) > 1 else "tuned_at_original"
+        methods[name] = lr.Method("original", f"finetune_original_{steps}")
+    stages["evaluate"] = lr.EvaluationSettings(
+        split="test",
+        lengths=LENGTHS,
+        documents=16,
+        methods=methods,
+        controls=tuple(name for name in methods if "original" in name),
     )
-
-    config.search_4x = lr.section(
-        lr.SearchSettings(
-            target_length=4 * L,
-            model="pretrain",
-            documents_at_once=5,
-            evolution=lr.EvolutionSettings.paper(iterations=5),
-        )
+    stages["export"] = lr.ExportSettings(
+        factors=f"table_{cells[0]}_longrope",
+        model=f"finetune_{cells[0]}",
+        allow_dropping_start_tokens=True,
+        allow_dropping_lengths=True,
     )
-    config.search_8x = lr.section(
-        lr.SearchSettings(
-            target_length=8 * L,
-            model="pretrain",
-            documents_at_once=5,
-            evolution=lr.EvolutionSettings.paper(iterations=10),
-        )
-    )
-
-    tuning = dict(optimizer=lr.OptimizerSettings(learning_rate=1.5e-3, schedule="linear", warmup_steps=20))
-    tuning |= dict(checkpoint_every=100, evaluate_every=50, remat="none")
-    config.finetune_4x = lr.section(
-        lr.FinetuneSettings(length=4 * L, batch=8, steps=100, model="pretrain", factors="search_4x", **tuning)
-    )
-    config.finetune_8x = lr.section(
-        lr.FinetuneSettings(length=8 * L, batch=4, steps=100, model="finetune_4x", factors="search_8x", **tuning)
-    )
-
-    config.search_64x = lr.section(
-        lr.SearchSettings(
-            target_length=64 * L,
-            model="finetune_8x",
-            documents=2,
-            # Halved, as in the paper above 512k tokens; and fewer iterations, to save time.
-            evolution=lr.EvolutionSettings.paper(population=24, mutations=8, crossovers=8, iterations=10),
-        )
-    )
-    short = dict(
-        model="finetune_8x", documents=20, documents_at_once=20, evolution=lr.EvolutionSettings.paper(iterations=6)
-    )
-    config.search_1x = lr.section(lr.SearchSettings(target_length=L, upper_bound=4.0, **short))
-    config.search_2x = lr.section(lr.SearchSettings(target_length=2 * L, upper_bound=4.0, **short))
-    config.table_longrope = lr.section(
-        lr.TableSettings(
-            lengths=(L, 2 * L, 8 * L, 64 * L),
-            factors=("search_1x", "search_2x", "search_8x", "search_64x"),
-            model="finetune_8x",
-        )
-    )
-    # Shows the gain of the second search: the same up to 8L, and the best seed of the second search beyond.
-    config.table_best_seed = lr.section(
-        lr.TableSettings(
-            lengths=(L, 2 * L, 8 * L, 64 * L),
-            factors=("search_1x", "search_2x", "search_8x", "search_64x_best_seed"),
-            model="finetune_8x",
-        )
-    )
-
-    config.finetune_yarn = lr.section(
-        lr.FinetuneSettings(length=8 * L, batch=4, steps=200, model="pretrain", factors="yarn", **tuning)
-    )
-    for name in ("yarn", "yarn_without_temperature", "yarn_mistral"):
-        config[f"table_{name}"] = lr.section(
-            lr.TableSettings(lengths=(8 * L, 64 * L), factors=("yarn", name), model="finetune_yarn")
-        )
-    config.finetune_original = lr.section(
-        lr.FinetuneSettings(length=L, batch=32, steps=200, model="pretrain", factors="original", **tuning)
-    )
-
-    config.evaluate = lr.section(
-        lr.EvaluationSettings(
-            split="test",
-            lengths=(L // 2, L, 2 * L, 4 * L, 8 * L, 16 * L, 32 * L, 64 * L),
-            documents=16,
-            methods={
-                "longrope": lr.Method("table_longrope", "finetune_8x"),
-                "longrope_without_second_search": lr.Method("table_best_seed", "finetune_8x"),
-                "yarn": lr.Method("table_yarn", "finetune_yarn"),
-                "yarn_without_temperature": lr.Method("table_yarn_without_temperature", "finetune_yarn"),
-                "yarn_mistral": lr.Method("table_yarn_mistral", "finetune_yarn"),
-                "original": lr.Method("original", "pretrain"),
-                "tuned_at_original": lr.Method("original", "finetune_original"),
-            },
-            controls=("original", "tuned_at_original"),
-        )
-    )
-    config.export = lr.section(
-        lr.ExportSettings(
-            factors="table_longrope", model="finetune_8x", allow_dropping_start_tokens=True, allow_dropping_lengths=True
-        )
-    )
+    # A model learns to look pairs up from many that come back within its window.
+    data = {"data": lr.DataSettings(pair_share=0.5, pair_density=0.7)}
+    data["data_pretrain"] = lr.DataSettings(pair_share=0.9, pair_density=0.5, pair_distances=(16, 64))
+    how = {"mesh": lr.MeshSettings(), "profile": lr.ProfileSettings()}
+    sections = {"model": lr.LlamaConfig.preset("tiny", head_dim=64), **data, **how, **stages}
+    config = ConfigDict({name: lr.section(settings) for name, settings in sections.items()})
+    config.stages = tuple(stages)
     return config
+
+
+def searches(name: str, model: str, iterations: int = 22, **changes) -> dict[str, lr.SearchSettings]:
+    """Tuned YaRN, and LongRoPE's search, which starts from it and has the same documents."""
+    same = dict(model=model, racing=0.9, **changes)
+    search = lr.SearchSettings(
+        ramps=128,
+        seeds={"yarn_tuned": lr.SeedSettings(f"search_yarn_{name}")},
+        evolution=lr.EvolutionSettings(iterations=iterations),
+        **same,
+    )
+    return {f"search_yarn_{name}": lr.SearchSettings(method="yarn_grid", **same), f"search_{name}": search}
+
+
+def recovery(model: str) -> lr.SearchSettings:
+    """The search at L, for short inputs to the tuned model (sec. 3.3)."""
+    evolution = lr.EvolutionSettings(iterations=4)
+    return lr.SearchSettings(
+        target_length=L, model=model, upper_bound=4.0, documents=20, documents_at_once=20, evolution=evolution
+    )
+
+
+def finetune(length: int, steps: int, factors: str) -> lr.FinetuneSettings:
+    """As many tokens a step at every length."""
+    return lr.FinetuneSettings(
+        length=length,
+        batch=32 * L // length,
+        steps=steps,
+        model="pretrain",
+        factors=factors,
+        checkpoint_every=100,
+        remat="none",
+        optimizer=lr.OptimizerSettings(learning_rate=1.5e-3, schedule="linear", warmup_steps=min(20, steps // 2)),
+    )
+
+
+def main(*workdirs: str) -> None:
+    """Prints what the second search gains, what tuning with its factors gains, and what the context is worth."""
+    runs = []
+    for workdir in workdirs:
+        found = records.of_stage(epath.Path(workdir) / "evaluation.jsonl", "evaluate", EVALUATION_RECORD)
+        runs.append({(record["method"], record["length"]): record for record in found})
+    second = [((f"{cell}_longrope", 64 * L), (f"{cell}_yarn_tuned", 64 * L)) for cell in CELLS]
+    compare_all("Second extension: searched minus tuned YaRN, 64L", workdirs, runs, second)
+    tuned = [
+        ((f"longrope_{steps}_{extended}", length), (f"yarn_{steps}_{extended}", length))
+        for length, extended in ((8 * L, "longrope"), (64 * L, "longrope"), (64 * L, "yarn_tuned"), (L, "longrope"))
+        for steps in STEPS
+    ]
+    compare_all("Tuned with LongRoPE's factors minus with tuned YaRN's", workdirs, runs, tuned)
+    control = [
+        ((f"{cell}_longrope", length), (f"tuned_at_original_{cell.split('_')[1]}", L))
+        for length in (8 * L, 64 * L)
+        for cell in CELLS
+    ]
+    compare_all(
+        "Context: windows of 8L and 64L minus disjoint windows of L, of the model tuned at L", workdirs, runs, control
+    )
+
+
+def compare_all(title: str, workdirs: tuple[str, ...], runs: list[dict], pairs: list[tuple]) -> None:
+    """Prints a row for every pair of (method, length): perplexities; by run the difference in nats per token with its
+    95 % interval over documents; and its mean with a t interval over runs.
+    """
+    from over_seeds import t_interval  # beside this file, which a config need not find
+
+    rows = []
+    for one, other in pairs:
+        nll = [tuple(recorded_nll(run[key]) for key in (one, other)) for run in runs]
+        differences = [compare(*pair) for pair in nll]
+        cells = [f"{d.difference:+.3f} [{d.ci95[0]:+.3f}, {d.ci95[1]:+.3f}]" for d in differences]
+        both = [" / ".join(f"{perplexity(each).ppl:.3f}" for each in pair) for pair in nll]
+        names = [f"{method}, {length // L}L" for method, length in (one, other)]
+        rows.append([" minus ".join(names), "; ".join(both), *cells, t_interval([d.difference for d in differences])])
+    print(f"\n### {title}\n\n{markdown_table(['', 'perplexity', *workdirs, 'mean [95 % t interval over runs]'], rows)}")
+
+
+def print_answers(workdirs: tuple[str, ...], runs: list[dict]) -> None:
+    """Prints the mean NLL per digit of planted numbers by their distance, for windows of 8L and 64L."""
+    header = ["nats per digit", *(f"{workdir}: up to {edge // L}L" for workdir in workdirs for edge in LENGTHS)]
+    rows = []
+    for method, length in sorted(key for key in runs[0] if key[1] > L):
+        cells = []
+        for run in runs:
+            answers = run[method, length]["answers"]
+            ranges, nll = np.searchsorted(LENGTHS, answers["distances"]), np.array(answers["nll"], float)
+            cells += [f"{nll[ranges == number].mean():.2f}" for number in range(len(LENGTHS))]
+        rows.append([f"{method}, windows of {length // L}L", *cells])
+    print(f"\n### Planted pairs by distance\n\n{markdown_table(header, rows)}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

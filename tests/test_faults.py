@@ -20,48 +20,44 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 KILLS = 20
+CELL = "longrope_50"
 STAGES = (
     "pretrain",
+    "search_yarn_8x",
     "search_8x",
-    "finetune_8x",
-    "search_64x",
-    "search_1x",
-    "table_longrope",
-    "table_best_seed",
-    "finetune_yarn",
-    "table_yarn",
-    "finetune_original",
+    f"finetune_{CELL}",
+    f"search_yarn_64x_{CELL}",
+    f"search_64x_{CELL}",
+    f"search_1x_{CELL}",
+    f"table_{CELL}_longrope",
+    "finetune_original_50",
     "evaluate",
     "export",
 )
 SMALL = {
     "stages": STAGES,
+    "model.head_dim": 32,
     "pretrain.steps": 150,
     "pretrain.checkpoint_every": 15,
+    "search_yarn_8x.target_length": 256,
     "search_8x.evolution.iterations": 8,
     "search_8x.target_length": 256,
-    "search_64x.evolution.iterations": 4,
-    "search_64x.target_length": 512,
-    "search_1x.evolution.iterations": 2,
-    "finetune_8x.model": "pretrain",
-    "finetune_8x.length": 256,
-    "finetune_8x.steps": 60,
-    "finetune_8x.checkpoint_every": 6,
-    "finetune_8x.long_share": 0.75,
-    "finetune_yarn.length": 256,
-    "finetune_yarn.steps": 40,
-    "finetune_yarn.checkpoint_every": 4,
-    "finetune_yarn.packed": True,
-    "finetune_original.steps": 20,
-    "table_longrope.lengths": (128, 256, 512),
-    "table_longrope.factors": ("search_1x", "search_8x", "search_64x"),
-    "table_best_seed.lengths": (128, 512),
-    "table_best_seed.factors": ("search_1x", "search_64x_best_seed"),
-    "table_yarn.lengths": (256, 512),
+    f"search_yarn_64x_{CELL}.target_length": 512,
+    f"search_64x_{CELL}.evolution.iterations": 4,
+    f"search_64x_{CELL}.target_length": 512,
+    f"search_1x_{CELL}.evolution.iterations": 2,
+    f"finetune_{CELL}.length": 256,
+    f"finetune_{CELL}.steps": 60,
+    f"finetune_{CELL}.checkpoint_every": 6,
+    f"finetune_{CELL}.long_share": 0.75,
+    "finetune_original_50.length": 256,
+    "finetune_original_50.steps": 40,
+    "finetune_original_50.checkpoint_every": 4,
+    "finetune_original_50.packed": True,
+    f"table_{CELL}_longrope.lengths": (128, 256, 512),
     "evaluate.lengths": (128, 256, 512),
     "evaluate.documents": 4,
-    "evaluate.methods.yarn_without_temperature.factors": "yarn_without_temperature",
-    "evaluate.methods.yarn_mistral.factors": "yarn_mistral",
+    "evaluate.methods.yarn_tuned.factors": "yarn",
 }
 
 
@@ -81,7 +77,8 @@ def command(tmp_path, workdir):
         "def get_config():\n"
         "    config = progressive_tiny.get_config()\n"
         f"    config.update_from_flattened_dict({SMALL!r})\n"
-        "    for name in set(config) - set(config.stages) - {'stages', 'model', 'data', 'mesh', 'profile'}:\n"
+        "    sections = {'stages', 'model', 'data', 'data_pretrain', 'mesh', 'profile'}\n"
+        "    for name in set(config) - set(config.stages) - sections:\n"
         "        del config[name]\n"
         "    return config\n"
     )
