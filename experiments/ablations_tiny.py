@@ -9,6 +9,7 @@ lengths:
 
     evaluate_table1_methods            search against the published methods, not fine-tuned, at 2L, 4L and 8L
     evaluate_table11_forms             lambda alone, and lambda with start tokens, against PI, at 4L and 8L
+    evaluate_temperature               candidates scored with the temperature of the released code, at 8L
     evaluate_table10_recovery          a model fine-tuned at 8L, on short inputs, with and without recovery
     evaluate_table9_second_extension   the same model extended to 16L, 32L and 64L without more tuning
 
@@ -86,6 +87,15 @@ def _first_searches() -> dict[str, lr.SearchSettings]:
         searches[f"search_lambda_{scale}x"] = lr.SearchSettings(
             target_length=scale * L, n_hat=(0,), evolution=_as_published(iterations=iterations[scale]), **common
         )
+    for scale in (2, 4, 8):
+        searches[f"search_yarn_{scale}x"] = lr.SearchSettings(target_length=scale * L, method="yarn_grid", **common)
+    temperature = lr.rope.longrope_mscale(8, L)
+    searches["search_temperature_8x"] = lr.SearchSettings(
+        target_length=8 * L,
+        mscale=(temperature, temperature),
+        evolution=_as_published(iterations=iterations[8]),
+        **common,
+    )
     return searches
 
 
@@ -93,6 +103,8 @@ def _first_tables() -> dict[str, lr.TableSettings]:
     """A factor table per method: its factors for every length, and the original rotation up to L."""
     tables = {method: _from_original((2, 4, 8), [method] * 3) for method in METHODS}
     tables["searched"] = _from_original((2, 4, 8), ["search_2x", "search_4x", "search_8x"])
+    tables["yarn_tuned"] = _from_original((2, 4, 8), ["search_yarn_2x", "search_yarn_4x", "search_yarn_8x"])
+    tables["temperature"] = _from_original((8,), ["search_temperature_8x"])
     tables["lambda"] = _from_original((4, 8), ["search_lambda_4x", "search_lambda_8x"])
     return {f"table_{name}": table for name, table in tables.items()}
 
@@ -116,9 +128,10 @@ def _first_evaluations() -> dict[str, lr.EvaluationSettings]:
                 "linear": linear,
                 "ntk": ntk,
                 "yarn": yarn,
+                "yarn_tuned": lr.Method("table_yarn_tuned", "pretrain"),
                 "longrope": searched,
             },
-            compared=(("longrope", "yarn"), ("longrope", "ntk")),
+            compared=(("longrope", "yarn_tuned"), ("longrope", "yarn"), ("longrope", "ntk")),
         ),
         "evaluate_table11_forms": lr.EvaluationSettings(
             split="test",
@@ -131,6 +144,17 @@ def _first_evaluations() -> dict[str, lr.EvaluationSettings]:
                 "unscaled": unscaled,
             },
             compared=(("lambda_only", "linear"), ("longrope", "linear"), ("longrope", "lambda_only")),
+        ),
+        "evaluate_temperature": lr.EvaluationSettings(
+            split="test",
+            lengths=(L, 8 * L),
+            documents=DOCUMENTS,
+            methods={
+                "longrope": searched,
+                "with_temperature": lr.Method("table_temperature", "pretrain"),
+                "unscaled": unscaled,
+            },
+            compared=(("with_temperature", "longrope"),),
         ),
     }
 
