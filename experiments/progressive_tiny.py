@@ -53,8 +53,8 @@ def get_config(cell: str = "longrope_50") -> ConfigDict:
         factors, steps = name.split("_")
         tuned = f"finetune_{name}"
         stages[tuned] = finetune(8 * L, int(steps), FACTORS[factors])
-        # A screen of skipped positions decides which of eight is read at 64L.
-        screening = lr.ScreeningSettings(share=1 / 16)
+        # Skipped positions decide which one of sixteen candidates is read at 64L.
+        screening = lr.ScreeningSettings(share=1 / 16, reduction_factor=16)
         stages |= searches(f"64x_{name}", tuned, target_length=64 * L, documents=3, iterations=10, screening=screening)
         stages[f"search_1x_{name}"] = recovery(tuned)
         prefix = f"{name}_" if len(cells) > 1 else ""

@@ -59,7 +59,7 @@ def score_with(
         size = len(population.lam)
         documents, skipped = np.full((2, size, len(objective.weights)), np.nan)
         nll, cost, screens, running = np.full(size, np.inf), np.zeros(size), np.full(size, np.nan), np.arange(size)
-        incumbents = incumbents if incumbents is not None and incumbents.has_enough else None
+        rivals = incumbents if racing > 0 and incumbents and incumbents.has_enough else None
 
         def read(block: int, rows: Int[np.ndarray, "R"]) -> Iterator[tuple[Int[np.ndarray, "C"], Any]]:
             for first in range(0, len(rows), objective.candidates_at_once):
@@ -73,12 +73,11 @@ def score_with(
                 skipped[np.ix_(chosen, pieces.documents)] = found
         if objective.screens:
             screens = (skipped * objective.weights).sum(1)
-        if objective.screens and incumbents:
+        if objective.screens and incumbents and incumbents.bias is not None and len(incumbents.bias):
             nll = estimate(screens, population, incumbents)
             running = np.sort(np.argsort(nll, kind="stable")[: -(-size // reduction_factor)])
             progress(size - len(running))
         promoted = running
-        rivals = incumbents if racing > 0 else None
         order = informative_first(rivals.documents, objective.weights, columns) if rivals else [*range(len(columns))]
         for place, block in enumerate(order):
             for chosen, found in read(block, running):

@@ -172,15 +172,13 @@ def scan_yarn_grid(
 
 
 def _scan(state: SearchState, candidates: SearchState, iteration: int, score: Score) -> SearchState:
-    """Scores candidates batch by batch. The first batch is read in full; later ones may race for a place among the
-    best of their restart.
-    """
+    """Scores candidates batch by batch. All but the first may race for a place among the best of their restart."""
     new = remove_duplicates(candidates, state)
     for first in range(0, len(new), _BATCH):
         batch = new.take(np.arange(first, min(first + _BATCH, len(new))))
         rivals = state.candidates_of_restart(int(batch.restart[0]))
         threshold = np.sort(state.nll[rivals])[:_THRESHOLD_RANK][-1]
-        incumbents = state.incumbents(threshold) if first else None
+        incumbents = state.incumbents(threshold if first else np.inf)
         state = concatenate(state, evaluate(batch, score, incumbents, iteration))
     return state
 

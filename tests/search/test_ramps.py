@@ -83,7 +83,7 @@ def test_later_ramps_race_for_a_place_among_the_best_eight():
     score = Watched()
     state = scanned(PAPER, 70, score=score)
     (_, nothing), (size, first), *others = score.asked  # the seeds, and the first ramps
-    assert nothing is None and first is None and size == 32 and len(others) == 2
+    assert nothing is None and not first.has_enough and size == 32 and len(others) == 2
     done = 2 + size
     for count, incumbents in others:
         before = state.take(np.arange(done))

@@ -144,9 +144,21 @@ def test_one_of_so_many_candidates_is_read_and_no_other_ranks_before_them():
     np.testing.assert_allclose(found.nll, [5.45, 6.0, 4.9, np.inf, 7.0, 9.0])
     np.testing.assert_allclose(found.cost, [0.1, 1.1, 1.1, 0.1, 0.1, 0.1])
     assert sum(progress) == pytest.approx(6) and len(made.asked) == 4 * 6 + 2 * 4
-    # Too few incumbents, or none: all are read, and both scores are known of all.
-    everyone = score_with(Made(losses, screens), reduction_factor=3)(candidates, None)
-    assert not np.isnan(everyone.documents).any() and not np.isnan(everyone.screens).any()
+    # Without candidates that were read both ways all are read, and both scores are known of all.
+    unknown = INCUMBENTS._replace(read=factors(), bias=np.zeros(0)), INCUMBENTS._replace(read=None, bias=None)
+    for incumbents in (None, *unknown):
+        everyone = score_with(Made(losses, screens), reduction_factor=3)(candidates, incumbents)
+        assert not np.isnan(everyone.documents).any() and not np.isnan(everyone.screens).any()
+
+
+def test_the_first_ramps_are_screened_too():
+    """As soon as the seeds were read; there are too few incumbents for a race then, and no threshold."""
+    few = INCUMBENTS._replace(documents=INCUMBENTS.documents[:3], threshold=np.inf)
+    losses = np.arange(5.0, 69.0)[:, None] + np.zeros(4)
+    made = Made(losses, losses - 1)
+    found = score_with(made, racing=0.9, reduction_factor=16)(factors(*[1.05] * 64).replace(n_hat=np.arange(64)), few)
+    np.testing.assert_array_equal(np.flatnonzero(~np.isnan(found.documents).any(1)), np.arange(4))
+    np.testing.assert_array_equal(found.nll[:4], losses[:4, 0])
 
 
 def test_the_best_candidate_was_read_even_if_a_single_one_was_promoted():
