@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float
 
 from longrope_jax import DataSettings, Llama, LlamaConfig, find_factors, read_documents
 from longrope_jax.data.windows import fixed_windows
@@ -35,10 +36,14 @@ class Quickstart:
         """Runs a search on the search documents; returns all its candidates."""
         return find_factors(self._model, self._params, self._documents["search"], settings, seeds=seeds)
 
+    def token_nll(self, factors: RopeFactors, length: int, documents: int) -> Float[np.ndarray, "N T"]:
+        """NLL (nats) of every token in windows of `length` tokens of evaluation documents."""
+        windows = fixed_windows(self._documents["evaluation"], length, documents, seed=0).tokens
+        return token_nll(self._model, self._layout, self._params, factors, windows, length)
+
     def evaluate(self, factors: RopeFactors, length: int, documents: int) -> Perplexity:
         """Perplexity on windows of `length` tokens of evaluation documents."""
-        windows = fixed_windows(self._documents["evaluation"], length, documents, seed=0).tokens
-        return perplexity(by_document(token_nll(self._model, self._layout, self._params, factors, windows, length)))
+        return perplexity(by_document(self.token_nll(factors, length, documents)))
 
 
 def mean_and_range(values, digits: int = 3) -> str:
