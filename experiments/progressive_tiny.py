@@ -26,7 +26,7 @@ import longrope_jax as lr
 from longrope_jax.evaluation.evaluate import EVALUATION_RECORD, recorded_nll
 from longrope_jax.evaluation.perplexity import compare, perplexity
 from longrope_jax.report.tables import markdown_table
-from longrope_jax.runtime import records
+from longrope_jax.runtime import json_lines
 
 L = 128
 LENGTHS = (L, 8 * L, 64 * L)
@@ -128,7 +128,7 @@ def main(*workdirs: str) -> None:
     """Prints what the second search gains, what tuning with its factors gains, and what the context is worth."""
     runs = []
     for workdir in workdirs:
-        found = records.of_stage(epath.Path(workdir) / "evaluation.jsonl", "evaluate", EVALUATION_RECORD)
+        found = json_lines.of_stage(epath.Path(workdir) / "evaluation.jsonl", "evaluate", EVALUATION_RECORD)
         runs.append({(record["method"], record["length"]): record for record in found})
     second = [((f"{cell}_longrope", 64 * L), (f"{cell}_yarn_tuned", 64 * L)) for cell in CELLS]
     compare_all("Second extension: searched minus tuned YaRN, 64L", workdirs, runs, second)

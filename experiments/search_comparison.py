@@ -28,7 +28,7 @@ from longrope_jax.evaluation.perplexity import DocumentNll
 from longrope_jax.experiment import run
 from longrope_jax.model import LlamaConfig
 from longrope_jax.report.tables import markdown_table
-from longrope_jax.runtime import records
+from longrope_jax.runtime import json_lines
 from longrope_jax.runtime.mesh import MeshSettings
 from longrope_jax.runtime.profiling import ProfileSettings
 from longrope_jax.search.settings import CmaEsSettings, EvolutionSettings, GradientSettings, SearchSettings
@@ -127,7 +127,7 @@ def read_run(path: epath.Path) -> dict[str, dict]:
     """Curve, cost and held-out NLL of every search on one model."""
     report = json.loads((path / "report.json").read_text())
     found = {summary["stage"].removeprefix("search_"): summary for summary in report["search"]}
-    held_out = {r["method"]: recorded_nll(r) for r in records.read(path / "evaluation.jsonl")}
+    held_out = {r["method"]: recorded_nll(r) for r in json_lines.read(path / "evaluation.jsonl")}
     return {
         name: {
             "curve": np.array(summary["curve"], float),

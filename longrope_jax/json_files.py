@@ -1,6 +1,7 @@
 """Files of JSON that may be damaged, or something else altogether: read, and checked as far as the reader relies on."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -104,3 +105,17 @@ def _named(kind: Kind) -> str:
     if isinstance(kind, dict):
         return "an object" if str not in kind else f"an object, of {_named(kind[str])} each"
     return {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "an object"}[kind]
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON that every reader accepts: null in place of infinity and nan."""
+    return json.dumps(finite(content), indent=indent, allow_nan=False)
+
+
+def finite(content: Any) -> Any:
+    """The same content with None in place of infinity and nan."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

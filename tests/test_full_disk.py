@@ -21,7 +21,7 @@ from longrope_jax.interop.architectures import Rotation
 from longrope_jax.interop.factor_files import write_factors
 from longrope_jax.model import LlamaConfig
 from longrope_jax.rope import FactorTable, linear, load_factors, save_factors, save_table
-from longrope_jax.runtime import records
+from longrope_jax.runtime import json_lines, processes
 from longrope_jax.search.settings import EvolutionSettings, SearchSettings
 from longrope_jax.settings import section
 from longrope_jax.training.pretrain import PretrainSettings
@@ -45,7 +45,7 @@ WRITERS = {
     "rope_parameters": lambda path: write_factors(
         path / "new.json", Rotation(FactorTable.of({8: linear(256, 8.0)}), 1e4, 8), "huggingface"
     ),
-    "whole file": lambda path: records.write_whole(path / "new.json", "x" * 1000),
+    "whole file": lambda path: processes.write_text(path / "new.json", "x" * 1000),
 }
 
 
@@ -68,14 +68,14 @@ def test_what_was_there_before_stays(tmp_path):
 
 def test_records_go_on_after_the_last_whole_one(tmp_path):
     path, some = epath.Path(tmp_path / "some.jsonl"), [{"stage": "s", "step": step, "x": "x" * 50} for step in range(9)]
-    records.append(path, some[:2])
+    json_lines.append(path, some[:2])
     with no_file_beyond(path.stat().length + 100), pytest.raises(OSError, match=f"{path} can't be written to"):
-        records.append(path, some[2:])
-    whole = len(records.read(path))
-    assert 2 <= whole < 5 and records.read(path) == some[:whole]
-    records.keep(path, lambda record: True)
-    records.append(path, some[whole:])
-    assert records.read(path) == some
+        json_lines.append(path, some[2:])
+    whole = len(json_lines.read(path))
+    assert 2 <= whole < 5 and json_lines.read(path) == some[:whole]
+    json_lines.keep(path, lambda record: True)
+    json_lines.append(path, some[whole:])
+    assert json_lines.read(path) == some
 
 
 @pytest.mark.parametrize("room", [0, 100, 5000, 20_000])

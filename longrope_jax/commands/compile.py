@@ -22,7 +22,7 @@ from longrope_jax.report.tables import markdown_table
 from longrope_jax.runtime.ahead_of_time import Compiled, Program, compile_lowered, describe_slice
 from longrope_jax.runtime.estimate import ASSUMPTIONS, GIB, Chip, Estimate, estimate
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.runtime.records import to_json, write_whole
+from longrope_jax.runtime.processes import write_json, write_text
 from longrope_jax.training.finetune import FinetuneSettings
 from longrope_jax.training.loop import LoopSettings
 
@@ -67,11 +67,11 @@ def compile_experiment(config: ConfigDict, topology: str, workdir: epath.PathLik
             rows.append(_Row(stage, program, compiled, _estimate(chip, layout, program, compiled), suggestion))
             print(f"{compiled.seconds:.0f} s, {'fits' if compiled.fits else 'does not fit'}", flush=True)
             report = _report(topology, chip, layout, rows)
-            write_whole(path, to_json(report | {"known": cache}, indent=1) + "\n")
+            write_json(path, report | {"known": cache})
     if not rows:
         raise ValueError(f"config.stages = {tuple(experiment.stages)}: none of them runs a program")
     text = _markdown(report, rows)
-    write_whole(workdir / f"{REPORT}.md", text)
+    write_text(workdir / f"{REPORT}.md", text)
     print(f"\n{text}\nreport: {workdir / f'{REPORT}.md'}")
     return report
 

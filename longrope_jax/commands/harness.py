@@ -20,7 +20,6 @@ from longrope_jax.model import Llama
 from longrope_jax.model.config import FLOAT_TYPES
 from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import Layout, MeshSettings
-from longrope_jax.runtime.records import to_json, write_whole
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     try:
         results, table = run(options)
-        write_whole(epath.Path(options.output), to_json(results, indent=1) + "\n")
+        processes.write_json(epath.Path(options.output), results)
         if processes.is_first():
             print(table)
     except (ValueError, OSError, ImportError) as error:

@@ -16,7 +16,7 @@ from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.perplexity import DocumentNll, by_document, by_file, by_position, token_nll
 from longrope_jax.model import Llama
 from longrope_jax.rope import METHODS, RopeFactors
-from longrope_jax.runtime import preemption, processes, profiling, records
+from longrope_jax.runtime import json_lines, preemption, processes, profiling
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.settings import (
     DistinctLengths,
@@ -150,7 +150,7 @@ def run_evaluation(
     windows = fixed_windows(documents, settings.window(target), settings.documents, settings.seed)
     answers = find_answers(windows.names, windows.tokens[:, : target + 1])
 
-    done = {(r["length"], r["method"]): r for r in records.resume(path, stage, EVALUATION_RECORD)}
+    done = {(r["length"], r["method"]): r for r in json_lines.resume(path, stage, EVALUATION_RECORD)}
     # Method by method, so that only one model's parameters are in memory.
     wanted = [(length, name) for name in by_model(settings.methods) for length in sorted(settings.lengths)]
     with (
@@ -197,7 +197,7 @@ def run_evaluation(
                     "distances": answers.distances.tolist(),
                     "nll": nll[answers.places()].mean(1).tolist(),
                 }
-            records.append(path, [record])
+            json_lines.append(path, [record])
             done[length, name] = record
     return [done[key] for key in wanted]
 

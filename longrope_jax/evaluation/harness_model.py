@@ -4,20 +4,19 @@ An optional extra (requirements-harness.txt). Every request takes the factors of
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.evaluation.scoring import log_likelihoods
 from longrope_jax.model import Llama
 from longrope_jax.model.decode import ENDED, Sampling, generate
 from longrope_jax.rope import FactorTable
-from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import Layout
+from longrope_jax.runtime.processes import progress_bar
 
 try:
     from lm_eval import simple_evaluate
@@ -124,7 +123,8 @@ class HarnessModel(TemplateLM):
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         loaded = self._model, self._layout, self._params, self._table
         results = log_likelihoods(*loaded, pairs, self._tokens_at_once, self._bos)
-        for index, likelihood in self._progress(results, len(pairs), "log-likelihoods", disable_tqdm):
+        bar = progress_bar(results, "log-likelihoods", len(pairs), unit="request", disable=disable_tqdm)
+        for index, likelihood in bar:
             answers[index] = tuple(likelihood)
             if requests[index][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
@@ -156,7 +156,7 @@ class HarnessModel(TemplateLM):
         """
         answers = [""] * len(requests)
         results = self._generated(requests)
-        for index, text in self._progress(results, len(requests), "generating", disable_tqdm):
+        for index, text in progress_bar(results, "generating", len(requests), unit="request", disable=disable_tqdm):
             answers[index] = text
             self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return answers
@@ -202,12 +202,6 @@ class HarnessModel(TemplateLM):
                 if all(row[-1] == ENDED or keep != text for row, keep, text in zip(tokens, kept, texts, strict=True)):
                     break
         return kept
-
-    @staticmethod
-    def _progress(results: Iterator, total: int, what: str, disable: bool) -> Iterable:
-        return tqdm(
-            results, what, total, unit="request", dynamic_ncols=True, disable=disable or not processes.is_first()
-        )
 
 
 def _sampling(options: dict) -> Sampling:

@@ -21,7 +21,7 @@ from longrope_jax.evaluation.perplexity import Methods, factors_at
 from longrope_jax.model import Llama
 from longrope_jax.model.decode import complete
 from longrope_jax.rope import FactorTable
-from longrope_jax.runtime import preemption, processes, records
+from longrope_jax.runtime import json_lines, preemption, processes
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.settings import DistinctLengths, PositiveInt, Seed, Settings, one_of
 
@@ -120,7 +120,7 @@ def run_retrieval(
         preemption.Preempted: the process was asked to stop; finished records are kept.
     """
     path = workdir / "retrieval.jsonl"
-    done = {(r["method"], r["length"], r["depth"]): r for r in records.resume(path, stage, RETRIEVAL_RECORD)}
+    done = {(r["method"], r["length"], r["depth"]): r for r in json_lines.resume(path, stage, RETRIEVAL_RECORD)}
     # Method by method, so that only one model's parameters are in memory.
     wanted = [
         (name, length, depth)
@@ -161,7 +161,7 @@ def run_retrieval(
                 "seed": settings.seed,
                 "seconds": time.monotonic() - started,
             }
-            records.append(path, [record])
+            json_lines.append(path, [record])
             done[name, length, depth] = record
     return [done[key] for key in wanted]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from longrope_jax import json_files
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.evaluation.evaluate import EvaluationSettings
@@ -22,7 +23,7 @@ from longrope_jax.rope import (
     save_table,
     unscaled,
 )
-from longrope_jax.runtime import processes, records
+from longrope_jax.runtime import processes
 from longrope_jax.runtime.mesh import Layout
 
 BEST_SEED = "_best_seed"
@@ -133,7 +134,7 @@ def save_factors_of(context: RunContext, name: str, factors: RopeFactors | Facto
         path, config = context.workdir / "factors" / f"{name}.json", context.model.config
         path.parent.mkdir(exist_ok=True)
         known = {"stage": name, "model": dataclasses.asdict(config), "original_length": config.original_length}
-        metadata = records.finite(metadata) | known
+        metadata = json_files.finite(metadata) | known
         if isinstance(factors, FactorTable):
             save_table(path, factors, **metadata)
         else:

@@ -5,12 +5,12 @@ from dataclasses import asdict
 from typing import Any
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from longrope_jax import json_files
 from longrope_jax.errors import beginning, shortened
 from longrope_jax.experiment.config import Experiment, before, stage_of
 from longrope_jax.experiment.context import finished_file, started_file
-from longrope_jax.runtime.records import flat, to_json
 from longrope_jax.search.settings import METHODS, SearchSettings
 
 FORMAT = 1
@@ -35,8 +35,8 @@ def check_fingerprints(workdir: epath.Path, experiment: Experiment) -> None:
         path = started_file(workdir, name)
         if not path.exists() or not (stage_of(name).resumes or finished_file(workdir, name).exists()):
             continue
-        stored = flat(json_files.read_object(path))
-        current = flat(json.loads(to_json(fingerprint(name, experiment))))
+        stored = flatten_dict(json_files.read_object(path), sep=".")
+        current = flatten_dict(json.loads(json_files.to_json(fingerprint(name, experiment))), sep=".")
         for key in sorted(stored.keys() | current.keys()):
             if stored.get(key) != current.get(key):
                 old, new = (shortened(fields.get(key, "absent")) for fields in (stored, current))

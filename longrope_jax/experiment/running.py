@@ -24,7 +24,7 @@ from longrope_jax.model import Llama
 from longrope_jax.report import summarize, summary_tables, write_report
 from longrope_jax.runtime import lock, preemption, processes, profiling
 from longrope_jax.runtime.mesh import Layout
-from longrope_jax.runtime.records import finite, to_json, write_whole
+from longrope_jax.runtime.processes import write_json
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
@@ -56,7 +56,7 @@ def prepare(config: ConfigDict, workdir: epath.PathLike) -> tuple[Experiment, Ru
         with naming_section(name):
             stage_of(name).check_data(settings, context)
     # Only now: a config that could not run must not keep a mended one out of its work directory.
-    write_whole(workdir / "config.json", to_json(json.loads(config.to_json()), indent=1) + "\n")
+    write_json(workdir / "config.json", json.loads(config.to_json()))
     return experiment, context
 
 
@@ -122,11 +122,11 @@ def _run_or_skip(name: str, experiment: Experiment, context: RunContext) -> dict
         logging.warning("%s: finished before, but %s; running it again", name, lost)
     if processes.is_first():
         finished.parent.mkdir(exist_ok=True)
-    write_whole(started_file(context.workdir, name), to_json(fingerprint(name, experiment), indent=1) + "\n")
+    write_json(started_file(context.workdir, name), fingerprint(name, experiment))
     processes.wait_for_all(f"{name} begins")
     with profiling.of_stage(experiment.profile, name, context.workdir):
-        summary = finite(stage_of(name).run(settings, context, name))
-    write_whole(finished, to_json(summary, indent=1) + "\n")
+        summary = json_files.finite(stage_of(name).run(settings, context, name))
+    write_json(finished, summary)
     processes.wait_for_all(name)
     stage_of(name).load(settings, context, name, summary)
     return summary

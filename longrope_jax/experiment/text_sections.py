@@ -16,7 +16,6 @@ from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.errors import naming, shortened
 from longrope_jax.experiment.context import started_file
 from longrope_jax.runtime import processes
-from longrope_jax.runtime.records import to_json, write_whole
 from longrope_jax.settings import parse
 
 Reads = dict[str, tuple[str, tuple[str, ...]]]
@@ -105,7 +104,7 @@ def _remove_if_changed(settings: DataSettings, folder: epath.Path, workdir: epat
                     stale.rmtree()
         if not note.exists():
             note.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(note, to_json(found, indent=1) + "\n")
+            processes.write_json(note, found)
     processes.wait_for_all(f"source of {folder.name}")
 
 

@@ -14,7 +14,6 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from jaxtyping import Array, Float
 from safetensors.numpy import save
 from tokenizers.pre_tokenizers import ByteLevel
-from tqdm import tqdm
 
 from longrope_jax.data.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
 from longrope_jax.interop.architectures import ARCHITECTURES, SIZES, CheckpointTensor, checkpoint_tensors
@@ -232,7 +231,7 @@ def _write_tensors(
         max_shard_size=shard_bytes,
     )
     what = f"writing {folder.name.removesuffix(PARTIAL)}"
-    with tqdm(total=len(tensors), desc=what, unit="tensor", dynamic_ncols=True, disable=not is_first) as bar:
+    with processes.progress_bar(total=len(tensors), desc=what, unit="tensor") as bar:
         for file, names in split.filename_to_tensors.items():
             arrays = {}
             for name in names:

@@ -15,7 +15,6 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array
-from tqdm import tqdm
 
 from longrope_jax import json_files
 from longrope_jax.data.tokenizer import SubwordTokenizer
@@ -123,8 +122,7 @@ def read_params(path: epath.PathLike, config: LlamaConfig, mesh: Mesh | None = N
     else:
         shardings = tree_shardings(mesh, like)
     total = sum(config.num_layers if stored.is_stacked else 1 for stored in wanted.values())
-    is_quiet = not processes.is_first()
-    with tqdm(total=total, desc=f"reading {path.name}", unit="tensor", dynamic_ncols=True, disable=is_quiet) as bar:
+    with processes.progress_bar(total=total, desc=f"reading {path.name}", unit="tensor") as bar:
 
         def read(where, leaf, sharding):
             stored = wanted[jax.tree_util.keystr(where, simple=True, separator="/")]

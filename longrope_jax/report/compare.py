@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from longrope_jax.evaluation.perplexity import compare
 from longrope_jax.report import plots
@@ -17,7 +18,6 @@ from longrope_jax.report.perplexity import evaluation_title
 from longrope_jax.report.plots import comparison as comparison_plots
 from longrope_jax.report.runs import Run, other_tokens, read_runs
 from longrope_jax.report.tables import DIFFERENCES, difference_cell, length_heading, markdown_table, share_cell
-from longrope_jax.runtime.records import flat
 
 _ABSENT = "–"
 
@@ -184,7 +184,8 @@ def _configs(runs: Sequence[Run]) -> list[str]:
     """The fields that are not the same in all configs; a section that only some have is one line."""
     shared = set.intersection(*(set(run.config) for run in runs))
     values = [
-        flat({name: section if name in shared else "present" for name, section in run.config.items()}) for run in runs
+        flatten_dict({name: section if name in shared else "present" for name, section in run.config.items()}, sep=".")
+        for run in runs
     ]
     fields = list(dict.fromkeys(field for found in values for field in found))
     rows = [

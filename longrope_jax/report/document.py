@@ -14,8 +14,8 @@ from longrope_jax.report.model_card import cost_table
 from longrope_jax.report.page import Parts, Picture, write_pages
 from longrope_jax.report.search import search_section
 from longrope_jax.report.tables import markdown_table
-from longrope_jax.runtime import records
-from longrope_jax.runtime.records import to_json, write_whole
+from longrope_jax.runtime import json_lines
+from longrope_jax.runtime.processes import write_json
 
 Records = list[dict[str, Any]]
 Evaluations = dict[str, tuple[EvaluationSettings, Records]]
@@ -59,7 +59,7 @@ def write_report(
     """Writes report.json (the result of `summarize`), report.md with its figures, and the same as one page, report.html
     with its pictures inside; returns the path of report.md.
     """
-    write_whole(workdir / "report.json", to_json(report, indent=1) + "\n")
+    write_json(workdir / "report.json", report)
     parts: Parts = ["# Report\n", _headline(report)]
     for stage, evaluation in report["evaluations"].items():
         parts += perplexity.evaluation_section(stage, evaluation, *evaluations[stage], config)
@@ -107,7 +107,7 @@ def _headline(report: dict[str, Any]) -> str:
 
 def _training_section(workdir: epath.Path) -> Parts:
     stages: dict[str, Records] = {}
-    for record in records.read(workdir / "metrics.jsonl", {"step": int}):
+    for record in json_lines.read(workdir / "metrics.jsonl", {"step": int}):
         stages.setdefault(record["stage"], []).append(record)
     return ["## Training\n", Picture("loss by step", "training", plots.training_curves(stages))] if stages else []
 

@@ -10,7 +10,7 @@ from etils import epath
 from longrope_jax.evaluation.evaluate import EVALUATION_RECORD, recorded_nll
 from longrope_jax.evaluation.perplexity import DocumentNll
 from longrope_jax.json_files import Kind, read_object
-from longrope_jax.runtime import records
+from longrope_jax.runtime import json_lines
 
 # What of the files of a run is relied on.
 _REPORT = {
@@ -92,7 +92,7 @@ def _read_run(workdir: epath.Path, name: str) -> Run:
         raise ValueError(f"work directory {workdir} has nothing to compare: no evaluate, retrieval or search stage")
     nll: dict[str, dict[tuple[int, str], DocumentNll]] = {}
     names: dict[str, list[str]] = {}
-    for record in records.read(workdir / "evaluation.jsonl", _RECORD):
+    for record in json_lines.read(workdir / "evaluation.jsonl", _RECORD):
         nll.setdefault(record["stage"], {})[record["length"], record["method"]] = recorded_nll(record)
         names[record["stage"]] = record["documents"]
     for stage in report["evaluations"]:

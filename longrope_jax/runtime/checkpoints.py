@@ -18,7 +18,7 @@ from etils import epath
 from longrope_jax import files, json_files
 from longrope_jax.errors import beginning, shortened
 from longrope_jax.files import is_remote
-from longrope_jax.runtime import processes, records
+from longrope_jax.runtime import processes
 
 RECORD = "record"
 MANIFESTS = "manifests"
@@ -230,7 +230,7 @@ def _manifest_file(directory: epath.Path, step: int) -> epath.Path:
 def _write(directory: epath.Path, step: int, manifest: Manifest) -> None:
     file = _manifest_file(directory, step)
     file.parent.mkdir(exist_ok=True)
-    records.write_whole(file, records.to_json(manifest))
+    processes.write_text(file, json_files.to_json(manifest))
 
 
 def _complete_manifest(directory: epath.Path, step: int) -> None:

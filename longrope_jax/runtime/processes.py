@@ -3,9 +3,16 @@
 Process 0 alone writes files, and it decides where processes could see different things.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from longrope_jax import files
+from longrope_jax.json_files import to_json
 
 
 def join(coordinator: str | None, count: int | None, index: int | None) -> None:
@@ -69,3 +76,23 @@ def any_of(condition: bool) -> bool:
 def share() -> tuple[int, int]:
     """(index, count) of this process, to divide work by."""
     return jax.process_index(), jax.process_count()
+
+
+def progress_bar(*arguments: Any, disable: bool = False, **options: Any) -> tqdm:
+    """The bar of tqdm that has these arguments, shown by process 0."""
+    return tqdm(*arguments, dynamic_ncols=True, disable=disable or not is_first(), **options)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a file from process 0; after a kill it has either its old content or all of the new.
+
+    Raises:
+        OSError: it can't be written, the disk may be full; it has its old content.
+    """
+    if is_first():
+        files.write_whole(path, text.encode())
+
+
+def write_json(path: epath.Path, content: Any) -> None:
+    """The same for JSON, indented."""
+    write_text(path, to_json(content, indent=1) + "\n")

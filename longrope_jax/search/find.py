@@ -148,8 +148,5 @@ class ProgressBar:
 @contextlib.contextmanager
 def progress_bar(name: str, total: float, done: float = 0.0) -> Iterator[ProgressBar]:
     """On the first process, of `total` candidates, of which `done` are finished."""
-    with tqdm(
-        desc=name, total=round(total), initial=int(done), unit="candidate", dynamic_ncols=True,
-        disable=not processes.is_first(),
-    ) as bar:  # fmt: skip
+    with processes.progress_bar(desc=name, total=round(total), initial=int(done), unit="candidate") as bar:
         yield ProgressBar(bar, done)

@@ -14,7 +14,7 @@ from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.perplexity import by_document, perplexity, token_nll
 from longrope_jax.model import Llama
 from longrope_jax.rope import RopeFactors, Trained
-from longrope_jax.runtime import preemption, records
+from longrope_jax.runtime import json_lines, preemption
 from longrope_jax.runtime.checkpoints import Checkpoints
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.search.candidates import SearchState, describe
@@ -102,7 +102,7 @@ def run_search(
             items, spent = checkpoints.restore(latest)
             state = SearchState(**jax.tree.map(np.asarray, items["population"]))
         known = 0 if state is None else len(state)
-        records.keep(log, lambda record: record["stage"] != stage or record["candidate"] < known, {"candidate": int})
+        json_lines.keep(log, lambda record: record["stage"] != stage or record["candidate"] < known, {"candidate": int})
         total = settings.forward_equivalents(len(objective.blocks), len(space.n_hat))
         with progress_bar(stage, total, 0.0 if state is None else float(state.cost.sum())) as bar:
             losses = cached(objective.block_nll, workdir / "scores.jsonl", stage, settings.documents_at_once)
@@ -120,7 +120,7 @@ def run_search(
                 now = time.monotonic()
                 spent["seconds"], clock = spent["seconds"] + now - clock, now
                 # The log first: a resumed search drops lines beyond the checkpoint, but cannot add missing ones.
-                records.append(log, ({"stage": stage, **record} for record in describe(state, names, known)))
+                json_lines.append(log, ({"stage": stage, **record} for record in describe(state, names, known)))
                 iteration = int(state.iteration[-1])
                 checkpoints.save(iteration, {"population": state.__dict__}, spent)
                 known = len(state)
@@ -135,7 +135,7 @@ def run_search(
                 state = search(steps, state, save)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{stage}: {error}") from None
-    records.keep(workdir / "scores.jsonl", lambda record: record["stage"] != stage)
+    json_lines.keep(workdir / "scores.jsonl", lambda record: record["stage"] != stage)
     is_seed = state.operator == 0
     return SearchResult(
         state.best(),

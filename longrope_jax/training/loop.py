@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from longrope_jax.model import Llama
 from longrope_jax.rope import FactorTable
@@ -134,14 +133,7 @@ def train(
             }
             checkpoints.save(step, items, {"batches": position, "seconds": seconds})
 
-        with tqdm(
-            total=settings.steps,
-            initial=start,
-            desc=stage,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not processes.is_first(),
-        ) as bar:
+        with processes.progress_bar(total=settings.steps, initial=start, desc=stage, unit="step") as bar:
             progress = Progress(stage, start, model.config, layout, bits_per_nat, metrics, bar, checkpoints)
             upcoming = fetch()
             for step in range(start + 1, settings.steps + 1):

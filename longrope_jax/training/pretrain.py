@@ -13,7 +13,7 @@ from longrope_jax.data.corpus import Document, tokens_per_byte
 from longrope_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from longrope_jax.model import Llama
 from longrope_jax.rope import FactorTable, unscaled
-from longrope_jax.runtime import records
+from longrope_jax.runtime import json_lines
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.settings import Fraction
 from longrope_jax.training.loop import LoopSettings, load_params, train
@@ -106,4 +106,4 @@ def train_from_scratch(
         workdir = epath.Path(folder)
         pretrain(model, layout, settings, documents, tokenizer, workdir, "pretrain")
         params = load_params(workdir, "pretrain", model, layout, settings.steps)
-        return TrainingResult(params, list(records.read(workdir / "metrics.jsonl")))
+        return TrainingResult(params, json_lines.read(workdir / "metrics.jsonl"))

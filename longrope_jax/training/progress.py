@@ -16,7 +16,7 @@ from tqdm import tqdm
 from longrope_jax.data.sequences import Batch
 from longrope_jax.model import LlamaConfig
 from longrope_jax.model.flops import TRAINING, Flops, count_flops
-from longrope_jax.runtime import processes, records
+from longrope_jax.runtime import json_lines, processes
 from longrope_jax.runtime.checkpoints import Checkpoints
 from longrope_jax.runtime.estimate import chip_of
 from longrope_jax.runtime.mesh import Layout
@@ -32,7 +32,7 @@ class Metrics:
 
     def __init__(self, workdir: epath.Path, stage: str, start: int = 0):
         self._stage, self._path = stage, workdir / "metrics.jsonl"
-        records.keep(self._path, lambda record: record["stage"] != stage or record["step"] <= start, {"step": int})
+        json_lines.keep(self._path, lambda record: record["stage"] != stage or record["step"] <= start, {"step": int})
         # TensorBoard hides events from the purge step on.
         self._board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard" / stage), purge_step=start + 1, write_to_disk=processes.is_first()
@@ -47,7 +47,7 @@ class Metrics:
     def write(self, step: int, **scalars: float) -> None:
         """One line: the stage, the step and the scalars."""
         scalars = {name: float(value) for name, value in scalars.items()}
-        records.append(self._path, [{"stage": self._stage, "step": step, **scalars}])
+        json_lines.append(self._path, [{"stage": self._stage, "step": step, **scalars}])
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
 

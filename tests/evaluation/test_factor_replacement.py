@@ -11,9 +11,9 @@ import longrope_jax as lr
 from longrope_jax.data.corpus import Document
 from longrope_jax.evaluation.factor_switching import Cost, changed_lengths, cost_windows, replacement_cost
 from longrope_jax.evaluation.perplexity import Comparison, Perplexity
+from longrope_jax.json_files import to_json
 from longrope_jax.report.model_card import cost_table
 from longrope_jax.runtime.mesh import Layout, MeshSettings
-from longrope_jax.runtime.records import to_json
 from longrope_jax.training.step import init_params
 
 CONFIG = lr.LlamaConfig(24, 16, 20, 2, 2, 2, 8, 16)

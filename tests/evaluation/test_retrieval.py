@@ -16,7 +16,7 @@ from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.decode import complete
 from longrope_jax.report import plots
 from longrope_jax.rope import FactorTable
-from longrope_jax.runtime import preemption, records
+from longrope_jax.runtime import json_lines, preemption
 from longrope_jax.runtime.mesh import Layout, MeshSettings
 
 TOKENIZER = ByteTokenizer()
@@ -141,7 +141,7 @@ def test_finished_records_are_not_made_again(calls, tmp_path):
     again = run(tmp_path)
     assert len(calls) == 6  # two cells of three batches
     assert [{**r, "seconds": 0} for r in again] == [{**r, "seconds": 0} for r in whole]
-    assert len(records.read(path)) == 5
+    assert len(json_lines.read(path)) == 5
 
 
 def test_a_run_that_is_asked_to_stop_keeps_what_it_has(calls, tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_a_run_that_is_asked_to_stop_keeps_what_it_has(calls, tmp_path, monkeypa
     monkeypatch.setattr(preemption, "requested", lambda: next(asked))
     with pytest.raises(preemption.Preempted, match="1 of 4 records are kept"):
         run(tmp_path)
-    assert len(records.read(tmp_path / "retrieval.jsonl")) == 1
+    assert len(json_lines.read(tmp_path / "retrieval.jsonl")) == 1
 
 
 def test_with_a_model_on_a_mesh(tmp_path):

@@ -31,7 +31,7 @@ from longrope_jax.evaluation import evaluate, retrieval
 from longrope_jax.evaluation.evaluate import recorded_nll
 from longrope_jax.experiment.stages import LoadSettings, TableSettings
 from longrope_jax.json_files import read_object
-from longrope_jax.runtime import checkpoints, records
+from longrope_jax.runtime import checkpoints, json_lines
 from longrope_jax.settings import section
 
 # --- what a run keeps in its work directory ---------------------------------------------------------------------------
@@ -65,17 +65,17 @@ def make_records(folder: Path) -> list[str]:
         return {name: example(value) for name, value in kind.items()} if isinstance(kind, dict) else examples[kind]
 
     for name, fields in RECORDS.items():
-        records.append(epath.Path(folder / name), [{"stage": "s", **example(fields)}] * 4)
+        json_lines.append(epath.Path(folder / name), [{"stage": "s", **example(fields)}] * 4)
     return list(RECORDS)
 
 
 def read_records(folder: Path, name: str) -> None:
     path = epath.Path(folder / name)
-    for record in records.read(path, RECORDS[name]):
+    for record in json_lines.read(path, RECORDS[name]):
         assert record["stage"] is not None
         if name == "evaluation.jsonl" and len(record["nll_sums"]) == len(record["counts"]) == len(record["documents"]):
             recorded_nll(record)
-    records.keep(path, lambda record: record["stage"] == "s", RECORDS[name])
+    json_lines.keep(path, lambda record: record["stage"] == "s", RECORDS[name])
 
 
 def make_tokens(folder: Path) -> list[str]:

@@ -7,9 +7,10 @@ from etils import epath
 from hypothesis import assume, given, settings
 from properties.draws import document_lists, seeds, sizes
 
+from longrope_jax import json_files
 from longrope_jax.data.sequences import cut, pack, segments
 from longrope_jax.data.windows import fixed_windows
-from longrope_jax.runtime import records
+from longrope_jax.runtime import json_lines
 
 
 @settings(max_examples=150)
@@ -78,16 +79,16 @@ some_records = st.lists(
 @given(some_records, some_records, st.data())
 def test_records_come_back_wherever_a_kill_cuts_the_file(tmp_path_factory, first, second, data):
     path = epath.Path(tmp_path_factory.mktemp("records")) / "some.jsonl"
-    records.append(path, first)
-    records.append(path, second)
-    written = [records.finite(record) for record in first + second]
-    assert records.read(path) == written
+    json_lines.append(path, first)
+    json_lines.append(path, second)
+    written = [json_files.finite(record) for record in first + second]
+    assert json_lines.read(path) == written
     content = path.read_bytes()
     assume(content)
     left = content[: data.draw(st.integers(0, len(content)))]
     path.write_bytes(left)
     complete = written[: left.count(b"\n")]
-    assert records.read(path) == complete
-    records.keep(path, lambda record: True)
-    records.append(path, second)
-    assert records.read(path) == complete + written[len(first) :]
+    assert json_lines.read(path) == complete
+    json_lines.keep(path, lambda record: True)
+    json_lines.append(path, second)
+    assert json_lines.read(path) == complete + written[len(first) :]

@@ -1,12 +1,12 @@
 import numpy as np
 from etils import epath
 
-from longrope_jax.runtime import records
+from longrope_jax.runtime import json_lines
 from longrope_jax.training.progress import Metrics
 
 
 def steps(workdir):
-    return [(record["stage"], record["step"]) for record in records.read(workdir / "metrics.jsonl")]
+    return [(record["stage"], record["step"]) for record in json_lines.read(workdir / "metrics.jsonl")]
 
 
 def test_a_line_has_the_stage_the_step_and_plain_numbers(tmp_path):
@@ -14,7 +14,7 @@ def test_a_line_has_the_stage_the_step_and_plain_numbers(tmp_path):
     with Metrics(workdir, "pretrain") as metrics:
         metrics.write(3, loss=np.float32(0.5), accuracy=1)
     line = {"stage": "pretrain", "step": 3, "loss": 0.5, "accuracy": 1.0}
-    assert records.read(workdir / "metrics.jsonl") == [line]
+    assert json_lines.read(workdir / "metrics.jsonl") == [line]
     assert list((tmp_path / "tensorboard/pretrain").iterdir())
 
 

@@ -3,7 +3,7 @@ import pytest
 from etils import epath
 
 from longrope_jax import files
-from longrope_jax.runtime import records
+from longrope_jax.runtime import json_lines
 from longrope_jax.runtime.profiling import ProfileSettings, of_stage, step
 from longrope_jax.training.progress import Metrics
 
@@ -20,13 +20,13 @@ def test_the_store_of_these_tests_is_as_unhelpful_as_a_real_one(bucket):
 
 def test_records_are_added_and_forgotten_as_on_a_disk(bucket):
     path = bucket / "some.jsonl"
-    assert records.read(path) == []
-    records.append(path, [{"stage": "s", "step": 1}, {"stage": "s", "step": 2}])
-    records.append(path, [{"stage": "s", "step": 3}])
-    assert records.read(path) == [{"stage": "s", "step": 1}, {"stage": "s", "step": 2}, {"stage": "s", "step": 3}]
-    records.keep(path, lambda record: record["step"] != 2)
-    records.append(path, [{"stage": "s", "step": 4}])
-    assert records.read(path) == [{"stage": "s", "step": 1}, {"stage": "s", "step": 3}, {"stage": "s", "step": 4}]
+    assert json_lines.read(path) == []
+    json_lines.append(path, [{"stage": "s", "step": 1}, {"stage": "s", "step": 2}])
+    json_lines.append(path, [{"stage": "s", "step": 3}])
+    assert json_lines.read(path) == [{"stage": "s", "step": 1}, {"stage": "s", "step": 2}, {"stage": "s", "step": 3}]
+    json_lines.keep(path, lambda record: record["step"] != 2)
+    json_lines.append(path, [{"stage": "s", "step": 4}])
+    assert json_lines.read(path) == [{"stage": "s", "step": 1}, {"stage": "s", "step": 3}, {"stage": "s", "step": 4}]
     assert [file.name for file in bucket.iterdir()] == ["some.jsonl"]
 
 
@@ -35,7 +35,7 @@ def test_metrics_survive_a_restart(bucket):
         with Metrics(bucket, "pretrain", start) as metrics:
             metrics.write(start + 1, loss=1.0)
             metrics.write(start + 2, loss=1.0)
-    assert [record["step"] for record in records.read(bucket / "metrics.jsonl")] == [1, 2, 3]
+    assert [record["step"] for record in json_lines.read(bucket / "metrics.jsonl")] == [1, 2, 3]
     assert any(file.name.startswith("events") for file in (bucket / "tensorboard" / "pretrain").iterdir())
 
 

@@ -7,7 +7,7 @@ import tiny_model
 from etils import epath
 
 from longrope_jax.rope import RopeFactors
-from longrope_jax.runtime import preemption, records
+from longrope_jax.runtime import json_lines, preemption
 from longrope_jax.search import racing
 from longrope_jax.search.candidates import Incumbents
 from longrope_jax.search.objective import Block
@@ -82,12 +82,12 @@ def test_who_is_asked_to_stop_keeps_what_is_scored(path, monkeypatch):
     cached(0, population(0, 2))
     with pytest.raises(preemption.Preempted, match="4 scores of candidates on documents are saved"):
         cached(0, population(2, 4))
-    assert len(records.read(path)) == 4
+    assert len(json_lines.read(path)) == 4
 
 
 def test_a_fast_search_writes_seldom(path):
     racing.cached(Counting(), path, "search")(0, population(0, 9))
-    assert records.read(path) == []
+    assert json_lines.read(path) == []
 
 
 def test_a_search_that_goes_on_with_other_blocks_asks_again(path, at_once):

@@ -16,7 +16,7 @@ from longrope_jax.experiment.stage_programs import evaluate_programs, retrieval_
 from longrope_jax.experiment.stages.settings import LoadSettings, TableSettings
 from longrope_jax.json_files import Kind
 from longrope_jax.model import LlamaConfig
-from longrope_jax.runtime import records
+from longrope_jax.runtime import json_lines
 from longrope_jax.runtime.mesh import Layout
 
 Settings = EvaluationSettings | RetrievalSettings
@@ -54,7 +54,7 @@ def _evaluated_methods(settings: Settings, context: RunContext) -> dict[str, Eva
 
 def _finished_records(path: epath.Path, stage: str, fields: Mapping[str, Kind], count: int) -> list[dict[str, Any]]:
     """The records of a finished stage; raises LookupError if they are fewer than `count`."""
-    found = records.of_stage(path, stage, fields)
+    found = json_lines.of_stage(path, stage, fields)
     if len(found) < count:
         raise LookupError(f"{path} has lost records of it")
     return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from absl import logging
+from flax.traverse_util import flatten_dict
 
 from longrope_jax import json_files
 from longrope_jax.evaluation.evaluate import recorded_nll
@@ -20,7 +21,7 @@ from longrope_jax.model.config import FLOAT_TYPES
 from longrope_jax.report.model_card import Card, model_card
 from longrope_jax.rope import FactorTable
 from longrope_jax.rope.huggingface import DROPPABLE
-from longrope_jax.runtime import processes, records
+from longrope_jax.runtime import processes
 from longrope_jax.search.settings import SearchSettings
 from longrope_jax.settings import DocumentCount, Rule, Seed, Settings, one_of
 
@@ -207,7 +208,7 @@ def _history(context: RunContext, name: str) -> dict[str, dict[str, Any]]:
         for earlier in fingerprint[f"stages before {stage}"]:
             add(earlier)
         summary = json_files.read_object(finished_file(context.workdir, stage))
-        settings = records.flat(fingerprint[stage])
+        settings = flatten_dict(fingerprint[stage], sep=".")
         shown = {key: value for key, value in settings.items() if value not in ("", None) and key not in _HOUSEKEEPING}
         steps[stage] = shown | {key: summary[key] for key in _RESULTS if key in summary}
 

@@ -1,18 +1,16 @@
-"""Files of records, one JSON object per line, which a restarted process can cut back to its checkpoint.
+"""Files of records in JSON Lines, one object per line, which a restarted process can cut back to its checkpoint.
 
 Only process 0 writes; the other processes would write the same.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
-from longrope_jax import files, json_files
 from longrope_jax.files import is_remote
-from longrope_jax.json_files import Kind
+from longrope_jax.json_files import Kind, check, to_json
 from longrope_jax.runtime import processes
 
 Record = dict[str, Any]
@@ -51,7 +49,7 @@ def read(path: epath.Path, fields: Mapping[str, Kind] | None = None) -> list[Rec
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is incomplete, or empty
         try:
-            found.append(json_files.check(json.loads(line.decode()), {"stage": str, **(fields or {})}))
+            found.append(check(json.loads(line.decode()), {"stage": str, **(fields or {})}))
         except (ValueError, RecursionError) as error:
             raise OSError(
                 f"{path} is damaged: line {number}: {error}; without that line the same command continues"
@@ -65,7 +63,7 @@ def keep(path: epath.Path, wanted: Callable[[Record], bool], fields: Mapping[str
     Raises OSError as `read` does.
     """
     if processes.is_first() and path.exists():
-        write_whole(path, "".join(to_json(record) + "\n" for record in read(path, fields) if wanted(record)))
+        processes.write_text(path, "".join(to_json(record) + "\n" for record in read(path, fields) if wanted(record)))
 
 
 def of_stage(path: epath.Path, stage: str, fields: Mapping[str, Kind]) -> list[Record]:
@@ -77,34 +75,3 @@ def resume(path: epath.Path, stage: str, fields: Mapping[str, Kind]) -> list[Rec
     """The same for a process that will append: removes a last line that a kill has cut off."""
     keep(path, lambda record: True, fields)
     return of_stage(path, stage, fields)
-
-
-def to_json(content: Any, indent: int | None = None) -> str:
-    """JSON that every reader accepts: null in place of infinity and nan."""
-    return json.dumps(finite(content), indent=indent, allow_nan=False)
-
-
-def finite(content: Any) -> Any:
-    """The same content with None in place of infinity and nan."""
-    if isinstance(content, dict):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file from process 0; after a kill it has either its old content or all of the new.
-
-    Raises:
-        OSError: it can't be written, the disk may be full; it has its old content.
-    """
-    if processes.is_first():
-        files.write_whole(path, text.encode())

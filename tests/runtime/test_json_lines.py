@@ -1,7 +1,7 @@
 import pytest
 from etils import epath
 
-from longrope_jax.runtime import records
+from longrope_jax.runtime import json_lines, processes
 
 SOME = [
     {"stage": "pretrain", "step": 1, "loss": 0.1 + 0.2},
@@ -21,68 +21,68 @@ def cut_off(path, text='{"stage": "search", "st'):
 
 
 def test_no_file_is_no_records(path):
-    assert records.read(path) == []
+    assert json_lines.read(path) == []
 
 
 def test_records_come_back_as_they_were_in_order(path):
-    records.append(path, SOME)
-    assert records.read(path) == SOME
+    json_lines.append(path, SOME)
+    assert json_lines.read(path) == SOME
 
 
 def test_append_adds_at_the_end(path):
     for record in SOME:
-        records.append(path, [record])
-    records.append(path, [])
-    assert records.read(path) == SOME
+        json_lines.append(path, [record])
+    json_lines.append(path, [])
+    assert json_lines.read(path) == SOME
 
 
 def test_one_line_a_record(path):
-    records.append(path, iter(SOME))
+    json_lines.append(path, iter(SOME))
     assert path.read_text().count("\n") == len(SOME)
     assert path.read_text().endswith("}\n")
 
 
 def test_keep_forgets_the_others(path):
-    records.append(path, SOME)
-    records.keep(path, lambda record: record["stage"] == "search" or record["step"] <= 1)
-    assert records.read(path) == [SOME[0], SOME[2]]
+    json_lines.append(path, SOME)
+    json_lines.keep(path, lambda record: record["stage"] == "search" or record["step"] <= 1)
+    assert json_lines.read(path) == [SOME[0], SOME[2]]
 
 
 def test_keep_may_forget_everything(path):
-    records.append(path, SOME)
-    records.keep(path, lambda record: False)
-    assert records.read(path) == []
-    records.append(path, SOME[:1])
-    assert records.read(path) == SOME[:1]
+    json_lines.append(path, SOME)
+    json_lines.keep(path, lambda record: False)
+    assert json_lines.read(path) == []
+    json_lines.append(path, SOME[:1])
+    assert json_lines.read(path) == SOME[:1]
 
 
 def test_keep_without_a_file_makes_none(path):
-    records.keep(path, lambda record: True)
+    json_lines.keep(path, lambda record: True)
     assert not path.exists()
 
 
 @pytest.mark.parametrize("text", ["{", '{"stage": "search", "st', '{"stage": "search", "step": 3}'])
 def test_a_last_line_cut_off_is_ignored(path, text):
-    records.append(path, SOME)
+    json_lines.append(path, SOME)
     cut_off(path, text)
-    assert records.read(path) == SOME
+    assert json_lines.read(path) == SOME
 
 
 @pytest.mark.parametrize("text", ["{", '{"stage": "search", "st', '{"stage": "search", "step": 3}'])
 def test_keep_removes_a_last_line_cut_off_so_that_appending_works_again(path, text):
-    records.append(path, SOME[:2])
+    json_lines.append(path, SOME[:2])
     complete = path.read_text()
     cut_off(path, text)
-    records.keep(path, lambda record: True)
+    json_lines.keep(path, lambda record: True)
     assert path.read_text() == complete
-    records.append(path, SOME[2:])
-    assert records.read(path) == SOME
+    json_lines.append(path, SOME[2:])
+    assert json_lines.read(path) == SOME
 
 
 def test_a_file_of_nothing_but_a_cut_off_line(path):
     cut_off(path)
-    assert records.read(path) == []
-    records.keep(path, lambda record: True)
+    assert json_lines.read(path) == []
+    json_lines.keep(path, lambda record: True)
     assert path.read_text() == ""
 
 
@@ -100,19 +100,19 @@ def test_a_file_of_nothing_but_a_cut_off_line(path):
     ],
 )
 def test_a_damaged_line_is_named(path, line, message):
-    records.append(path, SOME)
+    json_lines.append(path, SOME)
     path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
-    for read in (lambda: records.read(path, {"step": int}), lambda: records.keep(path, bool, {"step": int})):
+    for read in (lambda: json_lines.read(path, {"step": int}), lambda: json_lines.keep(path, bool, {"step": int})):
         with pytest.raises(OSError, match=rf"{path} is damaged: line 4: .*{message}.*; without that line"):
             read()
 
 
 def test_other_processes_read_and_do_not_write(path, monkeypatch):
-    records.append(path, SOME)
+    json_lines.append(path, SOME)
     complete = path.read_text()
     monkeypatch.setattr("jax.process_index", lambda: 1)
-    records.append(path, SOME)
-    records.keep(path, lambda record: False)
-    records.write_whole(path, "")
+    json_lines.append(path, SOME)
+    json_lines.keep(path, lambda record: False)
+    processes.write_text(path, "")
     assert path.read_text() == complete
-    assert records.read(path) == SOME
+    assert json_lines.read(path) == SOME
