@@ -1,5 +1,6 @@
 """The stage `evaluate`: perplexity of every method at every length, on the same documents, as records in a file."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,6 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.pairs import find_answers
@@ -16,7 +16,7 @@ from longrope_jax.data.windows import fixed_windows
 from longrope_jax.evaluation.perplexity import DocumentNll, by_document, by_file, by_position, token_nll
 from longrope_jax.model import Llama
 from longrope_jax.rope import METHODS, RopeFactors
-from longrope_jax.runtime import json_lines, preemption, processes, profiling
+from longrope_jax.runtime import json_lines, profiling
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.settings import (
     DistinctLengths,
@@ -145,61 +145,50 @@ def run_evaluation(
     Raises:
         preemption.Preempted: the process was asked to stop; finished records are kept.
     """
-    config, path = model.config, workdir / "evaluation.jsonl"
-    target = max(settings.lengths)
+    target, numbers = max(settings.lengths), itertools.count(1)
     windows = fixed_windows(documents, settings.window(target), settings.documents, settings.seed)
     answers = find_answers(windows.names, windows.tokens[:, : target + 1])
 
-    done = {(r["length"], r["method"]): r for r in json_lines.resume(path, stage, EVALUATION_RECORD)}
-    # Method by method, so that only one model's parameters are in memory.
-    wanted = [(length, name) for name in by_model(settings.methods) for length in sorted(settings.lengths)]
-    with (
-        preemption.watch(),
-        tqdm(wanted, desc=stage, unit="evaluation", dynamic_ncols=True, disable=not processes.is_first()) as bar,
-    ):
-        for number, (length, name) in enumerate(bar, 1):
-            bar.set_postfix(length=length, method=name)
-            if (length, name) in done:
-                continue
-            if preemption.requested():
-                raise preemption.Preempted(stage, f"{len(done)} of {len(wanted)} records are kept")
-            params = None  # or the last method's would stay while the next one's are loaded
-            params, chosen = evaluated[name].params(), evaluated[name].factors(length)
-            window = settings.window(length)
-            stride = window_stride(settings, config.original_length, window)
-            tokens = windows.tokens[:, : max(target, window) + 1]
-            started = time.monotonic()
-            read = partial(token_nll, model, layout, params, chosen, tokens, window, stride)
-            nll = profiling.step("evaluation", number, partial(read, settings.tokens_at_once, bos))
-            seconds = time.monotonic() - started
-            nll, beyond = nll[:, :target], nll[:, target:]
-            sums, counts = by_document(nll)
-            record = {
-                "stage": stage,
-                "length": length,
-                "method": name,
-                "documents": windows.names,
-                "nll_sums": sums.tolist(),
-                "counts": counts.tolist(),
-                "seconds": seconds,
-                "tokens_per_second": nll.size / seconds,
-                "nll_by_position": by_position(nll, min(POSITION_BUCKETS, target)).tolist(),
-                "nll_beyond": [float(beyond.mean(dtype=np.float64))] if beyond.size else [],
-                "factors": {
-                    "lam": np.asarray(chosen.lam).tolist(),
-                    "n_hat": int(chosen.n_hat),
-                    "mscale": float(chosen.mscale),
-                },
+    def evaluate(length: int, method: str, stop_if_asked: Callable[[], None]) -> dict[str, Any]:
+        stop_if_asked()
+        params, chosen = evaluated[method].params(), evaluated[method].factors(length)
+        window = settings.window(length)
+        stride = window_stride(settings, model.config.original_length, window)
+        tokens = windows.tokens[:, : max(target, window) + 1]
+        started = time.monotonic()
+        read = partial(token_nll, model, layout, params, chosen, tokens, window, stride, settings.tokens_at_once, bos)
+        nll = profiling.step("evaluation", next(numbers), read)
+        seconds = time.monotonic() - started
+        nll, beyond = nll[:, :target], nll[:, target:]
+        sums, counts = by_document(nll)
+        record: dict[str, Any] = {
+            "documents": windows.names,
+            "nll_sums": sums.tolist(),
+            "counts": counts.tolist(),
+            "seconds": seconds,
+            "tokens_per_second": nll.size / seconds,
+            "nll_by_position": by_position(nll, min(POSITION_BUCKETS, target)).tolist(),
+            "nll_beyond": [float(beyond.mean(dtype=np.float64))] if beyond.size else [],
+            "factors": {
+                "lam": np.asarray(chosen.lam).tolist(),
+                "n_hat": int(chosen.n_hat),
+                "mscale": float(chosen.mscale),
+            },
+        }
+        if len(answers.rows):
+            record["answers"] = {
+                "documents": answers.rows.tolist(),
+                "distances": answers.distances.tolist(),
+                "nll": nll[answers.places()].mean(1).tolist(),
             }
-            if len(answers.rows):
-                record["answers"] = {
-                    "documents": answers.rows.tolist(),
-                    "distances": answers.distances.tolist(),
-                    "nll": nll[answers.places()].mean(1).tolist(),
-                }
-            json_lines.append(path, [record])
-            done[length, name] = record
-    return [done[key] for key in wanted]
+        return record
+
+    # Method by method, so that only one model's parameters are in memory.
+    lengths = sorted(settings.lengths)
+    wanted = [{"length": length, "method": name} for name in by_model(settings.methods) for length in lengths]
+    return json_lines.make_missing(
+        workdir / "evaluation.jsonl", stage, EVALUATION_RECORD, wanted, evaluate, "evaluation"
+    )
 
 
 def window_stride(settings: EvaluationSettings, original_length: int, length: int) -> int:
@@ -209,10 +198,8 @@ def window_stride(settings: EvaluationSettings, original_length: int, length: in
 
 def by_model(methods: dict[str, Method]) -> Iterable[str]:
     """Names of the methods, grouped by model."""
-    return sorted(
-        methods,
-        key=lambda name: list(dict.fromkeys(method.model for method in methods.values())).index(methods[name].model),
-    )
+    models = [method.model for method in methods.values()]
+    return sorted(methods, key=lambda name: models.index(methods[name].model))
 
 
 def recorded_nll(record: dict[str, Any]) -> DocumentNll:

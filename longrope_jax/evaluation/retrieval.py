@@ -1,9 +1,10 @@
 """Retrieval tests: does a model find a number that it read a long time ago? Scored from what it generates."""
 
+import itertools
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
@@ -11,7 +12,6 @@ from typing import Annotated, Any
 import numpy as np
 import scipy.stats
 from etils import epath
-from tqdm import tqdm
 
 from longrope_jax.data.corpus import Document
 from longrope_jax.data.needles import ANSWER_DIGITS, Prompt, max_answer_tokens, needle, needle_cloze, passkey
@@ -21,7 +21,7 @@ from longrope_jax.evaluation.perplexity import Methods, factors_at
 from longrope_jax.model import Llama
 from longrope_jax.model.decode import complete
 from longrope_jax.rope import FactorTable
-from longrope_jax.runtime import json_lines, preemption, processes
+from longrope_jax.runtime import json_lines
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.settings import DistinctLengths, PositiveInt, Seed, Settings, one_of
 
@@ -119,51 +119,32 @@ def run_retrieval(
     Raises:
         preemption.Preempted: the process was asked to stop; finished records are kept.
     """
-    path = workdir / "retrieval.jsonl"
-    done = {(r["method"], r["length"], r["depth"]): r for r in json_lines.resume(path, stage, RETRIEVAL_RECORD)}
+
+    def answer(method: str, length: int, depth: float | None, stop_if_asked: Callable[[], None]) -> dict[str, Any]:
+        params, table = evaluated[method].params(), FactorTable.of({length: evaluated[method].factors(length)})
+        prompts = make_prompts(settings, tokenizer, documents, length, depth)
+        started, texts = time.monotonic(), []
+        for first in range(0, len(prompts), settings.prompts_at_once):
+            stop_if_asked()
+            chosen = prompts[first : first + settings.prompts_at_once]
+            texts += _answers(model, layout, params, table, chosen, settings, tokenizer)
+        hits = [is_found(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)]
+        return {
+            "task": settings.task,
+            "hits": sum(hits),
+            "tries": len(hits),
+            "answers": [prompt.answer for prompt in prompts],
+            "texts": texts,
+            "depths": [prompt.depth for prompt in prompts],
+            "starts": [prompt.start for prompt in prompts],
+            "seed": settings.seed,
+            "seconds": time.monotonic() - started,
+        }
+
     # Method by method, so that only one model's parameters are in memory.
-    wanted = [
-        (name, length, depth)
-        for name in by_model(settings.methods)
-        for length in sorted(settings.lengths)
-        for depth in settings.places
-    ]
-    with (
-        preemption.watch(),
-        tqdm(wanted, desc=stage, unit="cell", dynamic_ncols=True, disable=not processes.is_first()) as bar,
-    ):
-        for name, length, depth in bar:
-            bar.set_postfix(length=length, method=name, depth=depth)
-            if (name, length, depth) in done:
-                continue
-            params = None  # or the last method's would stay while the next one's are loaded
-            params, table = evaluated[name].params(), FactorTable.of({length: evaluated[name].factors(length)})
-            prompts = make_prompts(settings, tokenizer, documents, length, depth)
-            started, texts = time.monotonic(), []
-            for first in range(0, len(prompts), settings.prompts_at_once):
-                if preemption.requested():
-                    raise preemption.Preempted(stage, f"{len(done)} of {len(wanted)} records are kept")
-                chosen = prompts[first : first + settings.prompts_at_once]
-                texts += _answers(model, layout, params, table, chosen, settings, tokenizer)
-            hits = [is_found(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)]
-            record = {
-                "stage": stage,
-                "task": settings.task,
-                "method": name,
-                "length": length,
-                "depth": depth,
-                "hits": sum(hits),
-                "tries": len(hits),
-                "answers": [prompt.answer for prompt in prompts],
-                "texts": texts,
-                "depths": [prompt.depth for prompt in prompts],
-                "starts": [prompt.start for prompt in prompts],
-                "seed": settings.seed,
-                "seconds": time.monotonic() - started,
-            }
-            json_lines.append(path, [record])
-            done[name, length, depth] = record
-    return [done[key] for key in wanted]
+    cells = itertools.product(by_model(settings.methods), sorted(settings.lengths), settings.places)
+    wanted = [{"method": name, "length": length, "depth": depth} for name, length, depth in cells]
+    return json_lines.make_missing(workdir / "retrieval.jsonl", stage, RETRIEVAL_RECORD, wanted, answer, "cell")
 
 
 def find_numbers(

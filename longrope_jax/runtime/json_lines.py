@@ -4,14 +4,14 @@ Only process 0 writes; the other processes would write the same.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from longrope_jax.files import is_remote
 from longrope_jax.json_files import Kind, check, to_json
-from longrope_jax.runtime import processes
+from longrope_jax.runtime import preemption, processes
 
 Record = dict[str, Any]
 
@@ -72,6 +72,41 @@ def of_stage(path: epath.Path, stage: str, fields: Mapping[str, Kind]) -> list[R
 
 
 def resume(path: epath.Path, stage: str, fields: Mapping[str, Kind]) -> list[Record]:
-    """The same for a process that will append: removes a last line that a kill has cut off."""
+    """The same for processes that will append: removes a last line that a kill has cut off."""
     keep(path, lambda record: True, fields)
+    processes.wait_for_all(f"{stage}: {path.name}")
     return of_stage(path, stage, fields)
+
+
+def make_missing(
+    path: epath.Path,
+    stage: str,
+    fields: Mapping[str, Kind],
+    wanted: Sequence[Record],
+    make: Callable[..., Record],
+    unit: str,
+) -> list[Record]:
+    """One record of a stage for each of the wanted keys, in order; those that the file lacks are made and appended.
+
+    Args:
+        wanted: the fields that are the key of a record.
+        make: is called with a key's fields, and `stop_if_asked`, which it calls where it may stop; returns the others.
+        unit: what one record is of, for the progress bar.
+
+    Raises:
+        preemption.Preempted: the process was asked to stop; finished records are kept.
+    """
+    done = {tuple(record[name] for name in wanted[0]): record for record in resume(path, stage, fields)}
+
+    def stop_if_asked() -> None:
+        if preemption.requested():
+            raise preemption.Preempted(stage, f"{len(done)} of {len(wanted)} records are kept")
+
+    with preemption.watch(), processes.progress_bar(wanted, desc=stage, unit=unit) as bar:
+        for key in bar:
+            bar.set_postfix(key)
+            if tuple(key.values()) not in done:
+                record = {"stage": stage, **key, **make(**key, stop_if_asked=stop_if_asked)}
+                append(path, [record])
+                done[tuple(key.values())] = record
+    return [done[tuple(key.values())] for key in wanted]

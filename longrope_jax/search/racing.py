@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.spatial.distance import cdist
 
 from longrope_jax.rope import RopeFactors
-from longrope_jax.runtime import json_lines, preemption, processes
+from longrope_jax.runtime import json_lines, preemption
 from longrope_jax.search.candidates import Incumbents, Score, Scores
 from longrope_jax.search.objective import Objective, ScreeningSettings
 from longrope_jax.search.surrogate import features
@@ -168,11 +168,9 @@ def cached(losses: Losses, path: epath.Path, stage: str, documents_at_once: int 
     Raises (when it is called):
         preemption.Preempted: the process was asked to stop; all losses so far are in the file.
     """
-    json_lines.keep(path, lambda record: True)  # drops a line cut off by a kill
-    processes.wait_for_all(f"{stage}: scores")
     known = {
         (record["candidate"], record["block"]): record["nll"]
-        for record in json_lines.of_stage(path, stage, _RECORD)
+        for record in json_lines.resume(path, stage, _RECORD)
         if record["documents_at_once"] == documents_at_once
     }
     metadata = {"stage": stage, "documents_at_once": documents_at_once}
