@@ -32,7 +32,7 @@ def compile_step(shards: int) -> jax.stages.Compiled:
         state = layout.abstract(jax.eval_shape(lambda: init_state(init_params(model, 0), optimizer)))
         row = np.zeros((1, LENGTH), np.int32)
         batch = layout.place(Batch(row, row, row, None, np.full(1, LENGTH, np.int32)))
-        return train_step.lower(model, optimizer, 1, state, batch, table).compile()
+        return train_step.lower(model, 1, state, batch, table).compile()
 
 
 def gathers_whole_sequences(compiled: jax.stages.Compiled) -> bool:

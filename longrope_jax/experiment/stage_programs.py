@@ -150,8 +150,7 @@ def _step(
     table = layout.abstract_replicated(FactorTable.of({window: unscaled(config.head_dim) for window in lengths}))
 
     def lower():
-        optimizer = make_optimizer(settings.optimizer, settings.steps)
-        return train_step.lower(model, optimizer, settings.accumulate, _state(settings, config, layout), batch, table)
+        return train_step.lower(model, settings.accumulate, _state(settings, config, layout), batch, table)
 
     once, needed = (count_flops(config, settings.batch, length, passes) for passes in (FORWARD, TRAINING))
     executed = _executed(once, needed.matrices, remat)

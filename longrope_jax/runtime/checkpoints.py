@@ -19,6 +19,7 @@ from longrope_jax import files, json_files
 from longrope_jax.errors import beginning, shortened
 from longrope_jax.files import is_remote
 from longrope_jax.runtime import processes
+from longrope_jax.runtime.preemption import Preempted
 
 RECORD = "record"
 MANIFESTS = "manifests"
@@ -43,7 +44,8 @@ class Checkpoints:
 
     Raises:
         OSError: from any method and at the end of the context, if a step could not be saved. It names the directory,
-            the step and the last good step. If the context ends with another exception, this one is only logged.
+            the step and the last good step. If the context ends with another exception than `Preempted`, this one is
+            only logged.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
@@ -81,7 +83,7 @@ class Checkpoints:
             finally:
                 self._manager.close()
         except Exception as error:
-            if exception is None:
+            if exception is None or isinstance(exception, Preempted):  # which says that the step is saved
                 raise
             logging.error("%s", error)
 

@@ -88,7 +88,6 @@ class RefinementCheckpoint:
         checkpoints.save(steps, {"refinement": tree}, {"steps": steps})
         self._saved = time.monotonic()
         if is_asked_to_stop:
-            checkpoints.latest()  # waits, and raises if it could not be saved
             raise preemption.Preempted(self._stage, f"step {steps} of gradient refinement {name} is saved")
 
     def _open(self, name: str) -> Checkpoints:

@@ -126,7 +126,6 @@ def run_search(
                 known = len(state)
                 bar.show_best(state.nll.min())
                 if preemption.requested() and iteration + 1 < len(steps):
-                    checkpoints.latest()  # waits, and raises if it could not be saved
                     raise preemption.Preempted(stage, f"iteration {iteration} of {len(steps) - 1} is saved")
 
             key = jax.random.key(settings.seed)

@@ -4,21 +4,23 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
+import numpy as np
 from etils import epath
 
 from longrope_jax.data.batches import finetuning_batches
 from longrope_jax.data.corpus import Document, tokens_per_byte
 from longrope_jax.data.tokenizer import Tokenizer
 from longrope_jax.data.windows import fixed_windows
-from longrope_jax.evaluation.perplexity import by_document, token_nll
+from longrope_jax.evaluation.perplexity import token_nll
 from longrope_jax.model import Llama
 from longrope_jax.model.config import REMAT_POLICIES
 from longrope_jax.rope import FactorTable, RopeFactors, unscaled
 from longrope_jax.runtime.mesh import Layout
 from longrope_jax.settings import Fraction, NonNegativeInt, PositiveInt, one_of
-from longrope_jax.training.loop import HeldOut, LoopSettings, train
+from longrope_jax.training.loop import LoopSettings, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +91,10 @@ def finetune(
     entries = {settings.length: factors}
     if settings.long_share < 1:
         entries[config.original_length] = unscaled(config.head_dim)
-    held_out = None
+    held_out_loss = None
     if settings.evaluate_every:
         windows = fixed_windows(documents["search"], settings.length, settings.held_out_documents, settings.seed)
-
-        def evaluate(params):
-            shared, bos = (model, layout, params, factors), tokenizer.window_bos
-            sums, counts = by_document(token_nll(*shared, windows.tokens, settings.length, bos=bos))
-            return {"held_out_loss": sums.sum() / counts.sum()}
-
-        held_out = HeldOut(settings.evaluate_every, evaluate)
+        held_out_loss = partial(_held_out_loss, model, layout, factors, windows.tokens, tokenizer.window_bos)
     return train(
         tuned,
         layout,
@@ -109,5 +105,11 @@ def finetune(
         workdir,
         stage,
         bits_per_nat=tokens_per_byte(documents["train"]) / math.log(2),
-        held_out=held_out,
+        evaluate=held_out_loss,
+        evaluate_every=settings.evaluate_every,
     )
+
+
+def _held_out_loss(model, layout, factors, tokens, bos, params) -> dict[str, float]:
+    nll = token_nll(model, layout, params, factors, tokens, tokens.shape[1] - 1, bos=bos)
+    return {"held_out_loss": nll.mean(dtype=np.float64)}

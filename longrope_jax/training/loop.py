@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax.training.train_state import TrainState
 
 from longrope_jax.model import Llama
 from longrope_jax.rope import FactorTable
@@ -19,7 +20,6 @@ from longrope_jax.settings import PositiveInt, Seed, Settings
 from longrope_jax.training.progress import Metrics, Progress
 from longrope_jax.training.step import (
     OptimizerSettings,
-    TrainState,
     init_params,
     init_state,
     learning_rate,
@@ -61,19 +61,6 @@ class LoopSettings(Settings):
         layout.check_length(length, "length")
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """An evaluation during training.
-
-    Attributes:
-        every: steps between evaluations.
-        evaluate: params -> scalars by name.
-    """
-
-    every: int
-    evaluate: Callable[[dict], dict[str, float]]
-
-
 def train(
     model: Llama,
     layout: Layout,
@@ -84,7 +71,8 @@ def train(
     workdir: epath.Path,
     stage: str,
     bits_per_nat: float,
-    held_out: HeldOut | None = None,
+    evaluate: Callable[[dict], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
 ) -> float:
     """Trains, and returns the seconds it took; resumes from the newest checkpoint in `workdir/checkpoints/<stage>`.
 
@@ -97,6 +85,8 @@ def train(
         table: factors by context window.
         first_params: makes or loads the parameters of step 0; not called if there is a checkpoint.
         bits_per_nat: factor from nats per token to bits per byte.
+        evaluate: params -> scalars by name, which become metrics.
+        evaluate_every: steps between evaluations.
 
     Raises:
         Diverged: names the last good checkpoint; a bad state is never saved.
@@ -124,21 +114,12 @@ def train(
             # The checkpoint of this batch's step needs this state: the iterator will have advanced by then.
             return batch, layout.place(batch, layout.share), batches.get_state()
 
-        def save(step, position):
-            seconds = spent + time.monotonic() - started
-            items = {
-                "params": state.params,
-                "optimizer": {"step": state.step, "state": state.opt_state},
-                "factors": table,
-            }
-            checkpoints.save(step, items, {"batches": position, "seconds": seconds})
-
         with processes.progress_bar(total=settings.steps, initial=start, desc=stage, unit="step") as bar:
             progress = Progress(stage, start, model.config, layout, bits_per_nat, metrics, bar, checkpoints)
             upcoming = fetch()
             for step in range(start + 1, settings.steps + 1):
                 batch, placed, position = upcoming
-                run = partial(train_step, model, optimizer, settings.accumulate, state, placed, on_devices)
+                run = partial(train_step, model, settings.accumulate, state, placed, on_devices)
                 with jax.transfer_guard("disallow"):
                     state, result = profiling.step("train", step, run)
                 del run  # it refers to the donated state
@@ -150,19 +131,19 @@ def train(
                 is_saved = step % settings.checkpoint_every == 0 or step == settings.steps
                 is_stopped = preemption.requested() and step < settings.steps
                 is_logged = step % settings.log_every == 0 or is_saved
-                is_evaluated = held_out and (step % held_out.every == 0 or step == settings.steps)
+                is_evaluated = evaluate and (step % evaluate_every == 0 or step == settings.steps)
                 if is_logged or is_stopped:
                     progress.dispatched(step, result, state.params, schedule(step - 1), is_logged=is_logged)
                 if is_saved or is_stopped or is_evaluated:
                     progress.report()  # checks the state before it is saved
-                if held_out and is_evaluated:
+                if evaluate and is_evaluated:
                     paused = time.monotonic()
-                    metrics.write(step, **held_out.evaluate(state.params))
+                    metrics.write(step, **evaluate(state.params))
                     progress.skip(time.monotonic() - paused)  # tokens per second count training only
                 if is_saved or is_stopped:
-                    save(step, position)
+                    seconds = spent + time.monotonic() - started
+                    checkpoints.save(step, _items(state, table), {"batches": position, "seconds": seconds})
                 if is_stopped:
-                    checkpoints.latest()  # waits, and raises if it could not be saved
                     raise preemption.Preempted(stage, f"step {step} of {settings.steps} is saved")
     return spent + time.monotonic() - started
 
@@ -182,17 +163,19 @@ def load_params(workdir: epath.Path, stage: str, model: Llama, layout: Layout, s
         return checkpoints.restore(steps, {"params": like})[0]["params"]
 
 
+def _items(state: TrainState, table: FactorTable) -> dict[str, Any]:
+    """What a checkpoint has."""
+    return {
+        "params": state.params,
+        "optimizer": {"step": state.step, "state": state.opt_state},
+        "factors": table,
+    }
+
+
 def _restored(checkpoints, step, model, layout, optimizer, table) -> tuple[TrainState, FactorTable, dict]:
     """Restores a state from shapes alone: every device reads its own part."""
-    abstract = jax.eval_shape(lambda: init_state(init_params(model, 0), optimizer))
-    like = layout.abstract(abstract)
-    items, record = checkpoints.restore(
-        step,
-        {
-            "params": like.params,
-            "optimizer": {"step": like.step, "state": like.opt_state},
-            "factors": layout.abstract(jax.tree.map(np.asarray, table)),
-        },
-    )
-    state = TrainState(params=items["params"], step=items["optimizer"]["step"], opt_state=items["optimizer"]["state"])
+    like = layout.abstract(jax.eval_shape(lambda: init_state(init_params(model, 0), optimizer)))
+    items, record = checkpoints.restore(step, _items(like, layout.abstract(jax.tree.map(np.asarray, table))))
+    optimizer_items = items["optimizer"]
+    state = like.replace(params=items["params"], step=optimizer_items["step"], opt_state=optimizer_items["state"])
     return state, items["factors"], record

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Annotated, Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from flax.training.train_state import TrainState
+from jaxtyping import Array, Float
 
 from longrope_jax.data.sequences import IGNORED, Batch
 from longrope_jax.model import Llama
@@ -43,21 +43,6 @@ class OptimizerSettings(Settings):
     clip_norm: PositiveFloat = 1.0
     beta1: _Decay = 0.9
     beta2: _Decay = 0.95
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Everything that a step changes.
-
-    Attributes:
-        step: number of completed steps.
-        params: of the model.
-        opt_state: of the optimizer.
-    """
-
-    step: Int[Array, ""]
-    params: dict
-    opt_state: optax.OptState
 
 
 class StepResult(NamedTuple):
@@ -114,17 +99,13 @@ def init_params(model: Llama, seed: int) -> dict:
 
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; the optimizer's moments are sharded like their parameters."""
-    return TrainState(jnp.int32(0), params, jax.jit(lambda p: _sharded(optimizer.init(p)))(params))
+    moments = jax.jit(lambda params: _sharded(optimizer.init(params)))(params)
+    return TrainState(jnp.int32(0), None, params, optimizer, moments)  # type: ignore[arg-type]  # `apply_fn` is not used
 
 
-@partial(jax.jit, static_argnames=("model", "optimizer", "accumulate"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "accumulate"), donate_argnames="state")
 def train_step(
-    model: Llama,
-    optimizer: optax.GradientTransformation,
-    accumulate: int,
-    state: TrainState,
-    batch: Batch,
-    table: FactorTable,
+    model: Llama, accumulate: int, state: TrainState, batch: Batch, table: FactorTable
 ) -> tuple[TrainState, StepResult]:
     """The next state, and loss and gradient norm of the given state.
 
@@ -164,10 +145,8 @@ def train_step(
         gradients, (sums, counts) = jax.lax.scan(add_part, zeros, parts)[0]
     with jax.named_scope("optimizer"):
         gradients = jax.tree.map(lambda g: g / counts.sum().astype(g.dtype), gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-    new_state = _sharded(TrainState(state.step + 1, params, opt_state))
-    return new_state, StepResult(constrain(sums), constrain(counts), constrain(optax.global_norm(gradients)))
+        new_state = state.apply_gradients(grads=gradients)
+    return _sharded(new_state), StepResult(constrain(sums), constrain(counts), constrain(optax.global_norm(gradients)))
 
 
 def _sharded(tree):

@@ -29,7 +29,7 @@ def scopes(axes):
     optimizer = make_optimizer(OptimizerSettings(), 10)
     with layout.active():
         state = init_state(init_params(MODEL, 0), optimizer)
-        step = lambda state, batch, table: train_step(MODEL, optimizer, 1, state, batch, table)  # noqa: E731
+        step = lambda state, batch, table: train_step(MODEL, 1, state, batch, table)  # noqa: E731
         text = compile_only(step, state, layout.place(batch), layout.replicate(table)).as_text()
     names = re.findall(r'op_name="([^"]+)"', text)
     return {re.sub(r".*\((\w+)\).*", r"\1", part) for name in names for part in name.split("/")}

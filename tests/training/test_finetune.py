@@ -150,10 +150,10 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_for_bit(documents, wh
 def test_a_run_goes_on_on_other_devices_with_the_same_numbers(documents, whole, tmp_path, monkeypatch):
     layout = Layout.of(MeshSettings("data:2,seq:2"))
 
-    def until_eight(model, optimizer, accumulate, state, *args):
+    def until_eight(model, accumulate, state, *args):
         if int(state.step) == 8:
             raise Stopped
-        return train_step(model, optimizer, accumulate, state, *args)
+        return train_step(model, accumulate, state, *args)
 
     with layout.active(), monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(loop, "train_step", until_eight)
@@ -177,13 +177,13 @@ def test_a_run_goes_on_on_other_devices_with_the_same_numbers(documents, whole, 
 def test_mixtures(documents, tmp_path, monkeypatch, changes, contexts, boundaries):
     seen = []
 
-    def watched(model, optimizer, accumulate, state, batch, table):
+    def watched(model, accumulate, state, batch, table):
         seen.append((np.asarray(batch.context), np.asarray(batch.segment_ids)))
         there = jax.device_get(table)
         np.testing.assert_array_equal(there.boundaries, boundaries)
         np.testing.assert_array_equal(there.factors.lam[-1], FACTORS.lam)
         np.testing.assert_array_equal(there.factors.lam[:-1], np.ones((len(boundaries) - 1, 4)))
-        return train_step(model, optimizer, accumulate, state, batch, table)
+        return train_step(model, accumulate, state, batch, table)
 
     monkeypatch.setattr(loop, "train_step", watched)
     tune(documents, tmp_path, steps=4, evaluate_every=0, **changes)

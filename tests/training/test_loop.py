@@ -134,12 +134,12 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_for_bit(documents, wh
 def test_a_diverging_run_stops_and_names_the_last_good_checkpoint(documents, tmp_path, monkeypatch):
     calls = []
 
-    def poisoned(model, optimizer, accumulate, state, batch, table):
+    def poisoned(model, accumulate, state, batch, table):
         calls.append(1)
         if len(calls) == 11:
             with jax.transfer_guard("allow"):
                 state = state.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
-        return train_step(model, optimizer, accumulate, state, batch, table)
+        return train_step(model, accumulate, state, batch, table)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(Diverged, match=r"loss nan.* at step 12; last good checkpoint: .*pretrain/8"):
@@ -177,10 +177,10 @@ def test_a_run_goes_on_on_other_devices_with_the_same_numbers(documents, whole, 
 def stopping_after(step):
     """`train_step`, until that step is done."""
 
-    def stepping(model, optimizer, accumulate, state, *args):
+    def stepping(model, accumulate, state, *args):
         if int(state.step) == step:
             raise Stopped
-        return train_step(model, optimizer, accumulate, state, *args)
+        return train_step(model, accumulate, state, *args)
 
     return stepping
 
@@ -252,8 +252,8 @@ def test_the_next_batch_is_loaded_and_the_last_numbers_are_read_while_a_step_run
 def test_a_step_takes_nothing_from_the_host(documents, tmp_path, monkeypatch, axes):
     layout = Layout.of(MeshSettings(axes))
 
-    def careless(model, optimizer, accumulate, state, batch, table):
-        return train_step(model, optimizer, accumulate, state, jax.tree.map(np.asarray, batch), table)
+    def careless(model, accumulate, state, batch, table):
+        return train_step(model, accumulate, state, jax.tree.map(np.asarray, batch), table)
 
     monkeypatch.setattr(loop, "train_step", careless)
     with layout.active(), pytest.raises(Exception, match="Disallowed (host-to-device|device-to-host) transfer"):

@@ -47,7 +47,7 @@ def make_batch(seed=0):
 
 def step(params, batch, accumulate=1):
     params = jax.tree.map(jnp.array, params)  # the step overwrites them
-    return train_step(MODEL, OPTIMIZER, accumulate, init_state(params, OPTIMIZER), batch, TABLE)
+    return train_step(MODEL, accumulate, init_state(params, OPTIMIZER), batch, TABLE)
 
 
 def row_nll(params, batch, row):
