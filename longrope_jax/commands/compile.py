@@ -85,7 +85,7 @@ def _compile(program: Program, topology: str, chip: Chip, layout: Layout, cache:
         what = f"{jax.__version__} {_libtpu()} {where} {lowered.as_text()}"
         digest = hashlib.sha256(what.encode()).hexdigest()
         if digest not in cache:
-            cache[digest] = compile_lowered(lowered, chip, started).as_json()
+            cache[digest] = asdict(compile_lowered(lowered, chip, started))
     return Compiled.from_json(cache[digest]).with_additional(program.additional_bytes, chip)
 
 
@@ -110,7 +110,7 @@ def _report(topology: str, chip: Chip, layout: Layout, rows: list[_Row]) -> dict
             "program": row.program.name,
             "calls": row.program.calls,
             "tokens": row.program.tokens,
-            **row.compiled.as_json(),
+            **asdict(row.compiled),
             "model_flops": row.program.flops._asdict(),
             "executed_flops": row.program.executed._asdict(),
         }

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,10 +15,9 @@ import numpy as np
 from jax.experimental import topologies
 
 from longrope_jax.model.flops import Flops
-from longrope_jax.model.sharding import make_mesh
 from longrope_jax.runtime.collectives import Traffic, traffic
 from longrope_jax.runtime.estimate import CHIPS, TPUS, Chip
-from longrope_jax.runtime.mesh import Layout, MeshSettings, parse_axes
+from longrope_jax.runtime.mesh import Layout, MeshSettings
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,13 @@ class Compiled:
     temporaries: int | None = None
     collectives: dict[str, Traffic] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain dicts and numbers."""
-        return asdict(self) | {"collectives": {kind: found._asdict() for kind, found in self.collectives.items()}}
-
     def with_additional(self, size: int, chip: Chip) -> "Compiled":
         """The same while a device uses `size` bytes for something else."""
         return replace(self, fits=self.fits and self.peak + size <= chip.hbm_bytes, peak=self.peak + size)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Compiled":
-        """The inverse of `as_json`."""
+        """The inverse of `dataclasses.asdict`."""
         found = {kind: Traffic(**numbers) for kind, numbers in content["collectives"].items()}
         return cls(**content | {"collectives": found})
 
@@ -98,15 +93,10 @@ def describe_slice(topology: str, settings: MeshSettings) -> tuple[Layout, Chip]
         raise ValueError(
             f"topology = {topology!r} can't be described (`pip install -r requirements-tpu.txt`?): {reason[:300]}"
         ) from None
-    axes = parse_axes(settings.axes, len(devices))
-    if int(np.prod(list(axes.values()))) != len(devices):
-        raise ValueError(
-            f"config.mesh.axes = {settings.axes!r} leaves some of {len(devices)} devices without work; use -1"
-        )
     try:
-        return Layout(make_mesh(devices, **axes), settings.sequence_order), CHIPS[name]
+        return Layout.of(settings, devices), CHIPS[name]
     except ValueError as error:
-        raise ValueError(f"config.mesh.axes = {settings.axes!r}: {error}") from None
+        raise ValueError(f"config.mesh: {error}") from None
 
 
 def compile_lowered(lowered: jax.stages.Lowered, chip: Chip, started: float) -> Compiled:

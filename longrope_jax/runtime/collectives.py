@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
@@ -29,7 +30,8 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 _COUNTERS = ("s32[]", "u32[]")
 
 
-class Traffic(NamedTuple):
+@dataclass(frozen=True)
+class Traffic:
     """One kind of collective, or the `RING`, over a whole run of the program.
 
     Attributes:
@@ -37,7 +39,7 @@ class Traffic(NamedTuple):
         bytes: that a device receives, by ring algorithms: n - 1 pieces of n devices', twice as much for a sum.
     """
 
-    count: int  # type: ignore[assignment]  # hides the method of tuple
+    count: int
     bytes: int
 
 

@@ -108,14 +108,5 @@ def estimate(
     others = sum(found.bytes for kind, found in collectives.items() if kind != RING) / (2 * chip.link_bandwidth)
     memory = 2 * memory_bytes / chip.hbm_bandwidth
     total = max(max(matrices, others) + max(attention, ring), memory)
-    return Estimate(
-        matrices=matrices,
-        attention=attention,
-        ring=ring,
-        others=others,
-        memory=memory,
-        total=total,
-        bound=needed.total / peak,
-        mfu=needed.matrices / peak / total,
-        mfu_with_attention=needed.total / peak / total,
-    )
+    bound, mfu = needed.total / peak, needed.matrices / peak / total
+    return Estimate(matrices, attention, ring, others, memory, total, bound, mfu, mfu_with_attention=bound / total)

@@ -4,8 +4,9 @@ On one device there is no mesh, and nothing is sharded.
 """
 
 import contextlib
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
@@ -62,7 +63,7 @@ def parse_axes(text: str, devices: int | None = None) -> dict[str, int]:
         raise ValueError(f"axes = {text!r}: only one axis can take the rest (-1)")
     if devices is None:
         return shape
-    known = int(np.prod([size for size in shape.values() if size != -1]))
+    known = math.prod(size for size in shape.values() if size != -1)
     if rest:
         if devices % known:
             raise ValueError(f"axes = {text!r}: {devices} devices can't be split by {known}")
@@ -85,17 +86,18 @@ class Layout:
     sequence_order: str = "zigzag"
 
     @classmethod
-    def of(cls, settings: MeshSettings) -> "Layout":
-        """The layout on the devices of all processes; raises ValueError if the mesh does not fit on them."""
-        shape = parse_axes(settings.axes, jax.device_count())
-        size = int(np.prod(list(shape.values())))
-        if size < jax.device_count() and jax.process_count() > 1:
-            raise ValueError(
-                f"axes = {settings.axes!r} leaves some of {jax.device_count()} devices without work; use -1"
-            )
-        if size == 1:
+    def of(cls, settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> "Layout":
+        """The layout on all of the given devices, or on those of all processes; raises ValueError if the mesh does not
+        fit on them.
+        """
+        count = jax.device_count() if devices is None else len(devices)
+        shape = parse_axes(settings.axes, count)
+        size = math.prod(shape.values())
+        if size < count and (devices is not None or jax.process_count() > 1):
+            raise ValueError(f"axes = {settings.axes!r} leaves some of {count} devices without work; use -1")
+        if size == 1 and devices is None:
             return cls()
-        return cls(make_mesh(None, **shape), settings.sequence_order)
+        return cls(make_mesh(devices, **shape), settings.sequence_order)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -155,12 +157,12 @@ class Layout:
             return (0, 1)
         return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
-    def place(self, tree: Any, share: tuple[int, int] = (0, 1)) -> Any:
-        """Host arrays [rows, T] or [rows] -> device arrays, each process passes the rows of its share of the batch.
+    def place(self, tree: Any, shares: int = 1) -> Any:
+        """Host arrays [rows, T] or [rows] -> device arrays. Each process passes the rows of its share of the batch,
+        which is one of so many `shares`.
 
         Tokens, and their positions, are put into the sequence order of the layout.
         """
-        index, count = share
 
         def put(array):
             array = np.asarray(array)
@@ -169,14 +171,7 @@ class Layout:
             sharding = self._row_sharding(array.ndim)
             if sharding is None:
                 return jax.numpy.asarray(array)
-            first = index * len(array)
-
-            def shard(where):
-                rows = where[0].indices(count * len(array))
-                return array[(slice(rows[0] - first, rows[1] - first), *where[1:])]
-
-            shape = (count * len(array), *array.shape[1:])
-            return jax.make_array_from_callback(shape, sharding, shard)
+            return jax.make_array_from_process_local_data(sharding, array, (shares * len(array), *array.shape[1:]))
 
         return jax.tree.map(put, tree)
 

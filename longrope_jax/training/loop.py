@@ -112,7 +112,7 @@ def train(
         def fetch():
             batch = next(batches)
             # The checkpoint of this batch's step needs this state: the iterator will have advanced by then.
-            return batch, layout.place(batch, layout.share), batches.get_state()
+            return batch, layout.place(batch, layout.share[1]), batches.get_state()
 
         with processes.progress_bar(total=settings.steps, initial=start, desc=stage, unit="step") as bar:
             progress = Progress(stage, start, model.config, layout, bits_per_nat, metrics, bar, checkpoints)

@@ -1,5 +1,6 @@
 """Programs compiled ahead of time: are they those that stages run, and what is reported of them?"""
 
+import dataclasses
 import json
 import re
 from collections import defaultdict
@@ -341,7 +342,7 @@ def test_a_mesh_has_to_fill_the_slice(monkeypatch):
     for axes, message in (
         ("seq:16", "needs 16 devices, there are 8"),
         ("seq:3,data:-1", "8 devices can't be split by 3"),
-        ("seq:2", "^config.mesh.axes = 'seq:2' leaves some of 8 devices without work"),
+        ("seq:2", "^config.mesh: axes = 'seq:2' leaves some of 8 devices without work"),
     ):
         with pytest.raises(ValueError, match=message):
             describe_slice("v5e:2x4", MeshSettings(axes))
@@ -373,7 +374,7 @@ TOO_LARGE = {
 def test_a_program_for_which_the_compiler_finds_no_room_is_a_result(message, needed):
     found = runtime.compile_lowered(Refused(message), CHIP, 0.0).with_additional(2**20, CHIP)
     assert not found.fits and found.peak == needed + 2**20 and found.arguments is None
-    assert runtime.Compiled.from_json(json.loads(json.dumps(found.as_json()))) == found
+    assert runtime.Compiled.from_json(json.loads(json.dumps(dataclasses.asdict(found)))) == found
 
 
 def test_other_complaints_of_the_compiler_are_errors():

@@ -58,7 +58,7 @@ def measure(path: str, stage: str, name: str, topology: str, *changes: str) -> d
         "peak": found.peak,
         "hbm": chip.hbm_bytes,
         "seconds": found.seconds,
-        "collectives": found.as_json()["collectives"],
+        "collectives": dataclasses.asdict(found)["collectives"],
         "operations_lowered": len(re.findall(r" = \"?(?:stablehlo|sdy|func|chlo|mhlo)\.", kept.lowered.as_text())),
         "operations": len(re.findall(r"^\s+(?:ROOT )?%[\w.\-]+ = ", text, re.MULTILINE)),
         "largest_array": hlo.largest_array(kept.compiled) if kept.compiled else 0,
