@@ -55,7 +55,7 @@ def prefill_seconds(params: dict, prompt: int, chunks: tuple[int, ...]) -> dict[
     """Of so many tokens at once without a cache and without logits, and in chunks with one."""
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, prompt)).astype(np.int32)
     reader = Reader(params, prompt)
-    hidden = jax.jit(lambda params, tokens: MODEL.apply({"params": params}, tokens, FACTORS, method="hidden"))
+    hidden = jax.jit(lambda params, tokens: MODEL.apply({"params": params}, tokens, FACTORS, method="hidden")[0])
     competitors = {f"chunks of {chunk}": reader.prefill(tokens, chunk) for chunk in chunks}
     return median_seconds({"without cache": lambda: hidden(params, tokens), **competitors}, 3)
 

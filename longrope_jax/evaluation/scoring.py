@@ -132,8 +132,8 @@ def _score(
     targets: Int[Array, "B n C"],
 ) -> tuple[Float[Array, "B n C"], Bool[Array, "B n C"]]:
     """Of C alternatives for the token that follows each of n places: log-probability, and whether it is the argmax."""
-    hidden: Any = model.apply({"params": params}, tokens, factors, method="hidden")
-    hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
+    made: Any = model.apply({"params": params}, tokens, factors, method="hidden")
+    hidden = jnp.take_along_axis(made[0], places[..., None], axis=1)
     head = params["embed"]["embedding"].T if model.config.tie_embeddings else params["lm_head"]
 
     def of_chunk(chunk):

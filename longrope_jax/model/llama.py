@@ -70,7 +70,7 @@ class Llama(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits in float32. Positions default to 0..T-1; tokens of different segments don't see each other."""
-        return project(self.hidden(tokens, factors, positions, segment_ids), self._head())
+        return project(self.hidden(tokens, factors, positions, segment_ids)[0], self._head())
 
     def hidden(
         self,
@@ -78,41 +78,13 @@ class Llama(nn.Module):
         factors: RopeFactors,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T E"]:
-        """The normalised residual stream that the output head reads.
-
-        Raises:
-            ValueError: factors for another head dimension.
-        """
-        return self._hidden(tokens, factors, positions, segment_ids, None)[0]
-
-    def extend(
-        self,
-        tokens: Int[Array, "B C"],
-        factors: RopeFactors,
-        positions: Int[Array, "B C"],
-        cache: Cache,
-        last: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads C more tokens of every row; returns float32 logits for the token after number `last` of them, and the
-        updated cache. Use: `apply(..., method="extend")`; see `model/cache.py`.
-
-        Raises:
-            ValueError: factors for another head dimension.
-        """
-        hidden, memory = self._hidden(tokens, factors, positions, None, Memory(cache, jnp.int32(0)))
-        assert memory is not None  # as one was given
-        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-        return project(hidden, self._head())[:, 0], memory.cache
-
-    def _hidden(
-        self,
-        tokens: Int[Array, "B T"],
-        factors: RopeFactors,
-        positions: Int[Array, "B T"] | None,
-        segment_ids: Int[Array, "B T"] | None,
-        memory: Memory | None,
+        memory: Memory | None = None,
     ) -> tuple[Float[Array, "B T E"], Memory | None]:
+        """The normalised residual stream that the output head reads, and the memory with these tokens, if there is one.
+
+        Raises:
+            ValueError: factors for another head dimension.
+        """
         if factors.lam.shape[-1] != self.config.head_dim // 2:
             raise ValueError(
                 f"lam has {factors.lam.shape[-1]} factors; a head dimension of {self.config.head_dim} needs "
@@ -131,6 +103,25 @@ class Llama(nn.Module):
         (x, memory), _ = self.layers((x, memory), rotation, positions, segment_ids)
         return self.final_norm(x), memory
 
+    def extend(
+        self,
+        tokens: Int[Array, "B C"],
+        factors: RopeFactors,
+        positions: Int[Array, "B C"],
+        cache: Cache,
+        last: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads C more tokens of every row; returns float32 logits for the token after number `last` of them, and the
+        updated cache. Use: `apply(..., method="extend")`; see `model/cache.py`.
+
+        Raises:
+            ValueError: factors for another head dimension.
+        """
+        hidden, memory = self.hidden(tokens, factors, positions, None, Memory(cache, jnp.int32(0)))
+        assert memory is not None  # as one was given
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+        return project(hidden, self._head())[:, 0], memory.cache
+
     def token_nll(
         self,
         tokens: Int[Array, "B T"],
@@ -140,7 +131,7 @@ class Llama(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T"]:
         """-log p(targets) in nats, never holding [B, T, V] for long T. Use: `apply(..., method="token_nll")`."""
-        return token_nll(self.hidden(tokens, factors, positions, segment_ids), self._head(), targets)
+        return token_nll(self.hidden(tokens, factors, positions, segment_ids)[0], self._head(), targets)
 
     def _head(self) -> Float[Array, "E V"]:
         return self.embed.embedding.T if self.config.tie_embeddings else self.lm_head
