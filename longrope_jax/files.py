@@ -19,17 +19,13 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
         OSError: names the file that can't be written.
     """
     path = epath.Path(path)
-    # An object of a store is there as a whole or not at all, and can't be renamed in one step.
-    is_remote = "://" in os.fspath(path)
-    partial = path if is_remote else path.parent / f".{path.name}.partial"
     try:
-        partial.write_bytes(content)
-        if not is_remote:
-            partial.replace(path)
+        if is_remote(path):  # an object of a store is there as a whole or not at all, and can't be renamed in one step
+            path.write_bytes(content)
+        else:
+            with new_file(path) as partial:
+                Path(partial).write_bytes(content)
     except OSError as error:
-        if not is_remote:
-            with contextlib.suppress(OSError):  # on a full disk it is in the way of others
-                os.unlink(partial)
         raise OSError(f"{path} can't be written: {error.strerror or error}") from error
 
 
@@ -88,18 +84,10 @@ def local_copy(file: epath.Path, size: int, sha256: str) -> str:
     Raises:
         OSError: it is gone, has another size, or what was copied is something else.
     """
-    if not is_remote(file):
-        _check_size(file, size)
-        return os.fspath(file)
-    local = _cache() / f"{sha256[:16]}-{file.name}"
-    if not local.exists() or size_of(local) != size:
-        local.parent.mkdir(parents=True, exist_ok=True)
-        _check_size(file, size)
-        copy(file, local, f".{os.getpid()}")  # processes of one machine may copy the same file at the same time
-        if digest(os.fspath(local)) != sha256:
-            local.unlink()
-            raise OSError(f"{file} is not what was written there: it is damaged")
-    return os.fspath(local)
+    if is_remote(file):
+        return os.fspath(_cached(file, sha256, size, sha256))
+    _check_size(file, size)
+    return os.fspath(file)
 
 
 def cached_copy(file: epath.Path) -> epath.Path:
@@ -111,17 +99,22 @@ def cached_copy(file: epath.Path) -> epath.Path:
     if not is_remote(file):
         return file
     found = file.stat()  # of an object store
-    what = hashlib.sha256(f"{file} {found.length} {found.mtime}".encode()).hexdigest()
-    local = _cache() / f"{what[:16]}-{file.name}"
-    if not local.exists() or size_of(local) != found.length:
-        local.parent.mkdir(parents=True, exist_ok=True)
-        copy(file, local, f".{os.getpid()}")
-        _check_size(local, found.length)
+    return _cached(file, hashlib.sha256(f"{file} {found.length} {found.mtime}".encode()).hexdigest(), found.length)
+
+
+def _cached(file: epath.Path, key: str, size: int, sha256: str | None = None) -> epath.Path:
+    """The copy of a remote file in the cache, made and checked if it is not there."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longrope_jax"
+    local = epath.Path(cache / f"{key[:16]}-{file.name}")
+    if not local.exists() or size_of(local) != size:
+        cache.mkdir(parents=True, exist_ok=True)
+        _check_size(file, size)
+        copy(file, local, f".{os.getpid()}")  # processes of one machine may copy the same file at the same time
+        _check_size(local, size)
+        if sha256 and digest(os.fspath(local)) != sha256:
+            local.unlink()
+            raise OSError(f"{file} is not what was written there: it is damaged")
     return local
-
-
-def _cache() -> epath.Path:
-    return epath.Path(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longrope_jax")
 
 
 def digest(path: str) -> str:

@@ -33,15 +33,12 @@ def watch() -> Iterator[None]:
     """
     global _received
     # JAX's coordination service has its own handler, which informs the other processes.
-    if jax.distributed.is_initialized() or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.getsignal(signal.SIGTERM)
-    if previous is _receive:
+    is_watched = jax.distributed.is_initialized() or signal.getsignal(signal.SIGTERM) is _receive
+    if is_watched or threading.current_thread() is not threading.main_thread():
         yield
         return
     _received = False
-    signal.signal(signal.SIGTERM, _receive)
+    previous = signal.signal(signal.SIGTERM, _receive)
     try:
         yield
     finally:
