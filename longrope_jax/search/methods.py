@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from longrope_jax.rope import RopeFactors
-from longrope_jax.search import algorithm1, gradient
+from longrope_jax.search import gradient
+from longrope_jax.search.algorithm1 import Algorithm1
 from longrope_jax.search.candidates import (
     Genes,
     Score,
@@ -57,8 +58,8 @@ def search_steps(
     common: dict[str, Any] = dict(space=space, score=score)
     score_seeds = partial(_score_seeds, seeds=seeds, documents=len(objective.weights), score=score)
     ramps = [partial(scan_ramps, key, count=settings.ramps, **common)] * (settings.ramps > 0)
-    populate: SearchStep = partial(algorithm1.populate, key, settings=settings.evolution, **common)
-    advance = [partial(algorithm1.advance, key, settings=settings.evolution, **common)] * settings.evolution.iterations
+    algorithm1 = Algorithm1(key, space, settings.evolution, score)
+    evolve = [algorithm1.populate, *[algorithm1.advance] * settings.evolution.iterations]
     refine = partial(
         gradient.refine,
         key,
@@ -74,12 +75,12 @@ def search_steps(
         return [partial(step, restart=restart) for restart in range(settings.evolution.restarts) for step in steps]
 
     if settings.method == "evolution" and not ramps:
-        first, *others = every_restart(populate, *advance)
+        first, *others = every_restart(*evolve)
         return [lambda state, iteration: first(score_seeds(state, iteration), iteration), *others]
     if settings.method == "evolution":
-        return [score_seeds, *every_restart(*ramps, populate, *advance)]
+        return [score_seeds, *every_restart(*ramps, *evolve)]
     if settings.method == "hybrid":
-        return [score_seeds, *every_restart(*ramps, *refinements, populate, *advance)]
+        return [score_seeds, *every_restart(*ramps, *refinements, *evolve)]
     if settings.method == "gradient":
         return [score_seeds, *ramps, *refinements]
     if settings.method == "yarn_grid":

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from longrope_jax import rope
-from longrope_jax.search.algorithm1 import advance, populate
+from longrope_jax.search.algorithm1 import Algorithm1
 from longrope_jax.search.candidates import OPERATORS, Genes, Scores, describe, evaluate, gene_keys, new_candidates
 from longrope_jax.search.operators import CROSSOVERS, MUTATIONS
 from longrope_jax.search.settings import EvolutionSettings
@@ -43,10 +43,10 @@ def seeded(score=distance, seeds=SEEDS, critical=0):
 
 def run(settings=SETTINGS, score=distance, key=0, space=SPACE, seeds=None):
     """Every state of a search, population 0 first."""
-    key = jax.random.key(key)
-    states = [populate(key, seeded(score) if seeds is None else seeds, 0, space, settings, score)]
+    algorithm1 = Algorithm1(jax.random.key(key), space, settings, score)
+    states = [algorithm1.populate(seeded(score) if seeds is None else seeds, 0)]
     for iteration in range(1, settings.iterations + 1):
-        states.append(advance(key, states[-1], iteration, space, settings, score))
+        states.append(algorithm1.advance(states[-1], iteration))
     return states
 
 
@@ -187,7 +187,7 @@ def test_a_stopped_search_goes_on_bit_for_bit_with_the_remaining_budget(stop_aft
 
     resumed = states[stop_after]
     for iteration in range(stop_after + 1, settings.iterations + 1):
-        resumed = advance(jax.random.key(0), resumed, iteration, SPACE, settings, counted)
+        resumed = Algorithm1(jax.random.key(0), SPACE, settings, counted).advance(resumed, iteration)
     assert sum(asked) == settings.evaluations - len(states[stop_after])
     assert_equal(states[-1], resumed)
 
@@ -208,12 +208,12 @@ def test_advance_only_appends():
 
 
 def restarted(settings, score=distance):
-    key, states = jax.random.key(0), [seeded(score)]
+    algorithm1, states = Algorithm1(jax.random.key(0), SPACE, settings, score), [seeded(score)]
     for restart in range(2):
         begun = states[-1].iteration[-1] + 1
-        states.append(populate(key, states[-1], begun, SPACE, settings, score, restart))
+        states.append(algorithm1.populate(states[-1], begun, restart))
         for iteration in range(begun + 1, begun + 1 + settings.iterations):
-            states.append(advance(key, states[-1], iteration, SPACE, settings, score, restart))
+            states.append(algorithm1.advance(states[-1], iteration, restart))
     return states
 
 
@@ -236,7 +236,7 @@ def test_children_race_for_a_place_among_the_parents_of_their_start():
         seen.append(incumbents)
         return distance(factors)
 
-    advance(jax.random.key(0), state, 7, SPACE, settings, watched, restart=1)
+    Algorithm1(jax.random.key(0), SPACE, settings, watched).advance(state, 7, restart=1)
     own = (state.restart == 1) | (state.operator == 0)
     assert seen[0].threshold == np.sort(state.nll[own])[7] > np.sort(state.nll)[7]
     # They are compared with the best of all starts.
@@ -251,8 +251,8 @@ def test_there_is_no_race_before_there_are_as_many_parents_as_there_may_be():
         seen.append(incumbents)
         return distance(factors)
 
-    populated = populate(jax.random.key(0), seeded(), 0, SPACE, settings, watched)
-    advance(jax.random.key(0), populated, 1, SPACE, settings, watched)
+    algorithm1 = Algorithm1(jax.random.key(0), SPACE, settings, watched)
+    algorithm1.advance(algorithm1.populate(seeded(), 0), 1)
     assert seen[0] is None and not seen[1].has_enough
 
 
