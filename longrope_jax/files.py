@@ -135,11 +135,10 @@ def copy(source: epath.Path, target: epath.Path, tag: str = "") -> None:
 
 def copy_tree(source: epath.Path, target: epath.Path, last: str = "") -> None:
     """Copies a local directory; files of the name `last`, if they say that all is there, come at the end."""
-    files = [Path(root) / name for root, _, names in os.walk(source) for name in names]
-    for file in sorted(files, key=lambda file: (file.name == last, file)):
-        goal = target / str(file.relative_to(source))
+    for file in sorted(files_below(source), key=lambda file: (file.name == last, file)):
+        goal = target / file.relative_to(source)
         goal.parent.mkdir(parents=True, exist_ok=True)
-        copy(epath.Path(file), goal)
+        copy(file, goal)
 
 
 def _partial(target: epath.Path, tag: str = "") -> epath.Path:

@@ -217,11 +217,7 @@ class Layout:
     def abstract_replicated(self, tree: Any) -> Any:
         """Shapes, dtypes and shardings of what `replicate` returns."""
         sharding = None if self.mesh is None else NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-
-        def struct(leaf):
-            return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding)
-
-        return jax.tree.map(struct, tree)
+        return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), jax.eval_shape(lambda tree: tree, tree))
 
     def abstract(self, tree: Any) -> Any:
         """Shapes, dtypes and shardings of parameters or a train state, into which a checkpoint is restored."""

@@ -46,7 +46,7 @@ Variables = dict[str, Float[Array | np.ndarray, "..."]]
 """What is optimised: "logs" [C, D/2] of lam, and "mscale" [C], a logit between its bounds."""
 
 
-class RefinementCheckpoint:
+class RefinementCheckpoint(contextlib.ExitStack):
     """Checkpoints of gradient refinement: variables and optimizer moments, so that it continues at its last step.
 
     Args:
@@ -55,15 +55,9 @@ class RefinementCheckpoint:
     """
 
     def __init__(self, directory: epath.PathLike, stage: str):
-        self._directory, self._stage = epath.Path(directory), stage
-        self._stack, self._saved = contextlib.ExitStack(), time.monotonic()
+        super().__init__()
+        self._directory, self._stage, self._saved = epath.Path(directory), stage, time.monotonic()
         self._opened: dict[str, Checkpoints] = {}
-
-    def __enter__(self) -> "RefinementCheckpoint":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._stack.__exit__(*exception)
 
     def load(self, name: str, like: Any) -> tuple[int, Any]:
         """(steps done, the tree) of the refinement of this name; (0, like) if it has not started."""
@@ -92,7 +86,7 @@ class RefinementCheckpoint:
 
     def _open(self, name: str) -> Checkpoints:
         if name not in self._opened:
-            self._opened[name] = self._stack.enter_context(Checkpoints(self._directory / name, keep=1))
+            self._opened[name] = self.enter_context(Checkpoints(self._directory / name, keep=1))
         return self._opened[name]
 
 
