@@ -68,7 +68,7 @@ class Settings:
     """
 
     def __post_init__(self):
-        for name, hint in _hints(type(self)).items():
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             object.__setattr__(self, name, _checked(hint, getattr(self, name), name))
 
 
@@ -99,16 +99,12 @@ def parse(cls: type[T], section: ConfigDict, name: str) -> T:
         is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if is_required and key not in section:
             raise ValueError(f"config.{name}.{key} is missing")
-    values = {key: _typed(_hints(cls)[key], section[key], f"config.{name}.{key}") for key in section}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    values = {key: _typed(hints[key], section[key], f"config.{name}.{key}") for key in section}
     try:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"config.{name}: {beginning(error)}") from None
-
-
-def _hints(cls: type[Settings]) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def _checked(hint: Any, value: Any, name: str) -> Any:

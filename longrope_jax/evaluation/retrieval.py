@@ -119,15 +119,23 @@ def run_retrieval(
     Raises:
         preemption.Preempted: the process was asked to stop; finished records are kept.
     """
+    at_once, chunk, room = (
+        settings.prompts_at_once,
+        settings.tokens_at_once,
+        max_answer_tokens(settings.task, tokenizer),
+    )
 
     def answer(method: str, length: int, depth: float | None, stop_if_asked: Callable[[], None]) -> dict[str, Any]:
         params, table = evaluated[method].params(), FactorTable.of({length: evaluated[method].factors(length)})
         prompts = make_prompts(settings, tokenizer, documents, length, depth)
         started, texts = time.monotonic(), []
-        for first in range(0, len(prompts), settings.prompts_at_once):
+        for first in range(0, len(prompts), at_once):
             stop_if_asked()
-            chosen = prompts[first : first + settings.prompts_at_once]
-            texts += _answers(model, layout, params, table, chosen, settings, tokenizer)
+            rows = [prompt.tokens for prompt in prompts[first : first + at_once]]
+            padded = rows + [rows[-1]] * (at_once - len(rows))  # a smaller last batch would compile anew
+            with layout.active():
+                answers = complete(model, params, table, padded, room, stops=tokenizer.stops, chunk=chunk)
+            texts += [tokenizer.decode(tokens) for tokens in answers[: len(rows)]]
         hits = [is_found(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)]
         return {
             "task": settings.task,
@@ -177,24 +185,6 @@ def find_numbers(
     with tempfile.TemporaryDirectory() as folder:
         found = run_retrieval(model, layout, evaluated, settings, tokenizer, documents, epath.Path(folder), "retrieval")
     return settings, found
-
-
-def _answers(
-    model: Llama,
-    layout: Layout,
-    params: dict,
-    table: FactorTable,
-    prompts: Sequence[Prompt],
-    settings: RetrievalSettings,
-    tokenizer: Tokenizer,
-) -> list[str]:
-    """What a model says to one batch of prompts."""
-    rows = [prompt.tokens for prompt in prompts]
-    rows += [rows[-1]] * (settings.prompts_at_once - len(rows))  # a smaller last batch would compile anew
-    room = max_answer_tokens(settings.task, tokenizer)
-    with layout.active():
-        tokens = complete(model, params, table, rows, room, stops=tokenizer.stops, chunk=settings.tokens_at_once)
-    return [tokenizer.decode(new) for new in tokens[: len(prompts)]]
 
 
 def accuracy(hits: int, tries: int) -> tuple[float, tuple[float, float]]:
