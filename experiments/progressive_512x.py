@@ -4,9 +4,9 @@
     python -m longrope_jax.main --config=experiments/progressive_512x.py --workdir=runs/progressive
 
 In the work directory of a finished `progressive_tiny` it runs only the new stages: tuned YaRN and a search at 512L on
-one long document, of which screens of skipped positions leave one candidate of 32 to be read in full; the tables with
-one more boundary; and the evaluation on the files that are long enough. It trains nothing; 512L is 64 times the length
-of the fine-tuning. Memory does not depend on the length, except for the activations of one window.
+one long document, where screening reads one candidate of 32 in full; the tables with one more boundary; and the
+evaluation on the files that are long enough. It trains nothing; 512L is 64 times the length of the fine-tuning. Memory
+does not depend on the length, except for the activations of one window.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     tuned = f"finetune_{CELL}"
     screening = lr.ScreeningSettings(share=1 / 64, reduction_factor=32)
     stages = searches("512x", tuned, target_length=512 * L, documents=1, iterations=4, screening=screening)
-    methods = {"tuned_at_original": lr.Method("original", "finetune_original_50")}
+    methods = {"tuned_at_original": lr.Method("original", f"finetune_original_{CELL.split('_')[1]}")}
     for name, search in (("longrope", "search_512x"), ("yarn_tuned", "search_yarn_512x")):
         table, before = f"table_{name}_512x", config[f"table_{CELL}_{name}"]
         stages[table] = lr.TableSettings(
