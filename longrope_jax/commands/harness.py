@@ -14,8 +14,8 @@ from typing import Any
 
 from etils import epath
 
-from longrope_jax.interop import describe_pretrained, load_pretrained
 from longrope_jax.interop.factor_files import factors_for
+from longrope_jax.interop.pretrained import describe_pretrained, load_tokenizer, read_params
 from longrope_jax.model import Llama
 from longrope_jax.model.config import FLOAT_TYPES
 from longrope_jax.runtime import processes
@@ -52,9 +52,10 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         table = factors_for(options.factors, config)
     names = [name for name in options.tasks.split(",") if name]
     tasks = find_tasks(names, options.include_path)
-    _, params, tokenizer, _ = load_pretrained(options.model, mesh=layout.mesh, dtype=options.dtype)
-    if tokenizer is None:
-        raise ValueError(f"model = {options.model!r} has no tokenizer")
+    tokenizer = load_tokenizer(options.model)
+    if options.bos and tokenizer.bos is None:
+        raise ValueError(f"--bos needs a tokenizer with a BOS token; that of {options.model!r} has none")
+    params = read_params(options.model, config, layout.mesh)
     model = HarnessModel(Llama(config), params, tokenizer, table, layout, options.tokens_at_once, options.bos)
     results, text = benchmark(model, names, tasks, options.num_fewshot, options.limit)
     return {**results, "model": options.model, "factors": options.factors}, text

@@ -17,7 +17,6 @@ from longrope_jax.commands import harness
 from longrope_jax.data.tokenizer import ByteTokenizer
 from longrope_jax.evaluation import harness_model
 from longrope_jax.evaluation.harness_model import HarnessModel, benchmark
-from longrope_jax.interop import Pretrained
 from longrope_jax.model import Llama, LlamaConfig
 from longrope_jax.model.decode import complete
 from longrope_jax.rope import FactorTable
@@ -155,16 +154,15 @@ def test_tasks_of_all_three_kinds():
 def command(monkeypatch, tmp_path):
     """Runs the command line on the model above, whatever tasks there are."""
     monkeypatch.setattr(harness, "describe_pretrained", lambda path, **changes: (MODEL.config, TABLE))
-    monkeypatch.setattr(
-        harness, "load_pretrained", lambda path, **_: Pretrained(MODEL.config, make_params(), TOKENIZER, TABLE)
-    )
+    monkeypatch.setattr(harness, "load_tokenizer", lambda path: TOKENIZER)
+    monkeypatch.setattr(harness, "read_params", lambda path, config, mesh: make_params())
     found = find_tasks("local_choices", TASKS)
     monkeypatch.setattr(harness_model, "TaskManager", lambda include_path: found)
     output = tmp_path / "results.json"
 
     def run(**options):
         options = {"model": "a model", "tasks": "local_choices", "include_path": TASKS, "output": output} | options
-        harness.main([f"--{name}={value}" for name, value in options.items()])
+        harness.main([f"--{name}" if value is None else f"--{name}={value}" for name, value in options.items()])
         return json.loads(output.read_text())
 
     return run
@@ -189,12 +187,20 @@ def test_the_command_line(command, capsys):
     ],
 )
 def test_bad_options_are_one_line_before_the_model_is_read(command, options, message, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "load_pretrained", None)
+    monkeypatch.setattr(harness, "read_params", None)
     with pytest.raises(SystemExit, match="2"):
         command(**options)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_bos_without_such_a_token_is_refused_before_the_model_is_read(command, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "read_params", None)
+    monkeypatch.setattr(harness, "load_tokenizer", lambda path: tokenizer_with(bos=None))
+    with pytest.raises(SystemExit, match="2"):
+        command(bos=None)
+    assert "error: --bos needs a tokenizer with a BOS token; that of 'a model' has none" in capsys.readouterr().err
 
 
 def test_a_prompt_needs_room():
