@@ -73,8 +73,10 @@ def of_stage(path: epath.Path, stage: str, fields: Mapping[str, Kind]) -> list[R
 
 def resume(path: epath.Path, stage: str, fields: Mapping[str, Kind]) -> list[Record]:
     """The same for processes that will append: removes a last line that a kill has cut off."""
-    keep(path, lambda record: True, fields)
-    processes.wait_for_all(f"{stage}: {path.name}")
+    try:
+        keep(path, lambda record: True, fields)
+    finally:  # or the other processes would wait for one that has found damage
+        processes.wait_for_all(f"{stage}: {path.name}")
     return of_stage(path, stage, fields)
 
 

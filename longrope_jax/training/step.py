@@ -100,7 +100,8 @@ def init_params(model: Llama, seed: int) -> dict:
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; the optimizer's moments are sharded like their parameters."""
     moments = jax.jit(lambda params: _sharded(optimizer.init(params)))(params)
-    return TrainState(jnp.int32(0), None, params, optimizer, moments)  # type: ignore[arg-type]  # `apply_fn` is not used
+    fields: Any = dict(step=jnp.int32(0), apply_fn=None, params=params, tx=optimizer, opt_state=moments)
+    return TrainState(**fields)
 
 
 @partial(jax.jit, static_argnames=("model", "accumulate"), donate_argnames="state")

@@ -14,6 +14,7 @@ import pytest
 from saved_steps import names, save, saved_step
 
 from longrope_jax.runtime.checkpoints import Checkpoints
+from longrope_jax.runtime.preemption import Preempted
 
 # Killed while saving.
 
@@ -122,6 +123,13 @@ def test_a_full_disk_is_reported_at_the_next_save_which_can_be_tried_again(tmp_p
         assert checkpoints.latest() == 1
         checkpoints.save(3, {"params": {"x": jnp.full(2, 3)}}, {"step": 3})
     assert saved_step(stage, 3)
+
+
+def test_a_stop_does_not_hide_that_its_step_is_not_saved(tmp_path, disk):
+    with pytest.raises(OSError, match="step 2 could not be saved"), Checkpoints(tmp_path / "stage") as checkpoints:
+        disk.fill()
+        save_too_much(checkpoints, 2)
+        raise Preempted("stage", "step 2 is saved")
 
 
 def test_a_full_disk_does_not_hide_another_exception(tmp_path, disk, caplog):
