@@ -48,8 +48,8 @@ class DataSettings(Settings):
         shares: of the documents for train, search, evaluation and test, if the source has no such splits.
         pair_share: share of the documents in which key-value pairs are planted, see `data.pairs`: text whose far
             tokens matter. Only for models that read bytes.
-        pair_density: share of the bytes of such a document that are pairs.
-        pair_distances: the smallest and the largest distance, bytes, after which a pair comes back.
+        pair_density: share of the bytes of such a document that are pairs, see `data.pairs.plant`.
+        pair_distances: the smallest and the largest number of bytes after which a pair comes back.
     """
 
     folder: str = ""
@@ -59,13 +59,13 @@ class DataSettings(Settings):
     text_feature: str = ""
     shares: tuple[float, ...] = SHARES
     pair_share: Fraction = 0.0
-    pair_density: Annotated[float, Rule(lambda share: 0 < share < 1, "must lie between 0 and 1")] = 0.4
+    pair_density: Annotated[float, Rule(lambda share: 0 < share <= 0.9, "must lie between 0 and 0.9")] = 0.4
     pair_distances: tuple[int, ...] = (32, 8192)
 
     def __post_init__(self):
         super().__post_init__()
         if len(self.pair_distances) != 2 or not 1 <= self.pair_distances[0] <= self.pair_distances[1]:
-            raise ValueError(f"pair_distances = {self.pair_distances} must be two numbers of bytes, in order")
+            raise ValueError(f"pair_distances = {self.pair_distances} must be two numbers of bytes, the smaller first")
         if self.suffix and not self.folder:
             raise ValueError(f"suffix = {self.suffix!r} needs a folder; the embedded corpus has its own")
         if self.folder and self.tfds:

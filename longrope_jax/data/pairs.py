@@ -1,11 +1,13 @@
 """Key-value pairs planted in text: dependencies at known distances, also far beyond a context window.
 
 A pair is a line of its own, such as `Cairo = 4821907`, that comes back several times in its document. Only a model that
-still reads the line before can predict the number, so such text tells how much of its context a model uses.
+still reads an earlier line with the pair can predict its number, so such text tells how much of its context a model
+uses.
 """
 
 import hashlib
 import heapq
+import io
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,20 +35,21 @@ _REPEATED = 0.8  # so a pair has five lines on average
 
 
 def plant(name: str, text: bytes, share: float, density: float, distances: tuple[int, ...]) -> tuple[str, bytes]:
-    """Name and text of a document, with or without pairs; both depend only on its name, which is the seed.
+    """Name and text of a document, with or without pairs. The name is the seed, so it should be unique.
 
     Args:
         share: of all documents, those that have pairs.
-        density: share of a document's bytes that are pairs, on average, where it is much longer than the distances.
-        distances: the smallest and the largest from the start of a pair to the next line with it, bytes. They are
-            drawn log-uniformly, and end with the line of the text that the next one comes after.
+        density: share of a document's bytes that are pairs, where it is much longer than the distances; less where more
+            pairs than there are keys would have to come back.
+        distances: the smallest and the largest number of bytes, drawn log-uniformly, from the end of a pair's line to
+            where it may come back; it comes back at the next end of a line.
     """
     rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
     if rng.random() >= share:
         return name, text
     new_per_byte = density / (1 - density) / _LINE * (1 - _REPEATED)
     parts, size, due, free = list[bytes](), 0, list[tuple[float, str, bytes]](), set(_KEYS)
-    for line in text.splitlines(keepends=True):
+    for line in io.BytesIO(text):
         parts.append(line)
         size += len(line)
         if not line.endswith(b"\n"):  # the last one
@@ -63,16 +66,16 @@ def plant(name: str, text: bytes, share: float, density: float, distances: tuple
                 heapq.heappush(due, (size + np.exp(rng.uniform(*np.log(distances))), city, pair))
             else:
                 free.add(city)
-    return name + MARK, b"".join(parts)
+    return name + MARK * (size > len(text)), b"".join(parts)
 
 
 class Answers(NamedTuple):
-    """The values in rows of text whose pair the row has before.
+    """The values in rows of text whose pair stands earlier in the same row.
 
     Attributes:
         rows: index of the row.
         starts: index of the value's first byte.
-        distances: from the value in the line before with this pair, bytes.
+        distances: from the last value of the same pair, bytes.
     """
 
     rows: Int[np.ndarray, "A"]

@@ -67,14 +67,14 @@ def read(
     for stage, (section, splits) in reads.items():
         for split in splits:
             needed.setdefault(section, {}).setdefault(split, []).append(stage)
+    for section in needed:
+        if (share := sections[section].pair_share) and not isinstance(tokenizer, ByteTokenizer):
+            raise ValueError(
+                f"config.{section}.pair_share = {share} is for models that read bytes; this one reads subwords"
+            )
     documents: dict[str, dict[str, Sequence[Document]]] = {}
     for section, stages in needed.items():
         settings = sections[section]
-        if settings.pair_share and not isinstance(tokenizer, ByteTokenizer):
-            raise ValueError(
-                f"config.{section}.pair_share = {settings.pair_share} is for models that read bytes; this one has a "
-                "tokenizer"
-            )
         folder = _folder(settings, section, tokenizer, workdir)
         has_started = any(started_file(workdir, stage).exists() for names in stages.values() for stage in names)
         if not processes.any_of(has_started):

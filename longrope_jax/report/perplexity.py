@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from longrope_jax import rope
+from longrope_jax.data.pairs import DIGITS
 from longrope_jax.evaluation.evaluate import EvaluationSettings, published_methods, recorded_nll
 from longrope_jax.evaluation.perplexity import DocumentNll, by_position, compare, perplexity
 from longrope_jax.model import LlamaConfig
@@ -76,7 +77,11 @@ def _answers(record: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
     nll = np.array(list(map(_infinite, found["nll"])))
     names = np.array(record["documents"])[found["documents"]]
     return {
-        str(length): {"nll": float(nll[at].mean()), "answers": int(at.sum()), "documents": len(set(names[at]))}
+        str(length): {
+            "nll": float(nll[at].mean()) if np.isfinite(nll[at]).all() else None,
+            "answers": int(at.sum()),
+            "documents": len(set(names[at])),
+        }
         for number, length in enumerate(lengths)
         if (at := ranges == number).any()
     }
@@ -257,13 +262,19 @@ def _answers_by_distance(summary: Summary, longest: str) -> list[str]:
     if not found:
         return []
     first = next(iter(found.values()))
-    header = [f"up to {int(length):,} bytes ({entry['answers']})" for length, entry in first.items()]
-    rows = [[plots.label(name), *(f"{e['nll']:.2f}" for e in found[name].values())] for name in plots.ordered(found)]
+    header = [
+        f"up to {int(length):,} bytes ({entry['answers']} in {entry['documents']} documents)"
+        for length, entry in first.items()
+    ]
+    cells = {
+        name: [f"{e['nll']:.2f}" if e["nll"] is not None else "inf" for e in found[name].values()] for name in found
+    }
+    blind = np.log(10.0 - np.arange(DIGITS)).mean()  # all digits differ
     return [
-        f"### Numbers of planted pairs, windows of {int(longest):,} tokens\n",
-        "Mean NLL in nats per digit, by the distance from the line before with the same pair; in brackets how many. A "
-        f"model that does not read that line has {np.log(10):.2f}.\n",
-        markdown_table(["", *header], rows),
+        f"### Values of planted pairs, windows of {int(longest):,} tokens\n",
+        "Mean NLL in nats per digit, by the distance from the last line with the same pair. A model that does not read "
+        f"that line has {blind:.2f} at best.\n",
+        markdown_table(["", *header], [[plots.label(name), *cells[name]] for name in plots.ordered(cells)]),
     ]
 
 

@@ -60,7 +60,8 @@ def find_factors(
         settings: its `model`, `data`, `seeds` and `held_out_documents` are for an experiment and are not used here.
         trained: what the model was last trained with; by default it was only pretrained.
         seeds: of your own, for the target length.
-        tokenizer: of the documents, for needles; bytes by default.
+        tokenizer: of the documents; it says whether windows begin with BOS, and encodes needles. The default reads
+            bytes, without BOS.
         layout: of the devices.
 
     Raises:

@@ -150,12 +150,14 @@ def needle_cloze_term(documents: Sequence[Document], tokenizer: Tokenizer, lengt
 
 
 def pairs_term(documents: Sequence[Document], tokenizer: Tokenizer, length: int, count: int, seed: int) -> Term:
-    """Windows of documents with planted pairs, where only the values count that the window has before.
+    """Windows of documents with planted pairs, where only values count whose pair stands earlier in the window.
 
     Raises:
-        ValueError: no document with pairs is long enough.
+        ValueError: no document with pairs is long enough, or a window has no such value.
     """
     planted = [document for document in documents if document.name.endswith(MARK)]
+    if not planted:
+        raise ValueError("no document has pairs; set pair_share in the section of the text")
     try:
         windows = fixed_windows(planted, length, count, seed)
     except ValueError:
@@ -163,8 +165,9 @@ def pairs_term(documents: Sequence[Document], tokenizer: Tokenizer, length: int,
     answers = find_answers(windows.names, windows.tokens)
     weights = np.zeros((len(windows.tokens), length), np.float32)
     weights[answers.places()] = 1
-    if not weights.any(1).all():
-        raise ValueError(f"length = {length}: a window has no pair twice")
+    for name, row in zip(windows.names, weights, strict=True):
+        if not row.any():
+            raise ValueError(f"length = {length}: the window of {name!r} has no pair twice; take a longer one")
     return Term(windows.tokens, weights / weights.sum(1, keepdims=True), windows.names)
 
 

@@ -172,7 +172,9 @@ def scan_yarn_grid(
 
 
 def _scan(state: SearchState, candidates: SearchState, iteration: int, score: Score) -> SearchState:
-    """Scores candidates batch by batch. All but the first may race for a place among the best of their restart."""
+    """Scores candidates batch by batch. The first batch has no threshold, so it may be screened, but it does not race;
+    later ones may, for a place among the best of their restart.
+    """
     new = remove_duplicates(candidates, state)
     for first in range(0, len(new), _BATCH):
         batch = new.take(np.arange(first, min(first + _BATCH, len(new))))

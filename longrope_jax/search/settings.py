@@ -208,8 +208,8 @@ class SearchSettings(Settings):
         """The search of LongRoPE's released code: its operators, YaRN as the only seed, no start tokens, lam up to
         1 + s, the "su" temperature (`rope.longrope_mscale`), nothing read beyond the target. Lengths are tokens.
 
-        What differs still: its YaRN blends factors instead of frequencies, and it puts BOS before every window if there
-        is one; here `LoadSettings.bos` or the tokenizer says so.
+        What differs still: its YaRN blends factors instead of frequencies. It puts BOS before every window: set
+        `LoadSettings.bos` to "windows", if the tokenizer does not say so already.
 
         Raises:
             ValueError: an original length of a single token.

@@ -45,5 +45,12 @@ def test_answers_are_recorded_one_by_one_and_reported_by_distance(tmp_path):
     np.testing.assert_allclose([near["nll"], far["nll"]], [nll[is_near].mean(), nll[~is_near].mean()])
     section = evaluation_section("evaluate", summary, settings, records, model.config)
     text = " ".join("\n".join(map(str, section)).split())
-    assert f"up to 64 bytes ({near['answers']}) | up to 512 bytes ({far['answers']})" in text
+    counts = [f"({part['answers']} in {part['documents']} documents)" for part in (near, far)]
+    assert f"up to 64 bytes {counts[0]} | up to 512 bytes {counts[1]}" in text
+    assert "has 1.90 at best" in text
     assert f"| LongRoPE (searched) | {near['nll']:.2f} | {far['nll']:.2f} |" in text
+
+    records[-1]["answers"]["nll"][int(np.argmax(is_near))] = None
+    summary = summarize_evaluation(settings, records, L)
+    assert summary["answers"]["longrope"]["64"]["nll"] is None
+    assert "| inf" in "\n".join(map(str, evaluation_section("evaluate", summary, settings, records, model.config)))
