@@ -16,7 +16,7 @@ from finished_quickstart import Quickstart
 import longrope_jax as lr
 
 TARGET, END, DOCUMENTS = 1024, 32, 64
-MARGINS = (0.0, 1 / 16, 1 / 8, 1 / 4)
+MARGINS = (0.0, 1 / 16, 1 / 8)
 
 
 def main(*workdirs: str) -> None:
