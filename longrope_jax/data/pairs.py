@@ -22,13 +22,6 @@ MARK = " with pairs"
 DIGITS = 7
 """Of a value, all different, so that each determines the next one: tiny models learn to look such numbers up sooner."""
 
-_KEYS = (
-    *CITIES,
-    "Algiers", "Amman", "Athens", "Baku", "Basel", "Beirut", "Berlin", "Boston", "Caracas", "Chicago", "Denver", "Doha",
-    "Dresden", "Geneva", "Genoa", "Houston", "Jakarta", "Kabul", "Leeds", "London", "Madrid", "Malmo", "Miami", "Milan",
-    "Moscow", "Mumbai", "Munich", "Nairobi", "Naples", "Paris", "Perth", "Phoenix", "Porto", "Rabat", "Rome", "Seoul",
-    "Seville", "Tokyo", "Tunis", "Warsaw",
-)  # fmt: skip
 _PAIR = re.compile(rb"^([A-Z][a-z]+) = (\d{%d})$" % DIGITS, re.MULTILINE)
 _LINE = 17  # bytes, about
 _REPEATED = 0.8  # so a pair has five lines on average
@@ -40,7 +33,7 @@ def plant(name: str, text: bytes, share: float, density: float, distances: tuple
     Args:
         share: of all documents, those that have pairs.
         density: share of a document's bytes that are pairs, where it is much longer than the distances; less where more
-            pairs than there are keys would have to come back.
+            pairs than there are cities would have to come back.
         distances: the smallest and the largest number of bytes, drawn log-uniformly, from the end of a pair's line to
             where it may come back; it comes back at the next end of a line.
     """
@@ -48,7 +41,7 @@ def plant(name: str, text: bytes, share: float, density: float, distances: tuple
     if rng.random() >= share:
         return name, text
     new_per_byte = density / (1 - density) / _LINE * (1 - _REPEATED)
-    parts, size, due, free = list[bytes](), 0, list[tuple[float, str, bytes]](), set(_KEYS)
+    parts, size, due, free = list[bytes](), 0, list[tuple[float, str, bytes]](), set(CITIES)
     for line in io.BytesIO(text):
         parts.append(line)
         size += len(line)
