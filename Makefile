@@ -43,7 +43,7 @@ notebooks: .venv/installed-notebooks
 	$(INSTALL) -r requirements-notebooks.txt
 	touch $@
 
-# Everything: fine-tuning, a second extension, short recovery; less than twenty minutes on two cores.
+# Everything: fine-tuning, a second extension, short recovery; about twenty minutes on two cores.
 progressive: setup
 	$(RUN) -m longrope_jax.main --config=experiments/progressive_tiny.py --workdir=$(PROGRESSIVE)
 
