@@ -48,7 +48,7 @@ class DataSettings(Settings):
         shares: of the documents for train, search, evaluation and test, if the source has no such splits.
         pair_share: share of the documents in which key-value pairs are planted, see `data.pairs`: text whose far
             tokens matter. Only for models that read bytes.
-        pair_density: share of the bytes of such a document that are pairs, see `data.pairs.plant`.
+        pair_density: share of the bytes of such a document that are pairs, at most; see `data.pairs.plant`.
         pair_distances: the smallest and the largest number of bytes after which a pair comes back.
     """
 

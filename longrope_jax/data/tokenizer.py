@@ -165,8 +165,9 @@ class SubwordTokenizer:
         """Reads the tokenizer of a Hugging Face folder, local or remote.
 
         BOS and EOS come from tokenizer_config.json or special_tokens_map.json, else from generation_config.json or
-        config.json. All EOS ids of the latter two are `stops`. Whether windows begin with BOS is `add_bos_token` in the
-        first two, else, as in Transformers, true for a LlamaTokenizer and up to tokenizer.json for all others.
+        config.json. All EOS ids of the latter two are `stops`. `add_bos_token` in the first two says whether windows
+        begin with BOS. Without it they do for a LlamaTokenizer, as in Transformers, and tokenizer.json decides for all
+        others.
 
         Raises:
             ValueError: the folder has no tokenizer.json, or a file can't be read or contradicts the others.

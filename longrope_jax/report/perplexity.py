@@ -257,7 +257,7 @@ def _along_windows(summary: Summary, longest: str) -> list[str]:
 
 
 def _answers_by_distance(summary: Summary, longest: str) -> list[str]:
-    """How well the values of planted pairs are predicted, by their distance from the line before with the pair."""
+    """How well the values of planted pairs are predicted, by their distance from the last line with the pair."""
     found = summary["answers"]
     if not found:
         return []

@@ -176,6 +176,6 @@ def _restored(checkpoints, step, model, layout, optimizer, table) -> tuple[Train
     """Restores a state from shapes alone: every device reads its own part."""
     like = layout.abstract(jax.eval_shape(lambda: init_state(init_params(model, 0), optimizer)))
     items, record = checkpoints.restore(step, _items(like, layout.abstract(jax.tree.map(np.asarray, table))))
-    optimizer_items = items["optimizer"]
-    state = like.replace(params=items["params"], step=optimizer_items["step"], opt_state=optimizer_items["state"])
+    stored = items["optimizer"]
+    state = like.replace(params=items["params"], step=stored["step"], opt_state=stored["state"])
     return state, items["factors"], record
